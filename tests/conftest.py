@@ -1,0 +1,89 @@
+"""What the tests share: tiny random models with asymmetric weights, inputs for them, and the optional shared data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mue_hf import MuEConfig, MuEForConditionalGeneration
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Golden fixtures and real pictures that developers have beside the repository; users do not."""
+    if not SHARED.is_dir():
+        pytest.skip(f"golden fixtures and data are not part of the repository ({SHARED.name}/ is absent)")
+    return SHARED
+
+
+def tiny_config(**overrides) -> MuEConfig:
+    """Every size differs from every other where it can, so that no mix-up goes unseen."""
+    fields = {
+        "vocab_size": 99,
+        "d_model": 32,
+        "encoder_layers": 3,
+        "decoder_layers": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 48,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 2,
+        "token_bucket_size": 8,
+        "image_bucket_size": 6,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+        "backbone_config": {
+            "model_type": "resnet",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 12, 16],
+            "depths": [1, 1, 1],
+            "layer_type": "bottleneck",
+            "out_features": ["stage3"],
+        },
+    }
+    return MuEConfig(**fields | overrides)
+
+
+def randomize(model: torch.nn.Module, std: float = 0.15, seed: int = 0) -> torch.nn.Module:
+    """Weights and buffers far from their symmetric initial values; zero biases and unit scales hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        value = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * std
+        if "running_var" in name:
+            value = 1.0 + value.abs()
+        elif name.endswith("c_attn") or (name.endswith("weight") and tensor.dim() == 1):
+            value = 1.0 + value
+        tensor.data.copy_(value)
+    return model
+
+
+def tiny_model(std: float = 0.15, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides):
+    """A random model in float64, where the laws are exact."""
+    return randomize(MuEForConditionalGeneration(tiny_config(**overrides)), std, seed).to(dtype).eval()
+
+
+def tiny_inputs(batch: int = 3, length: int = 7, dtype: torch.dtype = torch.float64, seed: int = 1) -> dict:
+    """Pictures of 64 px (4 x 4 patches) and texts of mixed lengths, right-padded."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 99, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, length - row % length :] = 0
+    return {
+        "input_ids": ids.masked_fill(mask == 0, 1),
+        "attention_mask": mask,
+        "pixel_values": torch.randn(batch, 3, 64, 64, generator=generator, dtype=torch.float64).to(dtype),
+    }
+
+
+@pytest.fixture
+def model() -> MuEForConditionalGeneration:
+    return tiny_model()
+
+
+@pytest.fixture
+def inputs() -> dict:
+    return tiny_inputs()
