@@ -73,7 +73,9 @@ class TestOptions:
             options(**given)
 
     def test_joint_mode_refuses_stream_options(self):
-        with pytest.raises(ValueError, match="`image_exit_threshold` needs `modality_decomposition=True`.*encoder_exit"):
+        with pytest.raises(
+            ValueError, match="`image_exit_threshold` needs `modality_decomposition=True`.*encoder_exit"
+        ):
             ExitOptions.from_dict({"image_exit_threshold": 0.9}, JOINT)
         assert ExitOptions.from_dict({"encoder_exit_threshold": 0.9}, JOINT).active
 
@@ -118,7 +120,10 @@ class TestResolve:
             resolve_options({"decoder_exit_layer": 2}, {}, saved, CONFIG)
 
     def test_presets(self):
-        saved = {"exit_presets": {"mine": {"decoder_exit_threshold": 0.5, "note": "dev set"}}, "text_exit_threshold": 0.1}
+        saved = {
+            "exit_presets": {"mine": {"decoder_exit_threshold": 0.5, "note": "dev set"}},
+            "text_exit_threshold": 0.1,
+        }
         made = resolve_options({"exit_preset": "mine"}, {}, saved, CONFIG)
         assert (made.decoder_exit_threshold, made.text_exit_threshold) == (0.5, None)
         made = resolve_options({"exit_preset": "mine", "decoder_exit_threshold": 0.6}, {}, saved, CONFIG)

@@ -206,7 +206,14 @@ class TestRecomputed:
     def test_beams_are_the_reference(self, model, kv):
         inputs = tiny_inputs()
         output = generate(
-            model, inputs, exit_kv=kv, num_beams=4, num_return_sequences=2, output_scores=True, length_penalty=0.0, **EXITS
+            model,
+            inputs,
+            exit_kv=kv,
+            num_beams=4,
+            num_return_sequences=2,
+            output_scores=True,
+            length_penalty=0.0,
+            **EXITS,
         )
         assert len(output.decoder_exit_layers.unique()) > 2
         total = self._check(model, inputs, output, kv, output.sequences)
@@ -244,8 +251,9 @@ class TestEncoder:
                 output = model(**inputs, output_hidden_states=True, **options)
                 image, text = encoder._embed_image(inputs["pixel_values"], None, None), None
                 text = encoder._embed_text(inputs["input_ids"], None, None)
-                index = text_relative_index(7, 8, 64, torch.device("cpu")), patch_relative_index(
-                    4, 4, 6, torch.device("cpu")
+                index = (
+                    text_relative_index(7, 8, 64, torch.device("cpu")),
+                    patch_relative_index(4, 4, 6, torch.device("cpu")),
                 )
                 expected_image, image_depth = encoder_stream(
                     model,
@@ -285,8 +293,12 @@ class TestEncoder:
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.randn(2, 5, 8, generator=generator, dtype=torch.float64) for _ in range(2))
         mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-        expected = torch.stack([torch.cosine_similarity(a[0].view(-1), b[0].view(-1), dim=0),
-                                torch.cosine_similarity(a[1, :3].reshape(-1), b[1, :3].reshape(-1), dim=0)])
+        expected = torch.stack(
+            [
+                torch.cosine_similarity(a[0].view(-1), b[0].view(-1), dim=0),
+                torch.cosine_similarity(a[1, :3].reshape(-1), b[1, :3].reshape(-1), dim=0),
+            ]
+        )
         torch.testing.assert_close(similarity(a, b, mask), expected, rtol=0, atol=1e-14)
 
     def test_features_are_pixels(self, model):
@@ -338,7 +350,9 @@ class TestDecoder:
         made = []
         for layer in model.model.decoder.layers:
             project = layer.cross_attn.k_proj
-            made.append(project.register_forward_hook(lambda m, args, out, i=layer.layer_idx: rows.append((i, len(args[0])))))
+            made.append(
+                project.register_forward_hook(lambda m, args, out, i=layer.layer_idx: rows.append((i, len(args[0]))))
+            )
         try:
             rows: list = []
             generate(model, tiny_inputs(), num_beams=3, exit_criterion="fixed", decoder_exit_layer=2)

@@ -49,9 +49,7 @@ def answer_contexts(
         mask[i, : len(prefix)] = True
     lengths = mask.sum(1)
     input_ids = torch.cat([prompt.repeat_interleave(len(prefixes), 0), ids.repeat(batch, 1)], dim=1)
-    attention_mask = torch.cat(
-        [prompt_mask.bool().repeat_interleave(len(prefixes), 0), mask.repeat(batch, 1)], dim=1
-    )
+    attention_mask = torch.cat([prompt_mask.bool().repeat_interleave(len(prefixes), 0), mask.repeat(batch, 1)], dim=1)
     return AnswerContexts(input_ids, attention_mask, prompt.shape[1] - 1 + lengths.repeat(batch))
 
 

@@ -55,9 +55,7 @@ class CrossView:
     def _neighbours(images: Tensor) -> list[tuple[slice, slice]]:
         cuts = [0, *((images[1:] - images[:-1] != 1).nonzero().flatten() + 1).tolist(), len(images)]
         first = images.tolist()
-        return [
-            (slice(a, b), slice(first[a], first[a] + b - a)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-        ]
+        return [(slice(a, b), slice(first[a], first[a] + b - a)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
     def fold_bias(self, bias: Tensor, mask: Tensor | None) -> Tensor:
         """An additive bias [heads, tokens, source] or [rows, heads, tokens, source] as the folded queries need it,
@@ -292,9 +290,7 @@ class MuECache(Cache):
         same_size = len(index) == self.num_rows
         for block in self.blocks:
             if block.keys is not None:
-                block.keys, block.values = (
-                    self._selected(x, index, 2, same_size) for x in (block.keys, block.values)
-                )
+                block.keys, block.values = (self._selected(x, index, 2, same_size) for x in (block.keys, block.values))
                 block.filled = block.filled[index]
         if self.states is not None:
             self.states = self._selected(self.states, index, 1, same_size)

@@ -396,7 +396,7 @@ _THRESHOLDS = {f"{stream}_exit_threshold" for stream in STREAMS[:3]}
 _SCORED = {"decoder_exit_threshold", "exit_decay_beta", "exit_decay_tau"}
 _COMMON = {"exit_criterion", "exit_kv", "exit_min_layers", "exit_warmup"}
 _USED_BY = {
-    **{criterion: _COMMON | _THRESHOLDS | _SCORED for criterion in ("similarity", "confidence", "margin", "entropy")},
+    **dict.fromkeys(("similarity", "confidence", "margin", "entropy"), _COMMON | _THRESHOLDS | _SCORED),
     "patience": _COMMON | _THRESHOLDS | {"exit_patience"},
     "fixed": _COMMON | {f"{stream}_exit_layer" for stream in STREAMS},
     "never": {"exit_criterion", "exit_kv"},

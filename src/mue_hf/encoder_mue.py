@@ -135,7 +135,9 @@ class MuEEncoder(nn.Module):
 
     # --- embedding -------------------------------------------------------------------------------------------------
 
-    def _embed_image(self, pixels: Tensor | None, features: Tensor | None, patch_mask: Tensor | None) -> _Source | None:
+    def _embed_image(
+        self, pixels: Tensor | None, features: Tensor | None, patch_mask: Tensor | None
+    ) -> _Source | None:
         if pixels is not None and features is not None:
             raise ValueError("pass `pixel_values` or `image_features`, not both; the latter is the trunk's output.")
         if pixels is not None:
@@ -247,7 +249,11 @@ class MuEEncoder(nn.Module):
         if image is not None and repeats > 1:
             mask = None if image.mask is None else image.mask.repeat_interleave(repeats, dim=0)
             image = _Source(
-                image.states.repeat_interleave(repeats, dim=0), mask, image.positions, image.relative_index, image.tables
+                image.states.repeat_interleave(repeats, dim=0),
+                mask,
+                image.positions,
+                image.relative_index,
+                image.tables,
             )
         sources = [source for source in (image, text) if source is not None]
         lengths = [source.states.shape[1] for source in sources]

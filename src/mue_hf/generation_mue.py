@@ -13,7 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .answers_mue import answer_contexts, answer_scores, answer_tree
 from .cache_mue import MuECache
-from .early_exit_mue import CONFIG_NAMES, ExitOptions, ExitSchedule, check_names, resolve_options
+from .early_exit_mue import CONFIG_NAMES, ExitSchedule, check_names, resolve_options
 
 
 @dataclass

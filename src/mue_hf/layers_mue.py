@@ -225,9 +225,8 @@ def text_relative_index(length: int, bucket_size: int, max_positions: int, devic
     positions = torch.arange(length)
     distance = positions[:, None] - positions
     middle = bucket_size // 2
-    scale = (middle - 1) / math.log((max_positions - 1) / middle)
-    far = (distance.abs().clamp_min(1).double() / middle).log() * scale
-    far = (far.ceil().long() + middle) * distance.sign()
+    far = (distance.abs().clamp_min(1).double() / middle).log() / math.log((max_positions - 1) / middle)
+    far = ((far * (middle - 1)).ceil().long() + middle).clamp(max=bucket_size - 1) * distance.sign()
     return (torch.where(distance.abs() <= middle, distance, far) + bucket_size - 1).to(device)
 
 

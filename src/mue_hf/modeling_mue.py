@@ -84,6 +84,18 @@ class MuEPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = False
     _can_compile_fullgraph = False
 
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """Sets the attention of encoder and decoder; the trunk keeps its own unless a dict names `backbone_config`."""
+        requested = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
+        if "" in requested:
+            self.config._attn_implementation_internal = self._check_and_adjust_attn_implementation(
+                requested[""], is_init_check=False, allow_all_kernels=allow_all_kernels
+            )
+        if "backbone_config" in requested:
+            self.base_model.encoder.embed_images.set_attn_implementation(
+                requested["backbone_config"], allow_all_kernels
+            )
+
     def _init_weights(self, module: nn.Module) -> None:
         # the trunk initialises itself, by its own rules
         if isinstance(module, PreTrainedModel) and not isinstance(module, MuEPreTrainedModel):
@@ -157,6 +169,7 @@ class MuEModel(MuEPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_exit_layers: bool | None = None,
         exit_step: int | None = None,
+        exit_num_steps: int | None = None,
         exit_policy: ExitPolicy | None = None,
         active_rows: torch.BoolTensor | None = None,
         predict: Any = None,
@@ -173,6 +186,8 @@ class MuEModel(MuEPreTrainedModel):
             Whether to return exit depths and the executed-layer record. Default: whether exit options were passed.
         exit_step (`int`, *optional*):
             The decoding step t of Theta(t), from 0. Default: the position of the last new token.
+        exit_num_steps (`int`, *optional*):
+            N of Theta(t), the greatest number of new tokens. Default: what the generation config allows.
         exit_policy (`ExitPolicy`, *optional*):
             The decoder's policy at this step, as `generate` passes it, in place of the decoder's exit options.
         active_rows (`torch.BoolTensor` of shape `(rows,)`, *optional*):
@@ -218,7 +233,9 @@ class MuEModel(MuEPreTrainedModel):
             decoder_input_ids = torch.full((rows, 1), start, device=encoder_outputs.last_hidden_state.device)
         cache = self._cache(cache, use_cache, options, decoder_input_ids, decoder_inputs_embeds)
         if exit_policy is None:
-            exit_policy = self._policy(options, exit_step, cache, decoder_input_ids, decoder_inputs_embeds)
+            exit_policy = self._policy(
+                options, exit_step, exit_num_steps, cache, decoder_input_ids, decoder_inputs_embeds
+            )
         decoder_outputs = self.decoder(
             encoder_outputs,
             input_ids=decoder_input_ids,
@@ -283,6 +300,7 @@ class MuEModel(MuEPreTrainedModel):
         self,
         options: ExitOptions,
         step: int | None,
+        num_steps: int | None,
         cache: MuECache | None,
         ids: Tensor | None,
         embeds: Tensor | None,
@@ -293,13 +311,7 @@ class MuEModel(MuEPreTrainedModel):
         if step is None:
             past = 0 if cache is None else cache.length
             step = past + (ids if ids is not None else embeds).shape[1] - 1
-        return policy.at_step(step, self._num_steps())
-
-    def _num_steps(self) -> int:
-        """N of Theta(t) outside `generate`: the number of new tokens that the generation config allows."""
-        config = getattr(self, "generation_config", None)
-        limit = getattr(config, "max_new_tokens", None) or getattr(config, "max_length", None)
-        return limit or self.config.max_position_embeddings
+        return policy.at_step(step, num_steps or self.config.max_position_embeddings)
 
 
 @auto_docstring(custom_intro="MuE with its tied output head: captions, closed answers, and fine-tuning.")
@@ -311,6 +323,8 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
         self.model = MuEModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
+        # reloading a generation config with this mark keeps only transformers' own options, not those of exits
+        self.generation_config._from_model_config = False
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -354,6 +368,7 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
         output_hidden_states: bool | None = None,
         output_exit_layers: bool | None = None,
         exit_step: int | None = None,
+        exit_num_steps: int | None = None,
         exit_policy: ExitPolicy | None = None,
         active_rows: torch.BoolTensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -370,6 +385,8 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
             Whether to return exit depths and the executed-layer record. Default: whether exit options were passed.
         exit_step (`int`, *optional*):
             The decoding step t of Theta(t), from 0. Default: the position of the last new token.
+        exit_num_steps (`int`, *optional*):
+            N of Theta(t), the greatest number of new tokens. Default: what the generation config allows.
         exit_policy (`ExitPolicy`, *optional*):
             The decoder's policy at this step, as `generate` passes it, in place of the decoder's exit options.
         active_rows (`torch.BoolTensor` of shape `(rows,)`, *optional*):
@@ -398,6 +415,9 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
             output_hidden_states=output_hidden_states,
             output_exit_layers=output_exit_layers,
             exit_step=exit_step,
+            exit_num_steps=exit_num_steps
+            or self.generation_config.max_new_tokens
+            or self.generation_config.max_length,
             exit_policy=exit_policy,
             active_rows=active_rows,
             predict=self.lm_head,
