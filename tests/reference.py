@@ -1,4 +1,4 @@
-"""The slow obvious way: one row, no cache, plain formulae, recomputed for every token. Fast paths are compared with it."""
+"""The slow obvious way, which fast paths are compared with: one row, no cache, plain formulae, recomputed."""
 
 import math
 
@@ -37,7 +37,9 @@ def decoder_layer(layer, x: Tensor, keys_from: Tensor, bias: Tensor, encoded: Te
 def encoder_stream(model, states: Tensor, scores: Tensor, tables, index: Tensor, threshold=None) -> tuple[Tensor, int]:
     """One sample's stream [n, d] with the authors' decision: one flattened vector per layer, strict comparison."""
     encoder = model.model.encoder
-    for depth, (layer, table) in enumerate(zip(encoder.layers, tables, strict=True), start=1):
+    depth = 0
+    for layer, table in zip(encoder.layers, tables, strict=True):
+        depth += 1
         normed = layer.self_attn_layer_norm(states)
         y = attention(layer.self_attn, normed, normed, scores + relative_bias(table, index))
         new = feed_forward(layer, states + layer.self_attn_mid_layer_norm(y))

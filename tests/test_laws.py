@@ -304,7 +304,7 @@ class TestEncoder:
     def test_features_are_pixels(self, model):
         inputs = tiny_inputs()
         with torch.no_grad():
-            features = model.get_image_features(inputs["pixel_values"])
+            features = model.trunk_features(inputs["pixel_values"])
         cached = {"image_features": features, **{k: v for k, v in inputs.items() if k != "pixel_values"}}
         assert torch.equal(generate(model, inputs).sequences, generate(model, cached).sequences)
 

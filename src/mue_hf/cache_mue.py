@@ -16,7 +16,7 @@ class SelfView:
 
     Args:
         rows (`LongTensor` [rows] on the CPU, *optional*): rows of the batch in ascending order; all by default.
-        slots (`slice` or `LongTensor` [rows, tokens]): their places in the sequence, shared by all rows or one list each.
+        slots (`slice` or `LongTensor` [rows, tokens]): their places in the sequence, one range for all or a list each.
     """
 
     rows: Tensor | None

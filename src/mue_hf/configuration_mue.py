@@ -4,12 +4,18 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict, validated_field
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from transformers.utils import auto_docstring
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, auto_docstring
+
+if TYPE_CHECKING:
+    # Never run: transformers copies a source file together with all that it imports from. These two reach every
+    # other file, so that each copy of this one lies beside the whole set and can pass it on.
+    from .modeling_mue import MuEModel  # noqa: F401
+    from .pipeline_mue import MuEImageToTextPipeline  # noqa: F401
 
 # The file names are those that `save_pretrained` puts beside the weights, so that the folder loads with
 # `trust_remote_code=True` where this package is not installed.
@@ -20,7 +26,8 @@ AUTO_MAP = {
     "AutoModelForSeq2SeqLM": "modeling_mue.MuEForConditionalGeneration",
 }
 CUSTOM_PIPELINES = {
-    "image-to-text": {"impl": "pipeline_mue.MuEImageToTextPipeline", "pt": ["AutoModelForImageTextToText"]}
+    "image-to-text": "pipeline_mue.MuEImageToTextPipeline",
+    "image-text-to-text": "pipeline_mue.MuEImageTextToTextPipeline",
 }
 
 # OFA's trunk: a ResNet v1.5 of bottlenecks without its last stage (stride 16, 1024 channels).
@@ -150,11 +157,10 @@ class MuEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         # A config that names custom pipelines makes `pipeline()` demand trust_remote_code, which the installed
-        # package does not need. Only the copy of this file that lies in a checkpoint keeps the entry.
-        pipelines = kwargs.pop("custom_pipelines", None)
-        if pipelines is not None and type(self).__module__.startswith("transformers_modules"):
-            self.custom_pipelines = pipelines
-        kwargs.pop("auto_map", None)
+        # package does not need. Only the copy of this class that a checkpoint carries keeps the two entries.
+        if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            kwargs.pop("auto_map", None)
+            kwargs.pop("custom_pipelines", None)
         self.backbone_config, kwargs = self.sub_configs_defaults["backbone_config"].create_subconfig(
             "backbone_config", self.backbone_config, **kwargs
         )
@@ -184,6 +190,14 @@ class MuEConfig(PreTrainedConfig):
                     f"change it or raise `vocab_size`."
                 )
 
+    def validate_exit_names(self) -> None:
+        """Refuses exit options, which would have no effect here."""
+        if names := sorted(name for name in vars(self) if "exit" in name):
+            raise ValueError(
+                f"`MuEConfig` must not hold exit options, got {names}; pass them to `generate`, or set them on "
+                f"`model.generation_config`."
+            )
+
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "MuEConfig":
         """One of OFA's published sizes ("tiny", "medium", "base", "large", "huge"), with any field overridden."""
@@ -204,7 +218,10 @@ class MuEConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, and the entries that let the folder load without the package."""
-        return super().to_dict() | {"auto_map": dict(AUTO_MAP), "custom_pipelines": CUSTOM_PIPELINES}
+        pipelines = {
+            task: {"impl": name, "pt": ["AutoModelForImageTextToText"]} for task, name in CUSTOM_PIPELINES.items()
+        }
+        return super().to_dict() | {"auto_map": dict(AUTO_MAP), "custom_pipelines": pipelines}
 
     def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes config.json and the source files that `trust_remote_code=True` needs."""

@@ -1,4 +1,4 @@
-"""The decoder: causal layers over new tokens with one exit per row and call, and a cache that skipped layers keep whole."""
+"""The decoder: causal layers over new tokens, one exit per row and call, and a cache that stays whole."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

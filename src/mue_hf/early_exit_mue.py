@@ -62,7 +62,7 @@ class ExitOptions:
         decoder_exit_threshold (`float` or one per layer):
             Threshold of the decoder's criterion; the decay applies to each.
         exit_decay_beta, exit_decay_tau (`float`, in [0, 1] and at least 0):
-            Theta(t) = beta * threshold + (1 - beta) * exp(-tau * t / N) at decoding step t of at most N (MuE, section 3).
+            Theta(t) = beta * threshold + (1 - beta) * exp(-tau * t / N) at decoding step t of at most N (MuE, sec. 3).
         exit_warmup (`float` in [0, 1]):
             Share of the decoding steps, from the first, without exits.
         exit_criterion (`str`):
@@ -283,8 +283,8 @@ class ExitDecider:
 
 
 class StackResult(NamedTuple):
-    """What `run_stack` returns: states [rows, positions, d] of each row's exit, depths [rows] (on the CPU), how often a
-    layer ran (rows x positions), and the states after every layer if asked for."""
+    """What `run_stack` returns: states [rows, positions, d] of each row's exit, depths [rows] (on the CPU), how often
+    a layer ran (rows x positions), and the states after every layer if asked for."""
 
     states: Tensor
     depths: Tensor
@@ -363,8 +363,8 @@ def similarity(previous: Tensor, current: Tensor, mask: Tensor | None = None) ->
 
 
 def output_score(criterion: str, logits: Tensor) -> Tensor:
-    """How sure a depth's output is, from logits [rows, classes]: the largest probability ("confidence"), the gap of the
-    two largest ("margin"), or the entropy divided by ln(classes) ("entropy", smaller is surer). Returns [rows]."""
+    """How sure a depth's output is, from logits [rows, classes]: the largest probability ("confidence"), the gap of
+    the two largest ("margin"), or the entropy divided by ln(classes) ("entropy", smaller is surer). Returns [rows]."""
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if criterion == "entropy":
         log_probs = logits.log_softmax(-1)

@@ -1,6 +1,6 @@
 """The encoder: one stack of layers over an image stream and a text stream (MuE), or over both joined (OFA)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -247,14 +247,9 @@ class MuEEncoder(nn.Module):
         output_attentions: bool,
     ) -> tuple[list[StackResult], tuple[Tensor, ...]]:
         if image is not None and repeats > 1:
+            states = image.states.repeat_interleave(repeats, dim=0)
             mask = None if image.mask is None else image.mask.repeat_interleave(repeats, dim=0)
-            image = _Source(
-                image.states.repeat_interleave(repeats, dim=0),
-                mask,
-                image.positions,
-                image.relative_index,
-                image.tables,
-            )
+            image = replace(image, states=states, mask=mask)
         sources = [source for source in (image, text) if source is not None]
         lengths = [source.states.shape[1] for source in sources]
         masks = [self._full_mask(source) for source in sources]
@@ -325,6 +320,8 @@ class MuEEncoder(nn.Module):
 
     @staticmethod
     def _joined_history(streams: list[StackResult]) -> tuple[Tensor, ...]:
+        if len(streams) == 1:
+            return streams[0].hidden_states
         depth = max(len(stream.hidden_states) for stream in streams)
         return tuple(
             torch.cat([s.hidden_states[min(i, len(s.hidden_states) - 1)] for s in streams], dim=1)
@@ -388,6 +385,8 @@ def _spread(weights: Tensor, rows: Tensor | None, batch: int) -> Tensor:
 
 def _block_diagonal(streams: list[list[Tensor]]) -> tuple[Tensor, ...]:
     """Attention weights of separate streams as those of one sequence: no stream attends to the other."""
+    if len(streams) == 1:
+        return tuple(streams[0])
     depth = max(len(layers) for layers in streams)
     joined = []
     for layer in range(depth):

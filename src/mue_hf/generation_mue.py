@@ -107,8 +107,8 @@ class MuEGenerationMixin(GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if options.active and generation_config.use_cache is False:
             raise ValueError(
-                "exits in `generate` need the cache, but `use_cache=False` was passed; drop it, or turn exits off with "
-                '`exit_criterion="never"`.'
+                "exits in `generate` need the cache, but `use_cache=False` was passed; drop it, or turn exits off "
+                'with `exit_criterion="never"`.'
             )
         mask = model_kwargs.get("decoder_attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):

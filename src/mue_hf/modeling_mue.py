@@ -143,7 +143,7 @@ class MuEModel(MuEPreTrainedModel):
     def get_decoder(self) -> nn.Module:
         return self.decoder
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+    def trunk_features(self, pixel_values: Tensor) -> Tensor:
         """The trunk's features [batch, channels, rows, columns] of pixels [batch, 3, height, width], which `forward`
         and `generate` take as `image_features`: cache them while the trunk is frozen."""
         return self.encoder.embed_images(pixel_values).feature_maps[-1]
@@ -179,7 +179,7 @@ class MuEModel(MuEPreTrainedModel):
         patch_mask (`torch.BoolTensor` of shape `(images,)`, *optional*):
             False where a sample has no image; its pixels are ignored.
         image_features (`torch.FloatTensor` of shape `(images, channels, rows, columns)`, *optional*):
-            The trunk's last feature map, in place of `pixel_values` (see `get_image_features`).
+            The trunk's last feature map, in place of `pixel_values` (see `trunk_features`).
         decoder_input_ids (`torch.LongTensor` of shape `(rows, target_length)`):
             Several decoder rows per encoded sample are allowed: row r belongs to sample r // (rows // batch).
         output_exit_layers (`bool`, *optional*):
@@ -233,8 +233,10 @@ class MuEModel(MuEPreTrainedModel):
             decoder_input_ids = torch.full((rows, 1), start, device=encoder_outputs.last_hidden_state.device)
         cache = self._cache(cache, use_cache, options, decoder_input_ids, decoder_inputs_embeds)
         if exit_policy is None:
-            exit_policy = self._policy(
-                options, exit_step, exit_num_steps, cache, decoder_input_ids, decoder_inputs_embeds
+            tokens = decoder_input_ids if decoder_input_ids is not None else decoder_inputs_embeds
+            last = (0 if cache is None else cache.length) + tokens.shape[1] - 1
+            exit_policy = options.policy("decoder", self.config.decoder_layers).at_step(
+                last if exit_step is None else exit_step, exit_num_steps or self.config.max_position_embeddings
             )
         decoder_outputs = self.decoder(
             encoder_outputs,
@@ -296,23 +298,6 @@ class MuEModel(MuEPreTrainedModel):
         length = (ids if ids is not None else embeds).shape[1]
         return MuECache(self.config, max(length, 32), options.exit_kv)
 
-    def _policy(
-        self,
-        options: ExitOptions,
-        step: int | None,
-        num_steps: int | None,
-        cache: MuECache | None,
-        ids: Tensor | None,
-        embeds: Tensor | None,
-    ) -> ExitPolicy:
-        policy = options.policy("decoder", self.config.decoder_layers)
-        if policy.is_never:
-            return policy
-        if step is None:
-            past = 0 if cache is None else cache.length
-            step = past + (ids if ids is not None else embeds).shape[1] - 1
-        return policy.at_step(step, num_steps or self.config.max_position_embeddings)
-
 
 @auto_docstring(custom_intro="MuE with its tied output head: captions, closed answers, and fine-tuning.")
 class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
@@ -338,9 +323,9 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.model.get_decoder()
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """See [`MuEModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values)
+    def trunk_features(self, pixel_values: Tensor) -> Tensor:
+        """See [`MuEModel.trunk_features`]."""
+        return self.model.trunk_features(pixel_values)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Decoder input [batch, length] that predicts labels [batch, length]."""
@@ -378,7 +363,7 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
         patch_mask (`torch.BoolTensor` of shape `(images,)`, *optional*):
             False where a sample has no image; its pixels are ignored.
         image_features (`torch.FloatTensor` of shape `(images, channels, rows, columns)`, *optional*):
-            The trunk's last feature map, in place of `pixel_values` (see `get_image_features`).
+            The trunk's last feature map, in place of `pixel_values` (see `trunk_features`).
         labels (`torch.LongTensor` of shape `(rows, target_length)`, *optional*):
             Target tokens; -100 is ignored. Without `decoder_input_ids` they also make the decoder's input.
         output_exit_layers (`bool`, *optional*):
@@ -398,6 +383,7 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        limits = self.generation_config
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -415,9 +401,7 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
             output_hidden_states=output_hidden_states,
             output_exit_layers=output_exit_layers,
             exit_step=exit_step,
-            exit_num_steps=exit_num_steps
-            or self.generation_config.max_new_tokens
-            or self.generation_config.max_length,
+            exit_num_steps=exit_num_steps or limits.max_new_tokens or limits.max_length,
             exit_policy=exit_policy,
             active_rows=active_rows,
             predict=self.lm_head,

@@ -18,6 +18,8 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, infer
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 from transformers.utils import TensorType
 
+from .answers_mue import answer_tree
+
 CAPTION_PROMPT = " what does the image describe?"
 ENTAILMENT_PROMPT = ' does the image describe " {hypothesis} "?'
 ENTAILMENT_PROMPT_WITH_PREMISE = ' can image and text1 " {premise} " imply text2 " {hypothesis} "?'
@@ -541,13 +543,10 @@ class MuEProcessor(ProcessorMixin):
         if prompt_length < 1:
             raise ValueError(f"`prompt_length` must be at least 1, got {prompt_length}; count the start token.")
         eos = self.tokenizer.eos_token_id
-        allowed: dict[tuple[int, ...], dict[int, None]] = {}
-        for answer in self.encode_answers(answers):
-            for length, token in enumerate([*answer, eos]):
-                allowed.setdefault(tuple(answer[:length]), {})[token] = None
+        tree = answer_tree(self.encode_answers(answers), eos)
 
         def allowed_tokens(batch_id: int, input_ids: torch.Tensor) -> list[int]:
-            return list(allowed.get(tuple(input_ids[prompt_length:].tolist()), [eos]))
+            return tree.get(tuple(input_ids[prompt_length:].tolist()), [eos])
 
         return allowed_tokens
 
