@@ -454,3 +454,19 @@ def test_attention_is_chosen_without_the_trunk(tmp_path, requested):
         assert loaded.model.encoder.embed_images.config._attn_implementation == "eager"
     with pytest.raises(ValueError, match="does not support Flash Attention"):
         loaded.set_attn_implementation("flash_attention_2")
+
+
+def test_exit_options_and_presets_are_saved_with_the_model(tmp_path):
+    from mue_hf import MuEForConditionalGeneration
+
+    model, inputs = tiny_model(std=0.3), tiny_inputs()
+    for name, value in EXITS.items():
+        setattr(model.generation_config, name, value)
+    model.generation_config.exit_presets = {"shallow": {"decoder_exit_threshold": -1.1}}
+    model.save_pretrained(tmp_path)
+    loaded = MuEForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64)
+    assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
+    a, b = (generate(m, inputs) for m in (model, loaded))
+    assert torch.equal(a.sequences, b.sequences) and torch.equal(a.decoder_exit_layers, b.decoder_exit_layers)
+    assert len(a.decoder_exit_layers.unique()) > 1
+    assert generate(loaded, inputs, exit_preset="shallow").decoder_exit_layers.unique().tolist() == [1]

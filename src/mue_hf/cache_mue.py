@@ -90,7 +90,10 @@ class CrossView:
         """[images, heads, slots * tokens, source] of all runs -> [rows, heads, tokens, source]."""
         if weights[0] is None:
             return None
-        states = torch.cat(weights).unflatten(2, (self.slots, -1)).transpose(1, 2)
+        states = torch.cat(weights) if len(weights) > 1 else weights[0]
+        if self.slots == 1:
+            return states
+        states = states.unflatten(2, (self.slots, -1)).transpose(1, 2)
         return states.flatten(0, 1) if self.index is None else states[self.index]
 
 

@@ -113,6 +113,7 @@ class MuEConfig(PreTrainedConfig):
     ```"""
 
     model_type = "mue"
+    keys_to_ignore_at_inference = ["cache"]
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "encoder_attention_heads",

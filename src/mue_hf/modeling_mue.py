@@ -307,6 +307,8 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
         super().__init__(config)
         self.model = MuEModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        # A generation config marked as made from a model config would lose exit options and presets on loading.
+        self.generation_config._from_model_config = False
         self.post_init()
         # reloading a generation config with this mark keeps only transformers' own options, not those of exits
         self.generation_config._from_model_config = False

@@ -1,6 +1,5 @@
 """From a picture to patches: any transformers or timm backbone, and where each patch sits on OFA's position grid."""
 
-import copy
 from typing import Any
 
 import torch
@@ -10,9 +9,10 @@ from transformers import AutoBackbone
 
 def load_trunk(config: Any) -> nn.Module:
     """The backbone of a `MuEConfig`, randomly initialised. Its last feature map holds the image tokens."""
-    trunk_config = copy.deepcopy(config.backbone_config)
-    # What was asked of the encoder and decoder need not exist for the trunk: it takes the best it supports.
-    trunk_config._attn_implementation = None
+    trunk_config = config.backbone_config
+    if trunk_config._attn_implementation == "sdpa":
+        # Asked of encoder and decoder, it need not exist for the trunk; where it does, it is the default.
+        trunk_config._attn_implementation = None
     return AutoBackbone.from_config(trunk_config)
 
 

@@ -1,0 +1,66 @@
+"""The command `mue-hf`: finds the module of a subcommand, runs it, and turns bad input into a message."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+# Command -> module with `add_arguments(parser)` and `run(args) -> exit code`, and its line in the help. A module is
+# imported only when its command is asked for.
+COMMANDS = {
+    "caption": ("mue_hf.caption", "caption images and show which layers were skipped"),
+    "convert": ("mue_hf.convert_ofa", "convert an OFA checkpoint"),
+}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser, with the arguments of `command` alone filled in."""
+    parser = argparse.ArgumentParser(
+        prog="mue-hf",
+        description="OFA and MuE for transformers: vision-language models that leave their layers early.",
+        epilog="example: mue-hf caption photo.jpg\nEach command has its own --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mue-hf {version('mue-hf')}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == command:
+            import_module(module).add_arguments(subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): the arguments, those of the process by default.
+
+    Returns:
+        `int`: exit code; 0 done, 1 done in part, 2 bad input, 130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((argument for argument in argv if not argument.startswith("-")), None)
+    args = build_parser(command).parse_args(argv)
+    try:
+        return import_module(COMMANDS[args.command][0]).run(args)
+    # ImportError: a trunk or a scorer of an extra that is not installed; its message names the package.
+    except (ImportError, OSError, ValueError) as error:
+        print(f"mue-hf {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mue-hf {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+__all__ = ["build_parser", "main"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
