@@ -286,13 +286,7 @@ class MuEEncoder(nn.Module):
                 rows = present.nonzero().flatten()
 
         def run_layer(layer: int, states: Tensor, rows: Tensor | None) -> Tensor:
-            bias = scores
-            if any(part.relative_index is not None for _, part in parts):
-                bias = bias.clone()
-                for place, part in parts:
-                    if part.relative_index is not None:
-                        bias[:, place, place] += relative_bias(part.tables[layer], part.relative_index)
-            bias = bias.unsqueeze(0)
+            bias = self._layer_bias(layer, scores, parts).unsqueeze(0)
             if mask is not None:
                 keys = mask if rows is None else mask[rows]
                 bias = bias.masked_fill(~keys[:, None, None, :], mask_value(bias))
@@ -304,6 +298,18 @@ class MuEEncoder(nn.Module):
 
         decider = ExitDecider(policy, mask)
         return run_stack(states, len(self.layers), run_layer, decider, rows, output_hidden_states)
+
+    @staticmethod
+    def _layer_bias(layer: int, scores: Tensor, parts: list[tuple[slice, _Source]]) -> Tensor:
+        """Adds the relative position biases of a layer to scores [heads, tokens, tokens] shared by all layers."""
+        parts = [(place, part) for place, part in parts if part.relative_index is not None]
+        biases = [relative_bias(part.tables[layer], part.relative_index) for _, part in parts]
+        if len(biases) == 1 and biases[0].shape == scores.shape:
+            return biases[0] + scores
+        scores = scores.clone() if biases else scores
+        for (place, _), bias in zip(parts, biases, strict=True):
+            scores[:, place, place] += bias
+        return scores
 
     def _position_scores(self, source: _Source) -> Tensor:
         heads, factor = self.config.encoder_attention_heads, self.config.attn_scale_factor

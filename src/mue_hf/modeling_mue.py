@@ -310,8 +310,6 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
         # A generation config marked as made from a model config would lose exit options and presets on loading.
         self.generation_config._from_model_config = False
         self.post_init()
-        # reloading a generation config with this mark keeps only transformers' own options, not those of exits
-        self.generation_config._from_model_config = False
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -1,0 +1,308 @@
+"""MuE's layer-wise loss, flat in memory, and the optional terms that make exits agree with the full depth.
+
+The output head of OFA has 59,457 rows: the logits of six decoder layers at once would be most of a step's memory.
+`layerwise_loss` therefore makes the logits of one piece (some tokens of one layer) at a time and takes the gradients
+of that piece while its logits exist, so that neither they nor a second pass over the head is needed later.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .early_exit_mue import similarity
+
+IGNORED = -100
+# Logits that exist at a time; of OFA's vocabulary 282 tokens of one layer, 64 MiB in float32.
+PIECE_LOGITS = 2**24
+# Chord distance that tokens which still change their mind must keep from the layer before.
+SATURATION_MARGIN = 0.4
+
+
+class LayerwiseLoss(NamedTuple):
+    """What `layerwise_loss` returns.
+
+    Args:
+        loss (`Tensor` []): what is minimised.
+        loss_sums (`Tensor` [layers]): each layer's label-smoothed cross-entropy summed over its tokens, detached.
+        correct (`Tensor` [layers]): how many tokens each layer predicts rightly.
+        tokens (`Tensor` [layers]): on how many tokens each layer was looked at.
+    """
+
+    loss: Tensor
+    loss_sums: Tensor
+    correct: Tensor
+    tokens: Tensor
+
+    @property
+    def layer_losses(self) -> Tensor:
+        """Mean label-smoothed cross-entropy per layer [layers], in nats per token."""
+        return self.loss_sums / self.tokens.clamp_min(1)
+
+    @property
+    def layer_accuracies(self) -> Tensor:
+        """Share of tokens that each layer predicts rightly [layers]."""
+        return self.correct / self.tokens.clamp_min(1)
+
+
+def layerwise_loss(
+    states: Sequence[Tensor],
+    norm: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+    layer_weights: Sequence[float] | None = None,
+    self_distillation: float = 0.0,
+    saturation: float = 0.0,
+    intermediate_token_share: float = 1.0,
+    row_weights: Tensor | None = None,
+    piece_tokens: int | None = None,
+) -> LayerwiseLoss:
+    """Sum over all decoder layers of the cross-entropy of head(norm(state)), divided by the number of target tokens
+    (MuE, section 3.3, without its factor 1/N, as in the authors' code). Gradients are those of the plain sum.
+
+    Under autocast the products with the head run in autocast's dtype, softmax and sums in float32. The gradients are
+    made in the forward pass: they can be asked for once, and not be differentiated again.
+
+    Args:
+        states (sequence of `Tensor` [rows, tokens, d]): outputs of the decoder layers, before the final LayerNorm.
+        norm (`Callable`): the final LayerNorm.
+        weight (`Tensor` [vocabulary, d]): the output head.
+        labels (`LongTensor` [rows, tokens]): targets; those of -100 cost nothing, also in time.
+        num_items_in_batch (`int` or `Tensor` [], *optional*): target tokens to divide by, where these rows are a part
+            of a batch (gradient accumulation, several processes). Default: those in `labels`.
+        label_smoothing (`float` in [0, 1)): share of the target's probability that goes to all tokens alike.
+        layer_weights (sequence of `float`, *optional*): a factor per layer; 1 by default. A layer of weight 0 is
+            looked at for the record, and not trained.
+        self_distillation (`float`): weight of KL(last layer || layer), the last layer being detached.
+        saturation (`float`): weight of `saturation_loss`.
+        intermediate_token_share (`float` in (0, 1]): share of the tokens, drawn at random, on which the layers before
+            the last are trained; their mean counts for all.
+        row_weights (`Tensor` [rows], *optional*): a factor per row, such as the advantage of a sampled caption.
+        piece_tokens (`int`, *optional*): tokens of one layer whose logits exist at a time.
+
+    Raises:
+        ValueError: for shapes that do not fit, targets outside the vocabulary, and weights out of range.
+    """
+    _check(states, weight, labels, label_smoothing, layer_weights, intermediate_token_share, row_weights)
+    places = labels.flatten().ne(IGNORED).nonzero().squeeze(1)
+    total, drawn = len(places), len(places)
+    if intermediate_token_share < 1.0 and total:
+        drawn = max(1, round(intermediate_token_share * total))
+        # the drawn tokens come first, so that every layer reads a head of the same list
+        places = places[torch.randperm(total, device=places.device)]
+    targets = labels.flatten()[places]
+    if total and int(targets.amax()) >= weight.shape[0] or total and int(targets.amin()) < 0:
+        raise ValueError(
+            f"`labels` must lie in the vocabulary [0, {weight.shape[0]}) or be {IGNORED}, got "
+            f"{int(targets.amin())} to {int(targets.amax())}; use the tokenizer that belongs to this model."
+        )
+    counts = [drawn] * (len(states) - 1) + [total]
+    taken = [state.flatten(0, 1)[places[:count]] for state, count in zip(states, counts, strict=True)]
+    factors = [1.0] * len(states) if layer_weights is None else layer_weights
+    plan = _Plan(
+        scales=[factor * total / max(count, 1) for factor, count in zip(factors, counts, strict=True)],
+        smoothing=label_smoothing,
+        distillation=self_distillation,
+        piece=piece_tokens or max(1, PIECE_LOGITS // weight.shape[0]),
+        dtype=_product_dtype(weight),
+        with_grad=torch.is_grad_enabled(),
+    )
+    if row_weights is not None:
+        row_weights = row_weights.to(weight.device)[places // labels.shape[1]].unsqueeze(1)
+    summed, loss_sums, predictions = _HeadLoss.apply(weight, targets, row_weights, plan, *map(norm, taken))
+    items = max(total, 1) if num_items_in_batch is None else num_items_in_batch
+    loss = summed / items
+    if saturation:
+        agreeing = predictions[:-1, :drawn] == predictions[-1, :drawn]
+        kept = [*taken[:-1], taken[-1][:drawn]]
+        loss = loss + saturation * total / items * saturation_loss(kept, agreeing)
+    correct = (predictions == targets).sum(1)
+    return LayerwiseLoss(loss, loss_sums, correct, torch.tensor(counts, device=labels.device))
+
+
+def saturation_loss(states: Sequence[Tensor], agreeing: Tensor) -> Tensor:
+    """Makes the similarity of consecutive decoder states tell whether the prediction is settled.
+
+    Sum over the layers from the second to the last but one of: the mean distance to the layer before over tokens that
+    already predict what the last layer does, and the mean of max(0, 0.4 - distance) over the others. The distance of
+    two states is the chord sqrt(2 - 2 cos + 1e-4).
+
+    Args:
+        states (sequence of `Tensor` [tokens, d]): outputs of all decoder layers.
+        agreeing (`BoolTensor` [layers - 1, tokens]): where each layer's prediction is that of the last.
+    """
+    loss = states[0].new_zeros((), dtype=torch.promote_types(states[0].dtype, torch.float32))
+    for (previous, state), agrees in zip(pairwise(states[:-1]), agreeing[1:], strict=True):
+        distance = _chord(similarity(previous.unsqueeze(1), state.unsqueeze(1)))
+        loss = loss + (distance * agrees).sum() / agrees.sum().clamp_min(1)
+        short = (SATURATION_MARGIN - distance).clamp_min(0) * ~agrees
+        loss = loss + short.sum() / (~agrees).sum().clamp_min(1)
+    return loss
+
+
+def movement_loss(states: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """How far an encoder stream still moves: sum over its layers l = 2..N of l / N times the mean chord distance
+    (see `saturation_loss`) of a sample's state to that of the layer before, as the exit criterion sees them.
+
+    Args:
+        states (sequence of `Tensor` [batch, positions, d]): input of the first layer and output of every layer.
+        mask (`BoolTensor` [batch, positions], *optional*): positions that exist.
+    """
+    layers = len(states) - 1
+    distances = [_chord(similarity(previous, state, mask)).mean() for previous, state in pairwise(states[1:])]
+    return sum((i + 2) / layers * distance for i, distance in enumerate(distances))
+
+
+def _chord(cosine: Tensor) -> Tensor:
+    return (2 - 2 * cosine + 1e-4).sqrt()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The numbers of one call: a factor per layer, weights, tokens of a piece, dtype of the products."""
+
+    scales: Sequence[float]
+    smoothing: float
+    distillation: float
+    piece: int
+    dtype: torch.dtype
+    with_grad: bool
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Weighted sum over layers and tokens of cross-entropy and divergence, from normalised states.
+
+    Layers before the last may have fewer tokens than it: the first ones of the list. Outputs: the sum, the
+    cross-entropy of each layer [layers], and the predictions [layers, tokens], -1 where a layer has no such token.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, targets: Tensor, row_weights: Tensor | None, plan: _Plan, *hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        head, last = weight.to(plan.dtype), len(hidden) - 1
+        total = torch.zeros((), dtype=wide, device=weight.device)
+        loss_sums = torch.zeros(len(hidden), dtype=wide, device=weight.device)
+        predictions = targets.new_full((len(hidden), len(targets)), -1)
+        weight_grad, hidden_grads = None, [None] * len(hidden)
+        if plan.with_grad:
+            if ctx.needs_input_grad[0]:
+                weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+            hidden_grads = [torch.zeros_like(states) for states in hidden]
+        with torch.autocast(weight.device.type, enabled=False) if plan.dtype != wide else nullcontext():
+            for start in range(0, len(targets), plan.piece):
+                teacher = None
+                for layer in range(last, -1, -1):
+                    states = hidden[layer][start : start + plan.piece].to(plan.dtype)
+                    rows = slice(start, start + len(states))
+                    if len(states) == 0:
+                        continue
+                    logits = states @ head.t()
+                    predictions[layer, rows] = logits.argmax(-1)
+                    log_probs = logits.log_softmax(-1, dtype=wide)
+                    del logits
+                    target = targets[rows].unsqueeze(1)
+                    losses = -(1 - plan.smoothing) * log_probs.gather(1, target)
+                    if plan.smoothing:
+                        losses -= plan.smoothing * log_probs.mean(1, keepdim=True)
+                    loss_sums[layer] += losses.sum()
+                    distillation = plan.distillation if layer != last else 0.0
+                    if distillation:
+                        losses += distillation * (negative_entropy[: len(states)] - _dot(teacher, log_probs))
+                    elif plan.distillation:
+                        teacher = log_probs.exp()
+                        negative_entropy = _dot(teacher, log_probs)
+                    if row_weights is not None:
+                        losses *= row_weights[rows]
+                    total += plan.scales[layer] * losses.sum()
+                    if not plan.with_grad or plan.scales[layer] == 0:
+                        continue
+                    # from here on the same memory holds d loss / d logits, not yet divided by the number of tokens:
+                    # in half precision the small quotients would be lost
+                    gradient = log_probs.exp_().mul_(1 + distillation)
+                    if plan.smoothing:
+                        gradient -= plan.smoothing / weight.shape[0]
+                    gradient.scatter_add_(1, target, torch.full_like(losses, plan.smoothing - 1))
+                    if distillation:
+                        gradient.sub_(teacher[: len(states)], alpha=distillation)
+                    if row_weights is not None:
+                        gradient *= row_weights[rows]
+                    gradient = gradient.to(plan.dtype)
+                    hidden_grads[layer][rows] = plan.scales[layer] * (gradient @ head)
+                    if weight_grad is None:
+                        continue
+                    if plan.dtype == wide:
+                        weight_grad.addmm_(gradient.t(), states, alpha=plan.scales[layer])
+                    else:
+                        weight_grad.add_(gradient.t() @ states, alpha=plan.scales[layer])
+        ctx.grads = (weight_grad, hidden_grads)
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(loss_sums, predictions)
+        return total, loss_sums, predictions
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("`layerwise_loss` gives its gradients once; call it again for a second backward pass.")
+        weight_grad, hidden_grads = ctx.grads
+        # scaled in place and given away: a copy of the head's gradient is what this function saves
+        ctx.grads = None
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(grad_total).to(ctx.dtype)
+        return weight_grad, None, None, None, *(gradient.mul_(grad_total) for gradient in hidden_grads)
+
+
+def _dot(teacher: Tensor, log_probs: Tensor) -> Tensor:
+    """Row by row product [rows, 1] of [rows or more, classes] and [rows, classes], without their product in full."""
+    return (teacher[: len(log_probs)].unsqueeze(1) @ log_probs.unsqueeze(2)).squeeze(2)
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _check(
+    states: Sequence[Tensor],
+    weight: Tensor,
+    labels: Tensor,
+    label_smoothing: float,
+    layer_weights: Sequence[float] | None,
+    intermediate_token_share: float,
+    row_weights: Tensor | None,
+) -> None:
+    if not states or any(state.shape != (*labels.shape, weight.shape[1]) for state in states):
+        raise ValueError(
+            f"`states` must be one tensor {[*labels.shape, weight.shape[1]]} per decoder layer, as `labels` and the "
+            f"head have it, got {[list(state.shape) for state in states]}; leave out the input of the first layer."
+        )
+    if layer_weights is not None and len(layer_weights) != len(states):
+        raise ValueError(
+            f"`layer_weights` must hold one factor for each of the {len(states)} decoder layers, got "
+            f"{list(layer_weights)}."
+        )
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"`label_smoothing` must be in [0, 1), got {label_smoothing}; pass 0 for none.")
+    if not 0.0 < intermediate_token_share <= 1.0:
+        raise ValueError(
+            f"`intermediate_token_share` must be in (0, 1], got {intermediate_token_share}; pass 1 for all tokens, or "
+            "`layer_weights` of 0 to train the last layer alone."
+        )
+    if row_weights is not None and row_weights.shape != labels.shape[:1]:
+        raise ValueError(
+            f"`row_weights` must hold one factor for each of the {labels.shape[0]} rows of `labels`, got the shape "
+            f"{list(row_weights.shape)}."
+        )
+
+
+__all__ = ["LayerwiseLoss", "layerwise_loss", "movement_loss", "saturation_loss"]
