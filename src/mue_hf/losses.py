@@ -6,7 +6,6 @@ of that piece while its logits exist, so that neither they nor a second pass ove
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -198,7 +197,7 @@ class _HeadLoss(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device)
             hidden_grads = [torch.zeros_like(states) for states in hidden]
-        with torch.autocast(weight.device.type, enabled=False) if plan.dtype != wide else nullcontext():
+        with torch.autocast(weight.device.type, enabled=False):
             for start in range(0, len(targets), plan.piece):
                 teacher = None
                 for layer in range(last, -1, -1):
