@@ -9,8 +9,10 @@ from importlib.metadata import version
 # Command -> module with `add_arguments(parser)` and `run(args) -> exit code`, and its line in the help. A module is
 # imported only when its command is asked for.
 COMMANDS = {
+    "calibrate": ("mue_hf.calibrate", "find exit thresholds for a budget of changed outputs or of compute"),
     "caption": ("mue_hf.caption", "caption images and show which layers were skipped"),
     "convert": ("mue_hf.convert_ofa", "convert an OFA checkpoint"),
+    "evaluate": ("mue_hf.evaluate", "measure quality, depth, FLOPs and time of exit settings on a data set"),
 }
 
 
@@ -47,15 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((argument for argument in argv if not argument.startswith("-")), None)
-    args = build_parser(command).parse_args(argv)
     try:
+        args = build_parser(command).parse_args(argv)
         return import_module(COMMANDS[args.command][0]).run(args)
-    # ImportError: a trunk or a scorer of an extra that is not installed; its message names the package.
+    # ImportError: a trunk, a scorer or the loaders of an extra that is not installed; its message names the package.
     except (ImportError, OSError, ValueError) as error:
-        print(f"mue-hf {args.command}: {error}", file=sys.stderr)
+        print(f"mue-hf {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"mue-hf {args.command}: interrupted", file=sys.stderr)
+        print(f"mue-hf {command}: interrupted", file=sys.stderr)
         return 130
 
 

@@ -447,6 +447,13 @@ def resolve_options(
     return ExitOptions.from_dict(saved, config)
 
 
+def chosen_preset(call: Mapping[str, Any], passed: Mapping[str, Any], saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The saved preset that `resolve_options` takes for the same sources, with all that is noted in it; empty without
+    one."""
+    name = next((source["exit_preset"] for source in (call, passed, saved) if source.get("exit_preset")), None)
+    return ((saved.get("exit_presets") or {}) | (passed.get("exit_presets") or {})).get(name) or {}
+
+
 def _preset(name: Any, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     if name not in presets:
         raise ValueError(f"`exit_preset` must name a preset of this model, {sorted(presets)}, got {name!r}.")
@@ -552,6 +559,7 @@ __all__ = [
     "ExitSchedule",
     "StackResult",
     "check_names",
+    "chosen_preset",
     "last_valid",
     "output_score",
     "resolve_options",

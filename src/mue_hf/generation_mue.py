@@ -1,8 +1,12 @@
 """What `generate` needs to exit early: options into policies, Theta(t) from step to step, depths back through beams;
 and the scoring of closed answer sets."""
 
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +17,10 @@ from transformers.modeling_outputs import ModelOutput
 
 from .answers_mue import answer_contexts, answer_scores, answer_tree
 from .cache_mue import MuECache
-from .early_exit_mue import CONFIG_NAMES, ExitSchedule, check_names, resolve_options
+from .early_exit_mue import CONFIG_NAMES, ExitSchedule, check_names, chosen_preset, resolve_options
+
+# Values of each tensor that the fingerprint of the weights looks at: training changes all of them.
+FINGERPRINT_SAMPLES = 64
 
 
 @dataclass
@@ -97,13 +104,20 @@ class _ExitRun:
 class MuEGenerationMixin(GenerationMixin):
     """`generate` with exit options, per-token thresholds, and exit depths in its output."""
 
+    # Weights whose fingerprint is known, their state then, and the fingerprint; replaced as a whole, so that threads
+    # see the old or the new one.
+    _fingerprinted: tuple[list[Tensor], tuple, str | None] | None = None
+
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict]:
         call = {name: kwargs.pop(name) for name in list(kwargs) if name in CONFIG_NAMES}
         check_names(kwargs, CONFIG_NAMES)
         passed = {} if generation_config is None else _exit_attributes(generation_config)
-        options = resolve_options(call, passed, _exit_attributes(self.generation_config), self.config)
+        saved = _exit_attributes(self.generation_config)
+        options = resolve_options(call, passed, saved, self.config)
+        if options.active:
+            self._check_calibration(chosen_preset(call, passed, saved))
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if options.active and generation_config.use_cache is False:
             raise ValueError(
@@ -118,6 +132,23 @@ class MuEGenerationMixin(GenerationMixin):
             )
         generation_config._exit_options = options
         return generation_config, model_kwargs
+
+    def _check_calibration(self, preset: Mapping[str, Any]) -> None:
+        """Warns, once per place in the caller's code, if the preset was calibrated on other weights."""
+        expected = preset.get("weights_fingerprint")
+        if expected is None:
+            return
+        known = self._fingerprinted
+        if known is None or known[1] != _weights_state(self, known[0]):
+            tensors = list(self.parameters())
+            known = (tensors, _weights_state(self, tensors), weights_fingerprint(self))
+            self._fingerprinted = known
+        if known[2] not in (None, expected):
+            warnings.warn(
+                "the exit preset of this call was calibrated on other weights, or in another dtype: what it promises "
+                "does not hold for this model; run `mue-hf calibrate` again.",
+                stacklevel=_callers_level(),
+            )
 
     def _validate_generation_mode(
         self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict
@@ -302,7 +333,11 @@ class MuEGenerationMixin(GenerationMixin):
         """
         options = {name: inputs.pop(name) for name in list(inputs) if name in CONFIG_NAMES}
         check_names(inputs, CONFIG_NAMES)
-        options = resolve_options(options, {}, _exit_attributes(self.generation_config), self.config)
+        saved = _exit_attributes(self.generation_config)
+        preset = chosen_preset(options, {}, saved)
+        options = resolve_options(options, {}, saved, self.config)
+        if options.active:
+            self._check_calibration(preset)
         eos = self.generation_config.eos_token_id
         eos = eos[0] if isinstance(eos, list) else eos
         tree = answer_tree(answers, eos)
@@ -354,6 +389,43 @@ def _exit_attributes(config: GenerationConfig) -> dict[str, Any]:
     return {name: value for name, value in vars(config).items() if "exit" in name and not name.startswith("_")}
 
 
+def weights_fingerprint(model: nn.Module) -> str | None:
+    """SHA-256 of the names, shapes and dtypes of a model's tensors and of up to 64 values of each, evenly spaced.
+
+    It is cheap and tells models, dtypes and trained weights apart, but not every change of single values. None where
+    weights are not in memory.
+    """
+    digest = sha256()
+    for name, tensor in sorted(chain(model.named_parameters(), model.named_buffers())):
+        if tensor.is_meta:
+            return None
+        values = tensor.detach().reshape(-1)
+        values = values[:: max(1, values.numel() // FINGERPRINT_SAMPLES)].cpu()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(values.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _weights_state(model: nn.Module, tensors: list[Tensor]) -> tuple:
+    """What changes where weights are replaced, cast, or written to: cheap to ask at every call."""
+    head = model.lm_head.weight
+    # Tensors made in inference mode count no writes.
+    versions = 0 if head.is_inference() else sum(tensor._version for tensor in tensors)
+    return id(head), head.dtype, head.device, versions
+
+
+def _callers_level() -> int:
+    """The `stacklevel`, for a warning of the calling function, of the first frame outside this package, torch and
+    transformers."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None:
+        package = frame.f_globals.get("__package__") or ""
+        if package != __package__ and package.partition(".")[0] not in ("torch", "transformers"):
+            break
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def _check_answer_ids(answers: Sequence[Sequence[int]], vocab_size: int) -> None:
     for answer in answers:
         if not all(0 <= token < vocab_size for token in answer):
@@ -363,4 +435,10 @@ def _check_answer_ids(answers: Sequence[Sequence[int]], vocab_size: int) -> None
             )
 
 
-__all__ = ["MuEGenerateBeamOutput", "MuEGenerateOutput", "MuEGenerationMixin", "MuEScoreOutput"]
+__all__ = [
+    "MuEGenerateBeamOutput",
+    "MuEGenerateOutput",
+    "MuEGenerationMixin",
+    "MuEScoreOutput",
+    "weights_fingerprint",
+]

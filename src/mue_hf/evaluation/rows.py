@@ -1,0 +1,157 @@
+"""Rows to evaluate on: from files, folders, the Hub or generated scenes, whole or with something taken away."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from datasets import Dataset, Image
+from tqdm import tqdm
+
+from ..data import load_captioning, load_entailment
+from ..features import image_digest
+from ..scenes import SceneDataset
+
+LOADERS = {"captioning": load_captioning, "entailment": load_entailment}
+
+
+class ControlledRows(Sequence):
+    """Rows without premises, or with the images of others or none; `donors` are the rows whose images are shown."""
+
+    def __init__(self, rows: Any, premise: bool, donors: Sequence[int] | None, images: bool) -> None:
+        self.rows, self.premise, self.donors, self.images = rows, premise, donors, images
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = dict(self.rows[index])
+        if not self.premise:
+            row["premise"] = None
+        if self.donors is not None:
+            other = self.rows[self.donors[index]]
+            row |= {name: other[name] for name in ("image", "image_features") if name in other}
+        if not self.images:
+            row.pop("image_features", None)
+            row["image"] = None
+        return row
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Rows to evaluate: `rows` with images, `fields` without, and the `fingerprint` of both."""
+
+    rows: Sequence[Mapping[str, Any]]
+    fields: list[dict[str, Any]]
+    fingerprint: str
+
+
+def load_rows(
+    task: str,
+    source: str,
+    split: str,
+    *,
+    limit: int | None = None,
+    kind_column: str | None = None,
+    **options: Any,
+) -> Any:
+    """
+    Rows of a task; statements on one image are neighbours.
+
+    Args:
+        task (`str`): "captioning" or "entailment".
+        source (`str`): what [`load_captioning`] and [`load_entailment`] take, or "scenes:SEED:COUNT" for COUNT
+            generated scenes, with eight statements each.
+        split (`str`): which rows; "all" for every one.
+        limit (`int`, *optional*): the first so many rows alone.
+        kind_column (`str`, *optional*): a column to keep as "kind"; scenes have it.
+        options: of the loader.
+
+    Raises:
+        ValueError: if the source cannot be read, or is not of the form scenes:SEED:COUNT.
+    """
+    if source.startswith("scenes:"):
+        return _scenes(task, source, split)[:limit]
+    if kind_column is not None:
+        options["keep_columns"] = [kind_column]
+    rows = LOADERS[task](source, None if split == "all" else split, **options)
+    if kind_column not in (None, "kind"):
+        rows = rows.rename_column(kind_column, "kind")
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    if task == "entailment":
+        ids = list(rows["image_id"])
+        rows = rows.select(sorted(range(len(ids)), key=ids.__getitem__))
+    return rows
+
+
+def _scenes(task: str, source: str, split: str) -> list[dict[str, Any]]:
+    try:
+        _, seed, count = source.split(":")
+        seed, count = int(seed), int(count)
+    except ValueError as error:
+        raise ValueError(
+            f"`source` must be scenes:SEED:COUNT with two integers, got {source!r}; try scenes:0:1250."
+        ) from error
+    if task == "captioning":
+        scenes = SceneDataset(count, seed, split, statements=0)
+        return [scenes[index] for index in range(count)]
+    rows = []
+    scenes = SceneDataset(count, seed, split, captions=False)
+    for scene in (scenes[index] for index in range(count)):
+        common = {"image": scene["image"], "image_id": scene["image_id"], "premise": None}
+        for text, label, kind in zip(scene["hypothesis"], scene["label"], scene["kind"], strict=True):
+            rows.append(common | {"hypothesis": text, "label": label, "kind": kind})
+    return rows
+
+
+def describe_rows(rows: Any) -> EvaluationData:
+    """`rows` with their texts and fingerprint: another text, label or picture, another fingerprint."""
+    if isinstance(rows, Dataset):
+        fields = rows.remove_columns("image").to_list()
+        images = rows.select_columns(["image"]).cast_column("image", Image(decode=False))
+    else:
+        fields = [{name: value for name, value in row.items() if name != "image"} for row in rows]
+        images = rows
+    digest, last = sha256(), None
+    for index, row in enumerate(tqdm(fields, desc="fingerprint", unit="row", delay=2, leave=None)):
+        digest.update(json.dumps(row, sort_keys=True).encode())
+        if row["image_id"] != last:
+            digest.update(image_digest(images[index]["image"]).encode())
+        last = row["image_id"]
+    return EvaluationData(rows, fields, digest.hexdigest())
+
+
+def donors(image_ids: Sequence[str], seed: int = 0) -> list[int]:
+    """For each row a row with another image; rows of one image get the same one.
+
+    Raises:
+        ValueError: if there is only one image.
+    """
+    first: dict[str, int] = {}
+    for index, image_id in enumerate(image_ids):
+        first.setdefault(image_id, index)
+    names = list(first)
+    if len(names) < 2:
+        raise ValueError("Shuffled images need at least two images, got one; evaluate more rows.")
+    random.Random(seed).shuffle(names)
+    other = {name: first[names[index - 1]] for index, name in enumerate(names)}
+    return [other[image_id] for image_id in image_ids]
+
+
+class ChosenRows(Sequence):
+    """Some rows of others, read when they are needed."""
+
+    def __init__(self, rows: Sequence[Any], indices: Sequence[int]) -> None:
+        self.rows, self.indices = rows, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[self.indices[index]]
+
+
+__all__ = ["ChosenRows", "ControlledRows", "EvaluationData", "describe_rows", "donors", "load_rows"]

@@ -1,0 +1,578 @@
+"""Calibration: replayed depths against real runs, the promise on synthetic draws, presets, and the command."""
+
+import json
+import math
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import GenerationConfig
+
+from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, cli
+from mue_hf.bounds import smallest_budget
+from mue_hf.calibration import (
+    Candidate,
+    Level,
+    Outcome,
+    _Part,
+    calibrate,
+    certify,
+    check_size,
+    pareto_path,
+    split_images,
+    thinned,
+    write_preset,
+)
+from mue_hf.early_exit_mue import ExitPolicy, resolve_options
+from mue_hf.evaluation.rows import describe_rows
+from mue_hf.generation_mue import weights_fingerprint
+from mue_hf.predict import predict
+from mue_hf.scenes import SceneDataset
+from mue_hf.signals import SignalRecorder, replay, threshold_levels, without_decay
+
+# Most draws of random weights give outputs that depend on depth; the loss of part B is then well above 0.
+IMAGES = 24
+
+
+def make_parts(dtype=torch.float32, **overrides):
+    """A tiny random model whose tokens are bytes, and its processor."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
+    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128, dtype=dtype, **overrides)
+    model.generation_config = GenerationConfig(
+        bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=0, max_new_tokens=4
+    )
+    return model, MuEProcessor(MuEImageProcessor(size={"height": 48, "width": 48}), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return make_parts()
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Captions and two statements on each of a few scenes."""
+    return list(SceneDataset(IMAGES, seed=3, statements=2))
+
+
+@pytest.fixture(scope="module")
+def statements(scenes):
+    return [
+        {"image": scene["image"], "image_id": scene["image_id"], "hypothesis": hypothesis, "label": label}
+        for scene in scenes
+        for hypothesis, label in zip(scene["hypothesis"], scene["label"], strict=True)
+    ]
+
+
+@pytest.fixture
+def checkpoint(parts, tmp_path):
+    model, processor = parts
+    model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def data(scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for index, scene in enumerate(scenes):
+        scene["image"].save(folder / f"{index}.png")
+        rows.append({"image": f"{index}.png", "captions": list(scene["references"]), "split": "dev"})
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "captions.jsonl"
+
+
+def calibrated(parts, rows, task, **options):
+    return calibrate(*parts, describe_rows(rows), task, progress=False, **options)
+
+
+def record(model, processor, rows, task, options=None, tokens=None):
+    with SignalRecorder(model, tokens) as recorder:
+        full = predict(model, processor, rows, task, options, batch_size=5, progress=False)
+    return recorder.signals, full
+
+
+class TestSignals:
+    @pytest.mark.parametrize("per_layer", [False, True], ids=["one threshold", "per layer"])
+    @pytest.mark.parametrize("decomposed", [True, False], ids=["decomposed", "joint"])
+    @pytest.mark.parametrize("min_layers", [1, 2])
+    def test_replayed_encoder_depths_are_those_of_a_run(self, min_layers, decomposed, per_layer, statements):
+        parts = make_parts(modality_decomposition=decomposed)
+        rows = [
+            row | {"image": None if index // 2 in (1, 4) else row["image"]} for index, row in enumerate(statements)
+        ][:16]
+        signals, _ = record(*parts, rows, "entailment")
+        seen = set()
+        for stream, cosines in signals.encoder.items():
+            levels = threshold_levels(cosines, 4, per_layer=per_layer, min_layers=min_layers)
+            assert levels
+            for thresholds in levels:
+                every = thresholds if per_layer else [thresholds] * 3
+                depths = replay(cosines, every, min_layers).tolist()
+                options = {f"{stream}_exit_threshold": thresholds, "exit_min_layers": min_layers}
+                real = predict(*parts, rows, "entailment", options, batch_size=3, progress=False)
+                if stream != "text":
+                    assert [one.image_depth for one in real] == [
+                        0 if row["image"] is None else depth for row, depth in zip(rows, depths, strict=True)
+                    ]
+                if stream != "image":
+                    assert [one.text_depth for one in real] == depths
+                seen |= set(depths)
+        assert {min_layers, 3} <= seen
+
+    @pytest.mark.parametrize("beams", [1, 3])
+    def test_first_token_of_the_decoder(self, beams, parts, scenes):
+        options = {"num_beams": beams, "max_new_tokens": 3, "min_new_tokens": 3}
+        signals, _ = record(*parts, scenes, "captioning", options)
+        rows = len(scenes) * beams
+        assert signals.rows.tolist() == [row for row in range(rows) for _ in range(3)]
+        assert signals.steps.tolist() == [0, 1, 2] * rows
+        assert signals.samples.tolist() == [row // beams for row in range(rows)]
+        for thresholds in threshold_levels(signals.decoder, 3):
+            depths = replay(signals.decoder, [thresholds] * 4)[signals.steps == 0][::beams]
+            options = {"decoder_exit_threshold": thresholds, "max_new_tokens": 1, "num_beams": beams}
+            real = predict(*parts, scenes, "captioning", options, progress=False)
+            assert [one.token_depths[0] for one in real] == depths.tolist()
+
+    def test_answers_are_one_decision_per_place_where_they_part(self, parts, statements):
+        model, processor = parts
+        signals, full = record(model, processor, statements[:8], "entailment")
+        contexts = len(full[0].token_depths)
+        assert len(signals.decoder) == 8 * contexts
+        assert not signals.steps.any()
+        for thresholds in threshold_levels(signals.decoder, 3):
+            depths = replay(signals.decoder, [thresholds] * 4).view(8, contexts).tolist()
+            options = {"decoder_exit_threshold": thresholds}
+            real = predict(model, processor, statements[:8], "entailment", options, progress=False)
+            assert [list(one.token_depths) for one in real] == depths
+
+    def test_agreement_is_with_the_last_layer_among_the_tokens_that_count(self, parts, scenes):
+        options = {"max_new_tokens": 2}
+        signals, _ = record(*parts, scenes, "captioning", options)
+        assert signals.agreeing[:, -1].all()
+        assert not signals.agreeing.all()
+        single, _ = record(*parts, scenes, "captioning", options, tokens=[7])
+        assert single.agreeing.all()
+
+    def test_recording_changes_nothing_and_ends(self, parts, scenes):
+        _, full = record(*parts, scenes, "captioning")
+        again = predict(*parts, scenes, "captioning", progress=False)
+        assert [one.token_ids for one in full] == [one.token_ids for one in again]
+        assert not parts[0].get_encoder()._forward_hooks
+        assert not parts[0].get_decoder()._forward_pre_hooks
+
+    @pytest.mark.parametrize("beta", [1.0, 0.9, 0.3])
+    def test_decay_is_that_of_the_policy(self, beta):
+        generator = torch.Generator().manual_seed(0)
+        cosines = torch.rand(40, 3, generator=generator, dtype=torch.float64)
+        steps = torch.arange(40) % 10
+        thresholds = (0.4, None, 0.7)
+        depths = replay(without_decay(cosines, steps, 10, beta, 0.5), thresholds)
+        policy = ExitPolicy("similarity", thresholds, beta=beta, tau=0.5)
+        for row in range(40):
+            now = policy.at_step(int(steps[row]), 10)
+            assert replay(cosines[row : row + 1], now.thresholds) == depths[row]
+
+
+class TestThresholdLevels:
+    def test_are_spread_from_careful_to_fast(self):
+        cosines = torch.rand(200, 5, generator=torch.Generator().manual_seed(0))
+        means = [replay(cosines, [one] * 5).double().mean().item() for one in threshold_levels(cosines, 4)]
+        assert means == sorted(means, reverse=True)
+        assert np.allclose(means, [4, 3, 2, 1], atol=0.3)
+
+    def test_purity_decides_per_layer_in_the_decoder(self):
+        # The first layer agrees only above 0.5, and lives on another scale than the others.
+        cosines = torch.stack([torch.linspace(0, 1, 101), torch.full((101,), 0.99), torch.ones(101)], dim=1)
+        agreeing = torch.stack([cosines[:, 0] > 0.5, *[torch.ones(101, dtype=torch.bool)] * 2], dim=1)
+        careful = threshold_levels(cosines, 5, agreeing=agreeing, per_layer=True)[0]
+        assert careful[0] == pytest.approx(0.505, abs=0.01)
+        assert careful[1] < 0.99
+        assert careful[2] is None
+
+    @pytest.mark.parametrize("min_layers", [1, 3])
+    def test_open_layers_alone_count(self, min_layers):
+        assert threshold_levels(torch.rand(9, 1), 3) == []
+        cosines = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
+        for per_layer in (False, True):
+            for level in threshold_levels(cosines, 3, per_layer=per_layer, min_layers=min_layers):
+                every = level if per_layer else [level] * 4
+                assert replay(cosines, every, min_layers).min() >= min_layers
+
+    @pytest.mark.parametrize("per_layer", [False, True])
+    def test_a_constant_prompt_has_levels(self, per_layer):
+        noise = 1e-8 * torch.rand(20, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        cosines = torch.tensor([0.3, 0.7, 0.5, 0.9, 0.4]).double() + noise
+        levels = threshold_levels(cosines, 5, per_layer=per_layer)
+        depths = [set(replay(cosines, one if per_layer else [one] * 5).tolist()) for one in levels]
+        assert depths == [{4}, {2}, {1}]
+
+    def test_rows_without_the_stream_are_left_out(self):
+        cosines = torch.full((3, 4), torch.nan)
+        assert threshold_levels(cosines, 3) == []
+        assert replay(cosines, [0.5] * 4).tolist() == [0, 0, 0]
+
+
+class TestSearch:
+    def test_path_is_what_nothing_beats(self):
+        image = [Level({"image": 1}, 0.1, 0.0), Level({"image": 2}, 0.3, 0.2)]
+        decoder = [Level({"decoder": 1}, 0.2, 0.01), Level({"decoder": 2}, 0.2, 0.5)]
+        path = pareto_path([image, decoder])
+        assert [one.options for one in path] == [
+            {"image": 1},
+            {"image": 1, "decoder": 1},
+            {"image": 2, "decoder": 1},
+        ]
+        assert [one.cost for one in path] == pytest.approx([0.9, 0.7, 0.5])
+        assert pareto_path([[Level({}, -0.1, 0.0)]]) == []
+
+    def test_thinning_keeps_the_ends(self):
+        path = [Candidate({}, 1 - step / 20, step / 100) for step in range(1, 15)]
+        kept = thinned(path, 0.1, 4)
+        assert [one.risk for one in kept] == pytest.approx([0.01, 0.04, 0.07, 0.1])
+        assert thinned(path, 0.001, 4) == path[:1]
+
+    def test_split_is_by_image_and_seeded(self):
+        ids = [f"image {number // 3}" for number in range(60)]
+        a, b = split_images(ids, 0.3, seed=1)
+        assert (len(a), len(b)) == (6, 14)
+        assert sorted(row for image in a + b for row in image) == list(range(60))
+        assert all(len({ids[row] for row in image}) == 1 for image in a + b)
+        assert split_images(ids, 0.3, seed=1) == (a, b)
+        assert split_images(ids, 0.3, seed=2) != (a, b)
+        assert b != sorted(b)
+
+    def test_images_are_the_units(self):
+        part = _Part(None, [], [1, 3, 2])
+        assert part.by_image([1.0, 0.0, 1.0, 1.0, 0.0, 0.0]) == pytest.approx([1, 2 / 3, 0])
+
+    def test_testing_stops_at_the_first_failure(self):
+        losses = {1: 0.0, 2: 0.5, 3: 0.0}
+        runs = []
+
+        def measure(options):
+            runs.append(options["level"])
+            return Outcome(np.full(200, losses[options["level"]]), 0.5, 0.5)
+
+        path = [Candidate({"level": level}, 0.5, 0.0) for level in losses]
+        tested, certified = certify(path, measure, 0.1, 0.05, "hoeffding-bentkus")
+        assert (runs, certified) == ([1, 2], 1)
+        assert tested[0].bound == pytest.approx(smallest_budget(200))
+
+    @pytest.mark.parametrize("method", ["hoeffding-bentkus", "betting"])
+    def test_promise_holds_on_fresh_draws(self, method):
+        """An image changes its output under a level with a probability that belongs to the level; streams add up."""
+        budget, delta = 0.1, 0.05
+        # One of each stream alone is a hair above the budget, where certificates are easiest to get wrongly.
+        true_risk = {"image": [0.0, 0.03, 0.08, 0.1001], "decoder": [0.02, 0.05, 0.1001, 0.3]}
+        savings = [0.05, 0.15, 0.25, 0.35]
+        wrong = some = lucky = 0
+        for draw in range(200):
+            rng = np.random.default_rng(draw)
+
+            def losses(options, images, rng=rng):
+                kept = math.prod(1 - true_risk[stream][level] for stream, level in options.items())
+                return (rng.random(images) > kept).astype(float)
+
+            streams = [
+                [
+                    Level({stream: level}, saving, losses({stream: level}, 100).mean())
+                    for level, saving in enumerate(savings)
+                ]
+                for stream in true_risk
+            ]
+            path = thinned(pareto_path(streams), 2 * budget, 8)
+            tested, certified = certify(
+                path, lambda options, losses=losses: Outcome(losses(options, 300), 1, 1), budget, delta, method
+            )
+            risks = [1 - math.prod(1 - true_risk[s][level] for s, level in one.options.items()) for one in tested]
+            wrong += any(risk > budget for risk in risks[:certified])
+            some += certified > 0
+            lucky += any(risk > budget >= one.loss for risk, one in zip(risks, tested, strict=True))
+        # Were the promise kept with probability .95 exactly, 21 or more would have probability .001.
+        assert wrong <= 20
+        assert some >= 150
+        # Whoever trusted the mean of the sample would break it often.
+        assert lucky > 20
+
+
+class TestCalibrate:
+    @pytest.mark.parametrize(
+        ("task", "risk", "options"),
+        [
+            ("captioning", "disagreement", {"per_layer": True, "options": {"num_beams": 2, "exit_kv": "copy"}}),
+            ("captioning", "metric", {"betas": (1.0, 0.9)}),
+            ("entailment", "disagreement", {"prompt_type": "none", "objective": "time"}),
+            ("entailment", "metric", {"per_layer": True, "method": "betting"}),
+        ],
+        ids=["captions", "CIDEr", "answers", "accuracy"],
+    )
+    def test_preset_is_certified_and_keeps_its_loss_in_real_runs(self, task, risk, options, parts, scenes, statements):
+        model, processor = parts
+        rows = scenes if task == "captioning" else statements
+        found = calibrated(parts, rows, task, budget=0.9, risk=risk, levels=2, candidates=3, **options)
+        preset = found.preset
+        assert preset is not None
+        assert preset["n"] == IMAGES - round(0.3 * IMAGES)
+        assert (preset["budget"], preset["delta"], preset["risk"]) == (0.9, 0.05, risk)
+        assert preset["loss"] <= preset["bound"] <= 0.9
+        assert preset["flops"] < 1
+        assert preset["weights_fingerprint"] == weights_fingerprint(model)
+        assert json.loads(json.dumps(preset)) == preset
+        # By name, on a model with other options saved, it runs what was tested.
+        saved = {"exit_presets": {"mine": preset}, "image_exit_threshold": 0.1, "exit_kv": "exact", "exit_warmup": 0.5}
+        exits = {name: value for name, value in preset.items() if "exit" in name}
+        assert resolve_options({"exit_preset": "mine"}, {}, saved, model.config) == resolve_options(
+            exits, {}, {}, model.config
+        )
+        others = {name: value for name, value in options.get("options", {}).items() if "exit" not in name}
+        prompt = {"prompt_type": options.get("prompt_type", "prev_output")}
+        full, real = (
+            predict(model, processor, rows, task, others | some, progress=False, **prompt)
+            for some in ({"exit_criterion": "never"}, exits)
+        )
+        _, test = split_images([row["image_id"] for row in rows], 0.3, 0)
+        if risk == "disagreement":
+            changed = [np.mean([full[row].output != real[row].output for row in image]) for image in test]
+            assert np.mean(changed) == pytest.approx(preset["loss"])
+
+    def test_saved_exits_do_not_reach_the_runs(self, scenes):
+        plain, (model, processor) = make_parts(), make_parts()
+        model.generation_config.update(
+            image_exit_threshold=-2.0, decoder_exit_threshold=-2.0, exit_warmup=0.5, exit_decay_beta=0.5
+        )
+        found, other = (
+            calibrated(some, scenes, "captioning", budget=0.9, levels=2, candidates=2)
+            for some in (plain, (model, processor))
+        )
+        assert found.preset["loss"] == other.preset["loss"]
+        assert found.preset["image_exit_threshold"] == other.preset["image_exit_threshold"]
+
+    def test_joint_encoder(self, scenes):
+        found = calibrated(make_parts(modality_decomposition=False), scenes, "captioning", budget=0.9, levels=2)
+        assert {"encoder_exit_threshold", "decoder_exit_threshold"} & found.preset.keys()
+
+    def test_compute_budget_gives_the_bound_of_its_loss(self, parts, scenes):
+        found = calibrated(parts, scenes, "captioning", budget=None, compute=0.9, levels=3)
+        assert len(found.tested) == 1
+        assert found.preset["compute"] == 0.9
+        assert "budget" not in found.preset
+        assert found.preset["loss"] < found.preset["bound"]
+        assert found.preset["flops"] < 1
+        with pytest.raises(ValueError, match=r"`compute` must be reachable, got 0.001, .* reach 0\.\d+ of the flops"):
+            calibrated(parts, scenes, "captioning", budget=None, compute=0.001, levels=1)
+
+    def test_nothing_is_promised_where_nothing_holds(self, parts, scenes, monkeypatch):
+        everything = Outcome(np.ones(IMAGES), 0.5, 0.5)
+        monkeypatch.setattr("mue_hf.calibration._Runner.outcome", lambda *_: everything)
+        found = calibrated(parts, scenes, "captioning", budget=0.7, levels=1)
+        assert found.preset is None
+        assert [one.pvalue for one in found.tested] == [1.0]
+
+    def test_too_few_images_say_what_would_do(self, parts, scenes, monkeypatch):
+        monkeypatch.setattr("mue_hf.calibration.predict", None)
+        smallest = smallest_budget(IMAGES - round(0.3 * IMAGES))
+        with pytest.raises(ValueError, match=rf"at least {math.ceil(smallest * 1000) / 1000} for the 17 images"):
+            calibrated(parts, scenes, "captioning", budget=0.05)
+        check_size(59, 0.05, 0.05, "hoeffding-bentkus")
+        with pytest.raises(ValueError, match=r"at least 0\.0504 for the 58 images .*about 59"):
+            check_size(58, 0.05, 0.05, "hoeffding-bentkus")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"budget": 0.0}, "`budget` must be above 0 and below 1, got 0.0"),
+            ({"compute": 0.5}, "`budget` or `compute` must be given, got 0.9 and 0.5"),
+            ({"delta": 1.0}, "`delta` must be above 0"),
+            ({"search_share": 1.0}, "`search_share` must be above 0"),
+            ({"risk": "regret"}, "`risk` must be one of .*, got 'regret'"),
+            ({"objective": "energy"}, "`objective` must be one of"),
+            ({"method": "hope"}, "`method` must be one of"),
+            ({"betas": ()}, "`betas` must be at least 1"),
+            ({"betas": (0.0,)}, "`betas` must be above 0 and at most 1"),
+            ({"levels": 0}, "`levels` must be at least 1"),
+            ({"options": {"decoder_exit_threshold": 0.5}}, "`options` may hold .* got \\['decoder_exit_threshold'"),
+            ({"options": {"do_sample": True}}, "`do_sample` must be False"),
+            ({"task": "translation"}, "`task` must be one of"),
+            ({"rows": 1}, "at least two images"),
+            ({"risk": "metric", "task": "entailment", "labels": False}, "`data` must have `label`"),
+        ],
+    )
+    def test_bad_input_is_refused_before_the_first_run(self, arguments, message, parts, scenes, monkeypatch):
+        monkeypatch.setattr("mue_hf.calibration.predict", None)
+        given = {"task": "captioning", "budget": 0.9, "rows": IMAGES, "labels": True} | arguments
+        rows = scenes[: given.pop("rows")]
+        if not given.pop("labels"):
+            rows = [{name: value for name, value in row.items() if name != "label"} for row in rows]
+        with pytest.raises(ValueError, match=message):
+            calibrated(parts, rows, given.pop("task"), **given)
+
+
+class TestPresets:
+    PRESET = {"decoder_exit_threshold": [0.1, None, 0.3, None], "budget": 0.05, "weights_fingerprint": "none of these"}
+
+    def test_other_presets_and_settings_stay(self, checkpoint):
+        path = checkpoint / "generation_config.json"
+        before = json.loads(path.read_text())
+        write_preset(checkpoint, "first", {"decoder_exit_threshold": 0.5})
+        write_preset(checkpoint, "second", self.PRESET)
+        write_preset(checkpoint, "first", {"decoder_exit_threshold": 0.7})
+        after = json.loads(path.read_text())
+        assert after.pop("exit_presets") == {"first": {"decoder_exit_threshold": 0.7}, "second": self.PRESET}
+        assert after == before
+        assert not list(checkpoint.glob("*.part"))
+        loaded = MuEForConditionalGeneration.from_pretrained(checkpoint)
+        assert loaded.generation_config.exit_presets["second"] == self.PRESET
+
+    def test_a_failed_write_leaves_the_file(self, checkpoint, monkeypatch):
+        path = checkpoint / "generation_config.json"
+        before = path.read_text()
+        monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+        with pytest.raises(OSError, match="disk"):
+            write_preset(checkpoint, "mine", self.PRESET)
+        assert path.read_text() == before
+        assert not list(checkpoint.glob("*.part"))
+
+    @pytest.mark.parametrize("name", [" ", "paper-captioning"])
+    def test_names_that_are_not_ours(self, name, checkpoint):
+        with pytest.raises(ValueError, match="`preset` must be a name of its own"):
+            write_preset(checkpoint, name, self.PRESET)
+
+    def test_damaged_file(self, checkpoint):
+        (checkpoint / "generation_config.json").write_text("{")
+        with pytest.raises(ValueError, match="whole generation_config.json"):
+            write_preset(checkpoint, "mine", self.PRESET)
+
+
+class TestWarning:
+    @pytest.fixture
+    def own(self):
+        model, processor = make_parts()
+        inputs = processor(images=SceneDataset(1)[0]["image"])
+        model.generation_config.exit_presets = {
+            "mine": {"decoder_exit_threshold": 0.5, "weights_fingerprint": weights_fingerprint(model)},
+            "bare": {"decoder_exit_threshold": 0.5},
+        }
+        return model, dict(inputs), processor
+
+    def test_only_changed_weights_warn(self, own):
+        model, inputs, _ = own
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.generate(**inputs, exit_preset="mine")
+            model.eval().generate(**inputs, exit_preset="mine")
+            with torch.no_grad():
+                model.get_decoder().layers[1].fc1.weight.mul_(1.01)
+            model.generate(**inputs, exit_preset="bare")
+            model.generate(**inputs, exit_preset="mine", exit_criterion="never")
+            model.generate(**inputs)
+        with pytest.warns(UserWarning, match="calibrated on other weights.*mue-hf calibrate") as caught:
+            model.generate(**inputs, exit_preset="mine")
+        assert caught[0].filename == __file__
+
+    def test_scoring_answers_warns_too(self, own):
+        model, inputs, processor = own
+        with torch.no_grad():
+            model.lm_head.weight.add_(0.1)
+        answers = processor.encode_answers(["yes", "no"])
+        with pytest.warns(UserWarning, match="calibrated on other weights") as caught:
+            model.score_answers(answers, **inputs, exit_preset="mine")
+        assert caught[0].filename == __file__
+
+    def test_once_per_place(self, own):
+        model, inputs, _ = own
+        model.generation_config.exit_presets["mine"]["weights_fingerprint"] = "another"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for _ in range(3):
+                model.generate(**inputs, exit_preset="mine")
+            model.generate(**inputs, exit_preset="mine")
+        assert len(caught) == 2
+
+    def test_weights_are_read_once(self, own, monkeypatch):
+        model, inputs, _ = own
+        reads = []
+        real = weights_fingerprint
+        monkeypatch.setattr("mue_hf.generation_mue.weights_fingerprint", lambda one: reads.append(one) or real(one))
+        model.generate(**inputs)
+        assert not reads
+        threads = [threading.Thread(target=model.generate, kwargs=inputs | {"exit_preset": "mine"}) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        first = len(reads)
+        model.generate(**inputs, exit_preset="mine")
+        assert 1 <= first <= 3
+        assert len(reads) == first
+
+    def test_fingerprint_survives_saving_and_tells_dtypes_apart(self, parts, checkpoint):
+        model = MuEForConditionalGeneration.from_pretrained(checkpoint)
+        expected = weights_fingerprint(parts[0])
+        assert weights_fingerprint(model) == expected
+        assert weights_fingerprint(model.bfloat16()) != expected
+        assert weights_fingerprint(model.to("meta")) is None
+
+
+class TestCommand:
+    ARGUMENTS = ("--task", "captioning", "--levels", "2", "--candidates", "2")
+
+    def test_preset_works_in_generate(self, checkpoint, data, scenes, tmp_path, capsys):
+        features = tmp_path / "features"
+        arguments = ["--data", str(data), "--budget", "0.9", "--preset", "fast", "--features", str(features)]
+        assert cli.main(["calibrate", str(checkpoint), *self.ARGUMENTS, *arguments]) == 0
+        output = capsys.readouterr().out
+        assert "fast: mean loss (disagreement) of at most 0.9 with confidence 0.95, from 17 images" in output
+        model = MuEForConditionalGeneration.from_pretrained(checkpoint)
+        preset = model.generation_config.exit_presets["fast"]
+        assert preset["n"] == 17
+        assert list(features.glob("*/*.safetensors"))
+        inputs = MuEProcessor.from_pretrained(checkpoint)(images=scenes[0]["image"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            output = model.generate(**inputs, exit_preset="fast", return_dict_in_generate=True)
+        layers = model.config.encoder_layers, model.config.decoder_layers
+        depths = output.image_exit_layers.tolist() + output.text_exit_layers.tolist()
+        assert min(depths) < layers[0] or output.decoder_exit_layers.max() < layers[1]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.001)
+        model.save_pretrained(checkpoint)
+        tuned = MuEForConditionalGeneration.from_pretrained(checkpoint)
+        with pytest.warns(UserWarning, match="calibrated on other weights"):
+            tuned.generate(**inputs, exit_preset="fast")
+
+    def test_dry_run_writes_nothing(self, checkpoint, data, capsys):
+        path = checkpoint / "generation_config.json"
+        before = path.read_text()
+        arguments = ["--data", str(data), "--compute", "0.95", "--dry-run", "--num-beams", "2"]
+        assert cli.main(["calibrate", str(checkpoint), *self.ARGUMENTS, *arguments]) == 0
+        assert "Nothing was written" in capsys.readouterr().out
+        assert path.read_text() == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--budget", "0.05"], "must be at least 0.162 for the 17 images"),
+            (["--preset", "paper-captioning"], "must be a name of its own"),
+            (["--generate", "image_exit_threshold=0.5", "--budget", "0.9"], "may hold the exit options"),
+            (["--split", "nowhere"], "must hold rows of the split 'nowhere'"),
+        ],
+        ids=["too few", "name", "threshold", "split"],
+    )
+    def test_bad_input(self, arguments, message, checkpoint, data, capsys):
+        before = (checkpoint / "generation_config.json").read_text()
+        command = ["calibrate", str(checkpoint), *self.ARGUMENTS, "--data", str(data), *arguments]
+        assert cli.main(command) == 2
+        assert message in capsys.readouterr().err
+        assert (checkpoint / "generation_config.json").read_text() == before
+
+    def test_checkpoint_must_be_a_folder(self, data, capsys):
+        assert cli.main(["calibrate", "nobody/nothing", *self.ARGUMENTS, "--data", str(data)]) == 2
+        assert "must be a local folder" in capsys.readouterr().err
