@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # One thread for each of the two test processes: more of either only makes them wait for each other.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 PHOTOS ?= examples/photos/*.jpg
-check_dirs := src tests examples .ci
+check_dirs := src tests examples benchmarks .ci
 
 .PHONY: help demo test style quality dist clean
 

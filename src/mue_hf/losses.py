@@ -17,8 +17,10 @@ from torch.autograd.function import once_differentiable
 from .early_exit_mue import similarity
 
 IGNORED = -100
-# Logits that exist at a time; of OFA's vocabulary 282 tokens of one layer, 64 MiB in float32.
-PIECE_LOGITS = 2**24
+# Logits that exist at a time; of OFA's vocabulary 141 tokens of one layer, 32 MiB in float32.
+PIECE_LOGITS = 2**23
+# Entries of the head's gradient that are made in half precision before they are added up in full.
+BLOCK_ENTRIES = 2**22
 # Chord distance that tokens which still change their mind must keep from the layer before.
 SATURATION_MARGIN = 0.4
 
@@ -98,7 +100,7 @@ def layerwise_loss(
         # the drawn tokens come first, so that every layer reads a head of the same list
         places = places[torch.randperm(total, device=places.device)]
     targets = labels.flatten()[places]
-    if total and int(targets.amax()) >= weight.shape[0] or total and int(targets.amin()) < 0:
+    if total and not 0 <= int(targets.amin()) <= int(targets.amax()) < weight.shape[0]:
         raise ValueError(
             f"`labels` must lie in the vocabulary [0, {weight.shape[0]}) or be {IGNORED}, got "
             f"{int(targets.amin())} to {int(targets.amax())}; use the tokenizer that belongs to this model."
@@ -116,7 +118,9 @@ def layerwise_loss(
     )
     if row_weights is not None:
         row_weights = row_weights.to(weight.device)[places // labels.shape[1]].unsqueeze(1)
-    summed, loss_sums, predictions = _HeadLoss.apply(weight, targets, row_weights, plan, *map(norm, taken))
+    hidden = [norm(state) for state in taken]
+    with torch.autocast(weight.device.type, enabled=False):
+        summed, loss_sums, predictions = _HeadLoss.apply(weight, targets, row_weights, plan, *hidden)
     items = max(total, 1) if num_items_in_batch is None else num_items_in_batch
     loss = summed / items
     if saturation:
@@ -176,6 +180,13 @@ class _Plan:
     with_grad: bool
 
 
+class _Teacher(NamedTuple):
+    """The last layer's probabilities [tokens, classes], and their negative entropy [tokens, 1]."""
+
+    probs: Tensor
+    negative_entropy: Tensor
+
+
 class _HeadLoss(torch.autograd.Function):
     """Weighted sum over layers and tokens of cross-entropy and divergence, from normalised states.
 
@@ -188,61 +199,43 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, weight: Tensor, targets: Tensor, row_weights: Tensor | None, plan: _Plan, *hidden: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        head, last = weight.to(plan.dtype), len(hidden) - 1
+        head = weight.to(plan.dtype)
         total = torch.zeros((), dtype=wide, device=weight.device)
         loss_sums = torch.zeros(len(hidden), dtype=wide, device=weight.device)
         predictions = targets.new_full((len(hidden), len(targets)), -1)
         weight_grad, hidden_grads = None, [None] * len(hidden)
         if plan.with_grad:
+            hidden_grads = [torch.zeros_like(states) for states in hidden]
             if ctx.needs_input_grad[0]:
                 weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-            hidden_grads = [torch.zeros_like(states) for states in hidden]
-        with torch.autocast(weight.device.type, enabled=False):
-            for start in range(0, len(targets), plan.piece):
-                teacher = None
-                for layer in range(last, -1, -1):
-                    states = hidden[layer][start : start + plan.piece].to(plan.dtype)
-                    rows = slice(start, start + len(states))
-                    if len(states) == 0:
-                        continue
-                    logits = states @ head.t()
-                    predictions[layer, rows] = logits.argmax(-1)
-                    log_probs = logits.log_softmax(-1, dtype=wide)
-                    del logits
-                    target = targets[rows].unsqueeze(1)
-                    losses = -(1 - plan.smoothing) * log_probs.gather(1, target)
-                    if plan.smoothing:
-                        losses -= plan.smoothing * log_probs.mean(1, keepdim=True)
-                    loss_sums[layer] += losses.sum()
-                    distillation = plan.distillation if layer != last else 0.0
-                    if distillation:
-                        losses += distillation * (negative_entropy[: len(states)] - _dot(teacher, log_probs))
-                    elif plan.distillation:
-                        teacher = log_probs.exp()
-                        negative_entropy = _dot(teacher, log_probs)
-                    if row_weights is not None:
-                        losses *= row_weights[rows]
-                    total += plan.scales[layer] * losses.sum()
-                    if not plan.with_grad or plan.scales[layer] == 0:
-                        continue
-                    # from here on the same memory holds d loss / d logits, not yet divided by the number of tokens:
-                    # in half precision the small quotients would be lost
-                    gradient = log_probs.exp_().mul_(1 + distillation)
-                    if plan.smoothing:
-                        gradient -= plan.smoothing / weight.shape[0]
-                    gradient.scatter_add_(1, target, torch.full_like(losses, plan.smoothing - 1))
-                    if distillation:
-                        gradient.sub_(teacher[: len(states)], alpha=distillation)
-                    if row_weights is not None:
-                        gradient *= row_weights[rows]
-                    gradient = gradient.to(plan.dtype)
-                    hidden_grads[layer][rows] = plan.scales[layer] * (gradient @ head)
-                    if weight_grad is None:
-                        continue
-                    if plan.dtype == wide:
-                        weight_grad.addmm_(gradient.t(), states, alpha=plan.scales[layer])
-                    else:
-                        weight_grad.add_(gradient.t() @ states, alpha=plan.scales[layer])
+        for start in range(0, len(targets), plan.piece):
+            teacher = None
+            # the last layer first: it teaches the others
+            for layer in reversed(range(len(hidden))):
+                states = hidden[layer][start : start + plan.piece].to(plan.dtype)
+                if len(states) == 0:
+                    continue
+                rows, scale = slice(start, start + len(states)), plan.scales[layer]
+                target, factor = targets[rows].unsqueeze(1), 1.0 if row_weights is None else row_weights[rows]
+                logits = states @ head.t()
+                predictions[layer, rows] = logits.argmax(-1)
+                log_probs = logits.log_softmax(-1, dtype=wide)
+                del logits
+                losses = _cross_entropy(log_probs, target, plan.smoothing)
+                loss_sums[layer] += losses.sum()
+                lesson = teacher
+                if lesson is not None:
+                    lesson = _Teacher(*(part[: len(states)] for part in teacher))
+                    losses += plan.distillation * (lesson.negative_entropy - _dot(lesson.probs, log_probs))
+                elif plan.distillation:
+                    probs = log_probs.exp()
+                    teacher = _Teacher(probs, _dot(probs, log_probs))
+                total += scale * (factor * losses).sum()
+                if plan.with_grad and scale != 0:
+                    gradient = _logit_gradient(log_probs, target, plan, lesson).mul_(factor).to(plan.dtype)
+                    hidden_grads[layer][rows] = scale * (gradient @ head)
+                    if weight_grad is not None:
+                        _add_product(weight_grad, gradient.t(), states, scale)
         ctx.grads = (weight_grad, hidden_grads)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(loss_sums, predictions)
@@ -261,9 +254,39 @@ class _HeadLoss(torch.autograd.Function):
         return weight_grad, None, None, None, *(gradient.mul_(grad_total) for gradient in hidden_grads)
 
 
-def _dot(teacher: Tensor, log_probs: Tensor) -> Tensor:
-    """Row by row product [rows, 1] of [rows or more, classes] and [rows, classes], without their product in full."""
-    return (teacher[: len(log_probs)].unsqueeze(1) @ log_probs.unsqueeze(2)).squeeze(2)
+def _cross_entropy(log_probs: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """Label-smoothed cross-entropy [tokens, 1] from log-probabilities [tokens, classes] and targets [tokens, 1]."""
+    losses = (smoothing - 1) * log_probs.gather(1, target)
+    return losses - smoothing * log_probs.mean(1, keepdim=True) if smoothing else losses
+
+
+def _logit_gradient(log_probs: Tensor, target: Tensor, plan: _Plan, teacher: _Teacher | None) -> Tensor:
+    """d loss / d logits [tokens, classes], written over `log_probs`.
+
+    It is not divided by the number of tokens: in half precision the small quotients would be lost.
+    """
+    gradient = log_probs.exp_()
+    if teacher is not None:
+        gradient.mul_(1 + plan.distillation).sub_(teacher.probs, alpha=plan.distillation)
+    if plan.smoothing:
+        gradient.sub_(plan.smoothing / gradient.shape[1])
+    return gradient.scatter_add_(1, target, gradient.new_full(target.shape, plan.smoothing - 1))
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Products [tokens, 1] of the rows of two tensors [tokens, classes], without a third of their size."""
+    return (left.unsqueeze(1) @ right.unsqueeze(2)).squeeze(2)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """total += scale * left @ right; `total` may be of a wider dtype, and has no second of its size beside it then."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=scale)
+        return
+    rows = max(1, BLOCK_ENTRIES // total.shape[1])
+    for start in range(0, len(total), rows):
+        block = slice(start, start + rows)
+        total[block].add_(left[block] @ right, alpha=scale)
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:

@@ -1,0 +1,122 @@
+"""Arguments of `MuETrainer`: those of transformers' Seq2SeqTrainer, and what the layer-wise loss adds."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import Seq2SeqTrainingArguments
+
+
+@dataclass
+class MuETrainingArguments(Seq2SeqTrainingArguments):
+    r"""
+    Arguments of [`MuETrainer`]. Without any of its own options set, training follows the paper: all decoder layers
+    count alike, image and text run through all encoder layers.
+
+    Default that differs from `Seq2SeqTrainingArguments`: `remove_unused_columns=False`, since a collator makes the
+    model's inputs from other columns. With `random_exit_depth`, `ddp_find_unused_parameters` is True unless given: a
+    step may leave the deepest encoder layers out.
+
+    `label_smoothing_factor` applies to every decoder layer in training; `eval_loss` is the last decoder layer's
+    cross-entropy without it, so that runs of different recipes can be compared.
+
+    Args:
+        layer_weights (list of `float`, *optional*): a factor per decoder layer. `0 0 0 0 0 1` trains the last layer
+            alone.
+        self_distillation (`float`): weight of the divergence of each decoder layer from the detached last one.
+        random_exit_depth (`bool`): draws a depth per sample and encoder stream in training.
+        saturation (`float`): weight of [`~losses.saturation_loss`] on decoder layers.
+        encoder_movement (`float`): weight of [`~losses.movement_loss`] on encoder streams.
+        saturation_warmup_steps (`int`): steps over which these two weights rise from 0.
+        intermediate_token_share (`float`): share of the tokens that train the decoder layers before the last.
+        freeze_trunk (`bool`): the trunk's weights and batch statistics stay as they are.
+        freeze_batch_norm (`bool`): the batch norms' weights and statistics stay as they are.
+        ema_decay (`float`, *optional*): decay of a moving average of the weights, which evaluation uses and which
+            takes their place when training ends.
+        scst_samples (`int`): captions sampled per image for self-critical training (SCST), 0 for training on labels.
+    """
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Whether to drop columns that the model's forward does not take."}
+    )
+    layer_weights: list[float] | None = field(
+        default=None, metadata={"help": "A factor for each decoder layer's loss, the first layer first. Default: 1."}
+    )
+    self_distillation: float = field(
+        default=0.0, metadata={"help": "Weight of each decoder layer's divergence from the detached last layer."}
+    )
+    random_exit_depth: bool = field(
+        default=False,
+        metadata={"help": "Whether to draw the depth of the encoder at random, per sample and stream, in training."},
+    )
+    saturation: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the term that makes decoder similarity mean agreement with the last layer."},
+    )
+    encoder_movement: float = field(
+        default=0.0, metadata={"help": "Weight of the distance that encoder states move from layer to layer."}
+    )
+    saturation_warmup_steps: int = field(
+        default=600, metadata={"help": "Steps over which `saturation` and `encoder_movement` rise from 0."}
+    )
+    intermediate_token_share: float = field(
+        default=1.0,
+        metadata={"help": "Share of the tokens, drawn per step, that train the decoder layers before the last."},
+    )
+    freeze_trunk: bool = field(default=False, metadata={"help": "Whether the trunk stays as it is."})
+    freeze_batch_norm: bool = field(
+        default=False, metadata={"help": "Whether weights and statistics of batch norms stay as they are."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay per step of a moving average of the weights. Default: no average."}
+    )
+    scst_samples: int = field(
+        default=0,
+        metadata={"help": "Captions sampled per image for CIDEr optimisation (SCST); 0 trains on the labels."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.random_exit_depth and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True
+        super().__post_init__()
+        self._check_ranges()
+        self._check_contradictions()
+
+    def _check_ranges(self) -> None:
+        rules = {
+            "label_smoothing_factor": (0.0 <= self.label_smoothing_factor < 1.0, "a share in [0, 1)"),
+            "intermediate_token_share": (0.0 < self.intermediate_token_share <= 1.0, "a share in (0, 1]"),
+            "ema_decay": (self.ema_decay is None or 0.0 < self.ema_decay < 1.0, "in (0, 1), or None for no average"),
+            "saturation_warmup_steps": (self.saturation_warmup_steps >= 0, "a number of steps, 0 for no warm-up"),
+            "scst_samples": (self.scst_samples == 0 or self.scst_samples > 1, "at least 2, or 0 to train on labels"),
+        }
+        for name in ("self_distillation", "saturation", "encoder_movement"):
+            rules[name] = (0.0 <= getattr(self, name) < math.inf, "a finite number of at least 0 (0 is off)")
+        if self.layer_weights is not None:
+            weights = self.layer_weights
+            fits = all(0.0 <= weight < math.inf for weight in weights) and any(weights)
+            rules["layer_weights"] = (fits, "finite numbers of at least 0, not all of them 0")
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
+
+    def _check_contradictions(self) -> None:
+        if self.ema_decay is not None and self.load_best_model_at_end:
+            raise ValueError(
+                "`ema_decay` ends training with averaged weights, `load_best_model_at_end=True` with those of a "
+                "checkpoint; drop one of them."
+            )
+        if self.scst_samples:
+            for name in ("label_smoothing_factor", "self_distillation", "saturation", "encoder_movement"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`{name}` (got {getattr(self, name)}) is a term of training on labels, which `scst_samples` "
+                        "replaces; set it to 0."
+                    )
+            if self.intermediate_token_share < 1.0:
+                raise ValueError(
+                    f"`intermediate_token_share` (got {self.intermediate_token_share}) has no place in SCST, where "
+                    "every sampled token has a reward; set it to 1."
+                )
+
+
+__all__ = ["MuETrainingArguments"]

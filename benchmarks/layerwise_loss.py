@@ -1,0 +1,212 @@
+"""Peak memory and time of a training step: last layer's loss, naive layer-wise loss, `layerwise_loss`.
+
+A step is forward, loss and backward of a MuE model on random pictures (as trunk features, the trunk being frozen) and
+random captions. The losses take turns in one process, so that whatever else the machine does hits them alike;
+the figures are medians. Memory is what tensors take beyond the weights, at its peak: on the CPU from the profiler's
+record of allocations in a step of its own, on CUDA from the allocator. The output is one JSON object.
+
+    python benchmarks/layerwise_loss.py --images 4 --grid 14 --repeats 5 --output loss.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from mue_hf import MuEConfig, MuEForConditionalGeneration
+from mue_hf.configuration_mue import SIZES
+from mue_hf.losses import layerwise_loss
+
+Loss = Callable[[MuEForConditionalGeneration, tuple[Tensor, ...], Tensor], Tensor]
+
+
+def plain_loss(model: MuEForConditionalGeneration, state: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy [] of one layer's state [rows, tokens, d]; pads are dropped before the head."""
+    kept = labels != -100
+    logits = model.lm_head(model.model.decoder.layer_norm(state[kept]))
+    return F.cross_entropy(logits.float(), labels[kept], label_smoothing=0.1)
+
+
+def last_layer(model: MuEForConditionalGeneration, states: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    return plain_loss(model, states[-1], labels)
+
+
+def naive(model: MuEForConditionalGeneration, states: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    return sum(plain_loss(model, state, labels) for state in states)
+
+
+def layerwise(
+    model: MuEForConditionalGeneration, states: tuple[Tensor, ...], labels: Tensor, share: float = 1.0
+) -> Tensor:
+    norm, weight = model.model.decoder.layer_norm, model.lm_head.weight
+    options = {"label_smoothing": 0.1, "intermediate_token_share": share}
+    return layerwise_loss(states, norm, weight, labels, **options).loss
+
+
+LOSSES: dict[str, Loss] = {
+    "last_layer": last_layer,
+    "naive": naive,
+    "layerwise": layerwise,
+    # the layers before the last on some of the tokens
+    "layerwise_token_share_0.4": partial(layerwise, share=0.4),
+}
+
+
+def build(args: argparse.Namespace) -> tuple[MuEForConditionalGeneration, dict[str, Tensor]]:
+    """A random model without its trunk's cost, and a batch for it."""
+    torch.manual_seed(0)
+    # the smallest trunk: it does not run, its channels are those of OFA's
+    trunk = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 1024], "depths": [1, 1, 1]}
+    trunk |= {"layer_type": "basic", "out_features": ["stage3"]}
+    config = MuEConfig.from_size(args.size, backbone_config=trunk)
+    model = MuEForConditionalGeneration(config).to(args.device).train()
+    rows = args.images * args.captions_per_image
+    labels = torch.randint(4, config.vocab_size, (rows, args.tokens))
+    for row in range(rows):
+        # captions of half to full length
+        labels[row, args.tokens - row % (args.tokens // 2 + 1) :] = -100
+    inputs = {
+        "image_features": torch.randn(args.images, 1024, args.grid, args.grid),
+        "input_ids": torch.randint(4, config.vocab_size, (args.images, 8)),
+        "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels),
+        "labels": labels,
+    }
+    return model, {name: tensor.to(args.device) for name, tensor in inputs.items()}
+
+
+def step(model: MuEForConditionalGeneration, batch: dict[str, Tensor], loss: Loss, autocast: bool) -> None:
+    """Forward, loss and backward; gradients are made anew."""
+    model.zero_grad(set_to_none=True)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=autocast):
+        states = model.model(**inputs, output_hidden_states=True, use_cache=False).decoder_hidden_states[1:]
+        value = loss(model, states, batch["labels"])
+    del states
+    value.backward()
+
+
+def peak_bytes(run: Callable[[], None], device: str) -> int:
+    """The most that tensors take during `run` beyond what they took before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    taken = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        taken += event.nbytes()
+        peak = max(peak, taken)
+    return peak
+
+
+def seconds(run: Callable[[], None], device: str) -> tuple[float, float]:
+    """Seconds on the clock, and processor seconds, which other programs disturb less."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start, start_cpu = time.perf_counter(), time.process_time()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, time.process_time() - start_cpu
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """One record with the medians of every loss, their ratios to the last layer's, and the circumstances."""
+    model, batch = build(args)
+    runs = {name: (lambda loss=loss: step(model, batch, loss, args.bf16)) for name, loss in LOSSES.items()}
+    load = os.getloadavg()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    peaks = {}
+    for name, run in runs.items():
+        # the first step of a loss also warms it up
+        run()
+        model.zero_grad(set_to_none=True)
+        peaks[name] = peak_bytes(run, args.device)
+    for _ in tqdm(range(args.repeats), desc="timing", unit="round"):
+        for name, run in runs.items():
+            times[name].append(seconds(run, args.device))
+    medians = {name: [statistics.median(kind) for kind in zip(*pairs, strict=True)] for name, pairs in times.items()}
+    targets = int((batch["labels"] != -100).sum())
+    return {
+        "losses": {
+            name: {
+                "peak_mib": round(peaks[name] / 2**20, 1),
+                "seconds": round(medians[name][0], 4),
+                "cpu_seconds": round(medians[name][1], 4),
+                "seconds_all": [round(pair[0], 4) for pair in times[name]],
+                "peak_ratio": round(peaks[name] / peaks["last_layer"], 3),
+                "seconds_ratio": round(medians[name][0] / medians["last_layer"][0], 3),
+                "cpu_seconds_ratio": round(medians[name][1] / medians["last_layer"][1], 3),
+            }
+            for name in runs
+        },
+        "weights_mib": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20, 1),
+        "decoder_layers": model.config.decoder_layers,
+        "vocabulary": model.config.vocab_size,
+        "target_tokens": targets,
+        "settings": {name: value for name, value in vars(args).items() if name != "output"},
+        "hardware": hardware(args.device),
+        "load_average_before_and_after": [round(load[0], 2), round(os.getloadavg()[0], 2)],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="base", choices=sorted(SIZES), help="one of OFA's sizes")
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--captions-per-image", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=20, help="tokens of the longest caption")
+    parser.add_argument("--grid", type=int, default=14, help="patches per side; 14 is 224 pixels, 30 is 480")
+    parser.add_argument("--bf16", action="store_true", help="run under autocast to bfloat16")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="file for the JSON record; default: standard output")
+    args = parser.parse_args(argv)
+    for name in ("images", "captions_per_image", "grid", "repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.tokens < 2:
+        parser.error(f"--tokens must be at least 2, got {args.tokens}")
+    text = json.dumps(measure(args), indent=2) + "\n"
+    if args.output is None:
+        sys.stdout.write(text)
+        return
+    part = args.output.with_name(args.output.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(args.output)
+
+
+if __name__ == "__main__":
+    main()

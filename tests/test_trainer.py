@@ -1,0 +1,440 @@
+"""MuETrainer on tiny models: one big batch, small ones, two processes and a resumed run end with the same weights."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_inputs, tiny_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install mue-hf[train]")
+
+from mue_hf.losses import movement_loss
+from mue_hf.trainer import MuETrainer, WeightAverage, freeze, scst_advantages
+from mue_hf.training_args import MuETrainingArguments
+
+LAYERS = 4
+OPTIONS = {
+    "saturation": {"saturation": 1.0, "encoder_movement": 0.1, "saturation_warmup_steps": 0},
+    "distillation": {"self_distillation": 1.0, "label_smoothing_factor": 0.1},
+    "random-depth": {"random_exit_depth": True},
+    "token-share": {"intermediate_token_share": 0.5},
+    "layer-weights": {"layer_weights": [0.1, 0.2, 0.3, 1.0]},
+    "last-layer": {"layer_weights": [0.0, 0.0, 0.0, 1.0]},
+    "average": {"ema_decay": 0.9},
+}
+
+
+def samples(count: int = 8) -> list[dict[str, Tensor]]:
+    """Pictures, texts, and labels of different lengths, so that small batches differ in their number of tokens."""
+    inputs = tiny_inputs(count)
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.randint(4, 99, (count, 6), generator=generator)
+    for row in range(count):
+        labels[row, 1 + row % 6 :] = -100
+    return [{name: values[row] for name, values in inputs.items()} | {"labels": labels[row]} for row in range(count)]
+
+
+def collate(items: list[dict]) -> dict[str, Tensor]:
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def trainer(folder: Path, model: torch.nn.Module | None = None, data: list | None = None, **options) -> MuETrainer:
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    extras = {name: options.pop(name) for name in ("reward",) if name in options}
+    return MuETrainer(
+        model or tiny_model(),
+        MuETrainingArguments(**defaults | options),
+        train_dataset=data or samples(),
+        eval_dataset=samples(5),
+        data_collator=collate,
+        **extras,
+    )
+
+
+def trained(folder: Path, **options) -> dict[str, Tensor]:
+    run = trainer(folder, **options)
+    run.train()
+    return run.model.state_dict()
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-9) -> None:
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        # batch statistics are those of the batch at hand, whatever the loss
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(ours[name], tensor, rtol=0, atol=atol, msg=lambda text, name=name: name + text)
+
+
+@pytest.fixture(scope="module")
+def big_batch(tmp_path_factory) -> dict[str, Tensor]:
+    return trained(tmp_path_factory.mktemp("big"), label_smoothing_factor=0.1, freeze_batch_norm=True)
+
+
+class TestSameGradients:
+    def test_accumulation(self, big_batch, tmp_path):
+        options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+        assert_same(trained(tmp_path, label_smoothing_factor=0.1, freeze_batch_norm=True, **options), big_batch)
+
+    def test_activation_checkpointing(self, big_batch, tmp_path):
+        options = {"activation_checkpointing": True, "label_smoothing_factor": 0.1, "freeze_batch_norm": True}
+        assert_same(trained(tmp_path, **options), big_batch)
+
+    def test_two_processes(self, big_batch, tmp_path):
+        with socket.socket() as port:
+            port.bind(("127.0.0.1", 0))
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1]), "WORLD_SIZE": "2"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(tmp_path)],
+                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], errors
+        result = load_file(tmp_path / "weights.safetensors")
+        assert_same(result, {name: big_batch[name] for name in result})
+
+    def test_resumed_run(self, tmp_path):
+        options = {"save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9, "random_exit_depth": True}
+        model = tiny_model(dropout=0.1)
+        expected = trained(tmp_path, model=model, **options)
+        run = trainer(tmp_path, model=tiny_model(dropout=0.1), **options)
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert run.state.global_step == 4
+        for name, tensor in run.model.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+class TestTraining:
+    def test_every_trained_parameter_changes(self, tmp_path):
+        run = trainer(tmp_path, max_steps=8)
+        before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        run.train()
+        unused = set()
+        for name, parameter in run.model.named_parameters():
+            changed = not torch.equal(parameter, before[name])
+            if parameter.requires_grad != changed:
+                unused.add(name)
+        assert unused == set()
+
+    def test_frozen_parts_stay(self, tmp_path):
+        run = trainer(tmp_path, freeze_trunk=True)
+        before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        run.train()
+        for name, tensor in run.model.state_dict().items():
+            if "embed_images." in name:
+                assert torch.equal(tensor, before[name]), name
+        assert not torch.equal(run.model.lm_head.weight, before["lm_head.weight"])
+
+    def test_frozen_batch_norms_stay_and_the_trunk_learns(self, tmp_path):
+        model = tiny_model()
+        norms = freeze(model, batch_norm=True)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        after = trained(tmp_path, model=model, freeze_batch_norm=True)
+        assert len(norms) > 3
+        changed = {name for name in after if "embed_images." in name and not torch.equal(after[name], before[name])}
+        assert changed
+        assert not any("normalization" in name for name in changed)
+
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    def test_options(self, options, big_batch, tmp_path):
+        run = trainer(
+            tmp_path, logging_steps=1, **{"label_smoothing_factor": 0.1, "freeze_batch_norm": True} | options
+        )
+        run.train()
+        losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        assert losses[0] > losses[-1] > 0
+        assert not torch.equal(run.model.lm_head.weight, big_batch["lm_head.weight"])
+
+    @pytest.mark.parametrize("decomposed", [True, False], ids=["decomposed", "joint"])
+    def test_random_depth_and_movement_with_missing_parts(self, decomposed, tmp_path):
+        data = samples()
+        for index, item in enumerate(data):
+            item["patch_mask"] = torch.tensor(index % 4 != 0)
+        options = {"random_exit_depth": True, "encoder_movement": 1.0, "saturation_warmup_steps": 0}
+        run = trainer(tmp_path, tiny_model(modality_decomposition=decomposed), data, **options)
+        run.train()
+        assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+    def test_movement_is_that_of_what_exists(self, tmp_path):
+        run = trainer(tmp_path)
+        inputs = tiny_inputs(3) | {"patch_mask": torch.tensor([True, True, False])}
+        outputs = run.model(**inputs, output_hidden_states=True)
+        images, texts = ([x[:, part] for x in outputs.encoder_hidden_states] for part in (slice(16), slice(16, None)))
+        present = inputs["patch_mask"].unsqueeze(1).expand(-1, 16)
+        expected = movement_loss(images, present) + movement_loss(texts, inputs["attention_mask"].bool())
+        torch.testing.assert_close(run._movement(inputs, outputs), expected)
+        longer = inputs | {
+            "input_ids": F.pad(inputs["input_ids"], (0, 2), value=1),
+            "attention_mask": F.pad(inputs["attention_mask"], (0, 2)),
+        }
+        padded = run.model(**longer, output_hidden_states=True)
+        torch.testing.assert_close(run._movement(inputs, outputs), run._movement(longer, padded))
+
+    def test_mixed_precision(self, tmp_path):
+        data = [
+            {name: value.float() if value.is_floating_point() else value for name, value in item.items()}
+            for item in samples()
+        ]
+        results = {}
+        for bf16 in (False, True):
+            run = trainer(tmp_path, tiny_model(dtype=torch.float32), data, bf16=bf16, max_steps=2)
+            run.train()
+            results[bf16] = run.state.log_history[0]["loss"]
+            assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+        assert results[True] == pytest.approx(results[False], rel=0.02)
+        assert results[True] != results[False]
+
+
+class TestLogs:
+    def test_training_and_evaluation_log_every_layer(self, tmp_path):
+        run = trainer(tmp_path, max_steps=1, logging_steps=1, label_smoothing_factor=0.1)
+        before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        metrics = run.evaluate()
+        run.train()
+        logged = next(entry for entry in run.state.log_history if "loss" in entry)
+        names = [f"{name}_layer_{layer}" for name in ("loss", "accuracy") for layer in range(1, LAYERS + 1)]
+        assert {*names} < logged.keys()
+        assert sum(logged[f"loss_layer_{layer}"] for layer in range(1, LAYERS + 1)) == pytest.approx(
+            logged["loss"], rel=1e-5
+        )
+        assert {f"eval_{name}" for name in names} < metrics.keys()
+        run.model.eval().load_state_dict(before)
+        batch = collate(samples(5))
+        labels = batch.pop("labels")
+        states = run.model(
+            **batch,
+            decoder_input_ids=run.model.prepare_decoder_input_ids_from_labels(labels),
+            output_hidden_states=True,
+        ).decoder_hidden_states
+        for layer in range(1, LAYERS + 1):
+            logits = run.model.lm_head(run.model.model.decoder.layer_norm(states[layer]))[labels != -100]
+            loss = F.cross_entropy(logits, labels[labels != -100]).item()
+            assert metrics[f"eval_loss_layer_{layer}"] == pytest.approx(loss, rel=1e-5)
+        assert metrics["eval_loss"] == metrics[f"eval_loss_layer_{LAYERS}"]
+
+    def test_generation_logs_every_layer_too(self, tmp_path):
+        run = trainer(tmp_path, predict_with_generate=True, generation_max_length=5, per_device_eval_batch_size=2)
+        output = run.predict(samples(5))
+        assert output.predictions.shape[0] == len(output.label_ids) == 5
+        assert set(output.label_ids[0][1:].tolist()) == {-100}
+        assert {"test_loss", "test_accuracy_layer_4"} < output.metrics.keys()
+        loss = run.evaluate(samples(5), max_length=4)["eval_loss"]
+        assert output.metrics["test_loss"] == pytest.approx(loss)
+
+    def test_logits_for_metrics(self, tmp_path):
+        run = trainer(tmp_path)
+        run.compute_metrics = lambda prediction: {"shape": list(prediction.predictions.shape)}
+        assert run.evaluate()["eval_shape"] == [5, 6, 99]
+
+
+class TestAverage:
+    def test_average_takes_the_place_of_the_weights(self):
+        model = torch.nn.Linear(1, 1, bias=False)
+        model.weight.data.fill_(1.0)
+        average = WeightAverage(model, 0.5)
+        average.on_train_begin(None, None, None)
+        for step, value in ((1, 3.0), (50, 5.0)):
+            model.weight.data.fill_(value)
+            average.on_step_end(None, SimpleNamespace(global_step=step), None)
+        expected = 0.5 * (2 / 11 * 1.0 + 9 / 11 * 3.0) + 0.5 * 5.0
+        with average.applied():
+            assert model.weight.item() == pytest.approx(expected)
+        assert model.weight.item() == 5.0
+        average.on_train_end(None, None, None)
+        assert model.weight.item() == pytest.approx(expected)
+        with average.applied():
+            assert model.weight.item() == pytest.approx(expected)
+
+    def test_evaluation_uses_it(self, tmp_path):
+        run = trainer(tmp_path, ema_decay=0.999, eval_strategy="steps", eval_steps=4)
+        run.train()
+        during = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+        assert run.evaluate()["eval_loss"] == pytest.approx(during[-1])
+
+    def test_checkpoint_without_an_average_is_refused(self, tmp_path):
+        trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+        run = trainer(tmp_path, ema_decay=0.9)
+        with pytest.raises(ValueError, match="`ema_decay` needs the average that a checkpoint of such a run has"):
+            run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+    def test_average_of_other_parameters_is_refused(self, tmp_path):
+        trainer(tmp_path, save_strategy="steps", save_steps=2, ema_decay=0.9).train()
+        run = trainer(tmp_path, ema_decay=0.9, freeze_trunk=True)
+        with pytest.raises(ValueError, match="must average the parameters that are trained"):
+            run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def share_of_favourite(captions: list[list[int]], references: list[list[list[int]]]) -> list[float]:
+    """How much of a caption is the first token of the image's last reference."""
+    return [caption.count(truths[-1][0]) / 3 for caption, truths in zip(captions, references, strict=True)]
+
+
+class TestScst:
+    def test_advantages_are_over_the_other_samples(self):
+        advantages = scst_advantages(torch.tensor([[1.0, 3.0, 5.0], [2.0, 2.0, 2.0]]))
+        assert advantages.tolist() == [[-3.0, 0.0, 3.0], [0.0, 0.0, 0.0]]
+
+    def test_reward_rises(self, tmp_path):
+        model = tiny_model(std=0.05)
+        model.generation_config.max_new_tokens = 3
+        # options that suit the final decoding must not bend the samples
+        model.generation_config.num_beams, model.generation_config.decoder_exit_threshold = 3, 0.1
+        run = trainer(
+            tmp_path,
+            model,
+            samples(2),
+            scst_samples=16,
+            per_device_train_batch_size=2,
+            max_steps=12,
+            learning_rate=3e-2,
+            lr_scheduler_type="constant",
+            logging_steps=4,
+            reward=share_of_favourite,
+        )
+        # two references for each image
+        favourites = torch.tensor([[9, 8], [7, -100]] * 2)
+        run.data_collator = lambda items: collate(items) | {"labels": favourites}
+        run.train()
+        rewards = [entry["reward"] for entry in run.state.log_history if "reward" in entry]
+        assert rewards[-1] > 2 * rewards[0]
+
+    def test_gradient_is_that_of_the_weighted_samples(self, tmp_path):
+        model = tiny_model()
+        model.generation_config.max_new_tokens = 4
+        seen = []
+
+        def reward(captions, references):
+            seen.append(references)
+            return [0.0, 1.0, 4.0, 9.0, 16.0, 25.0]
+
+        run = trainer(tmp_path, model, scst_samples=3, reward=reward, freeze_batch_norm=True)
+        inputs = tiny_inputs(2)
+        model.train()
+        torch.manual_seed(0)
+        loss = run.compute_loss(model, inputs | {"labels": torch.tensor([[5, 6], [7, -100], [8, 9], [4, 4]])})
+        assert seen == [[[[5, 6], [7]]] * 3 + [[[8, 9], [4, 4]]] * 3]
+        torch.manual_seed(0)
+        sequences, labels = run._sample(inputs)
+        states = model.eval()(
+            **inputs, decoder_input_ids=sequences[:, :-1], output_hidden_states=True
+        ).decoder_hidden_states
+        advantages = scst_advantages(torch.tensor([[0.0, 1.0, 4.0], [9.0, 16.0, 25.0]])).flatten()
+        expected = 0.0
+        for state in states[1:]:
+            logits = model.lm_head(model.model.decoder.layer_norm(state))
+            losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+            expected = expected + (advantages.unsqueeze(1) * losses).sum() / (labels != -100).sum()
+        torch.testing.assert_close(loss, expected)
+
+    def test_tokens_after_the_end_do_not_count(self, tmp_path, monkeypatch):
+        run = trainer(tmp_path, scst_samples=2, reward=share_of_favourite)
+        drawn = torch.tensor([[0, 5, 2, 1, 1], [0, 5, 6, 7, 8]])
+        monkeypatch.setattr(run.model, "generate", lambda **kwargs: drawn)
+        assert run._sample({})[1].tolist() == [[5, 2, -100, -100], [5, 6, 7, 8]]
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"label_smoothing_factor": 1.0}, r"`label_smoothing_factor` must be a share in \[0, 1\), got 1.0"),
+            ({"intermediate_token_share": 0.0}, r"`intermediate_token_share` must be a share in \(0, 1\], got 0.0"),
+            ({"ema_decay": 1.0}, r"`ema_decay` must be in \(0, 1\), or None"),
+            ({"saturation": -1.0}, "`saturation` must be a finite number of at least 0"),
+            ({"self_distillation": float("nan")}, "`self_distillation` must be a finite number"),
+            ({"encoder_movement": float("inf")}, "`encoder_movement` must be a finite number"),
+            ({"saturation_warmup_steps": -1}, "`saturation_warmup_steps` must be a number of steps"),
+            ({"scst_samples": 1}, "`scst_samples` must be at least 2, or 0"),
+            ({"layer_weights": [0.0, 0.0]}, "`layer_weights` must be finite numbers of at least 0, not all of them 0"),
+            ({"layer_weights": [1.0, -1.0]}, "`layer_weights` must be finite numbers"),
+            (
+                {"ema_decay": 0.9, "load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
+                "drop one of them",
+            ),
+            ({"scst_samples": 2, "saturation": 1.0}, "`saturation` .got 1.0. is a term of training on labels"),
+            ({"scst_samples": 2, "intermediate_token_share": 0.5}, "has no place in SCST"),
+        ],
+    )
+    def test_arguments(self, options, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            MuETrainingArguments(str(tmp_path), use_cpu=True, **options)
+
+    @pytest.mark.parametrize(
+        ("options", "extras", "message"),
+        [
+            ({"layer_weights": [1.0]}, {}, "one factor for each of the 4 decoder layers"),
+            ({"scst_samples": 2}, {}, "`scst_samples` needs `reward`"),
+            ({}, {"reward": share_of_favourite}, "`reward` is used by `scst_samples` only"),
+            ({}, {"compute_loss_func": max}, "`compute_loss_func` would replace the layer-wise loss"),
+            ({}, {"model": None}, "`model` must be given"),
+            ({}, {"model": torch.nn.Linear(1, 1)}, "`model` must be a MuEForConditionalGeneration, got Linear"),
+        ],
+        ids=["layer-weights", "no-reward", "stray-reward", "loss-function", "no-model", "other-model"],
+    )
+    def test_trainer(self, options, extras, message, tmp_path):
+        args = MuETrainingArguments(str(tmp_path), use_cpu=True, **options)
+        with pytest.raises(ValueError, match=message):
+            MuETrainer(**{"model": tiny_model(), "args": args} | extras)
+
+    def test_other_arguments(self, tmp_path):
+        with pytest.raises(ValueError, match="`args` must be MuETrainingArguments, got Seq2SeqTrainingArguments"):
+            MuETrainer(tiny_model(), Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True))
+
+    def test_model_without_batch_norms(self):
+        model = tiny_model()
+        model.model.encoder.embed_images = torch.nn.Identity()
+        with pytest.raises(ValueError, match="the model has no batch norm"):
+            freeze(model, batch_norm=True)
+
+    def test_batch_without_labels(self, tmp_path):
+        run = trainer(tmp_path, data=[{k: v for k, v in item.items() if k != "labels"} for item in samples()])
+        with pytest.raises(ValueError, match="the batch must hold `labels`"):
+            run.train()
+
+    def test_command_line(self, tmp_path):
+        parser = HfArgumentParser((MuETrainingArguments,))
+        line = f"--output_dir {tmp_path} --use_cpu --layer_weights 0 0 1 --random_exit_depth --ema_decay 0.9"
+        (args,) = parser.parse_args_into_dataclasses(line.split())
+        assert args.layer_weights == [0.0, 0.0, 1.0]
+        assert args.random_exit_depth
+        assert args.ddp_find_unused_parameters
+        assert not args.remove_unused_columns
+        assert "layer_weights" in parser.format_help()
+
+
+def run_one_of_two_processes(folder: Path) -> None:
+    """What `test_two_processes` starts twice."""
+    weights = trained(
+        folder, per_device_train_batch_size=2, label_smoothing_factor=0.1, freeze_batch_norm=True, ddp_backend="gloo"
+    )
+    if os.environ["RANK"] == "0":
+        tied = {"lm_head.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"}
+        save_file({name: t for name, t in weights.items() if name not in tied}, folder / "weights.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_one_of_two_processes(Path(sys.argv[1]))
