@@ -28,9 +28,11 @@ demo: $(VENV)/timm.installed ## Caption the bundled photos with the small checkp
 test: $(VENV)/dev.installed ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-style: $(VENV)/dev.installed ## Format the code and fix what can be fixed
+style: $(VENV)/dev.installed ## Format the code, fix what can be fixed, renew the checkpoint's copies of it
 	$(BIN)/ruff check --fix $(check_dirs)
 	$(BIN)/ruff format $(check_dirs)
+	@# a checkpoint carries the code that loads it where the package is not installed
+	cp src/mue_hf/*_mue.py checkpoints/mue-flickr8k-small/
 
 quality: $(VENV)/dev.installed ## Check format and lint without a change
 	$(BIN)/ruff check $(check_dirs)
