@@ -10,8 +10,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .vision_mue import trunk_features
-
 LOOKING = ("confidence", "margin", "entropy", "patience")
 
 
@@ -32,7 +30,8 @@ def trunk_flops(model: PreTrainedModel, pixel_shape: Sequence[int]) -> tuple[int
     trunk.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            features = trunk_features(trunk, pixels)
+            # Not the folded copy, which takes as many: making it would be counted too.
+            features = trunk(pixels).feature_maps[-1]
     finally:
         trunk.train(training)
     return counter.get_total_flops(), features.shape[1], features.shape[2] * features.shape[3]
