@@ -185,6 +185,14 @@ def test_bad_input(captioner, photos, tmp_path):
         captioner(photos[0], text="")
 
 
+@pytest.mark.parametrize("form", ["path", "chat"])
+def test_image_files_have_a_size(captioner, photos, form, monkeypatch):
+    monkeypatch.setattr("mue_hf.processing_mue.MAX_PIXELS", 100)
+    chat = [{"role": "user", "content": [{"type": "image", "path": photos[0]}]}]
+    with pytest.raises(ValueError, match="must have at most 100 pixels, got 50 x 40; shrink it"):
+        captioner(photos[0] if form == "path" else chat)
+
+
 def test_redirect_is_announced_without_a_traceback(captioner, photos, caplog):
     record = logging.LogRecord("transformers.pipelines", logging.WARNING, "", 0, "moved", (UserWarning,), None)
     logging.getLogger("transformers.pipelines").handle(record)

@@ -1,13 +1,16 @@
 """Preprocessing, tokenizer, prompts and answer tries: equal to OFA's fixtures, and clear about bad input."""
 
+import contextlib
 import io
 import json
+import os
+import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -52,6 +55,40 @@ def ofa_tokenizer(shared_dir) -> MuETokenizer:
 @pytest.fixture(scope="module")
 def ofa_processor(ofa_tokenizer) -> MuEProcessor:
     return MuEProcessor(MuEImageProcessorPil(size={"height": 8, "width": 8}), ofa_tokenizer)
+
+
+class Site:
+    """A server whose `pages` say what it sends: bytes, and seconds to wait between them."""
+
+    def __init__(self) -> None:
+        self.pages: dict[str, list[bytes | float]] = {}
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+
+    def answer(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            path = connection.recv(2**16).split()[1].decode()
+            for part in self.pages.get(path, [b"HTTP/1.0 404 Not Found\r\n\r\n"]):
+                if isinstance(part, bytes):
+                    connection.sendall(part)
+                else:
+                    time.sleep(part)
+
+
+@pytest.fixture
+def site():
+    site = Site()
+    yield site
+    site.listener.close()
 
 
 @pytest.fixture
@@ -109,27 +146,56 @@ class TestImages:
         batch = np.stack([np.asarray(photo)] * 2)
         assert MuEImageProcessorPil()(batch, return_tensors="pt")["pixel_values"].shape == (2, 3, 480, 480)
 
-    def test_url(self, photo):
+    def test_bytes(self, photo):
         png = io.BytesIO()
         photo.save(png, "PNG")
+        assert np.array_equal(load_image(png.getvalue()), photo)
+        # Without an address in the message, which would differ from run to run.
+        with pytest.raises(ValueError, match=r"`image` must be an image .* an error: it has no known format;"):
+            load_image(b"no image")
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                found = self.path == "/photo.png"
-                self.send_response(200 if found else 404)
-                self.end_headers()
-                self.wfile.write(png.getvalue() if found else b"")
+    def test_url(self, photo, site):
+        png = io.BytesIO()
+        photo.save(png, "PNG")
+        site.pages["/photo.png"] = [b"HTTP/1.0 200 OK\r\n\r\n", png.getvalue()]
+        site.pages["/moved.png"] = [b"HTTP/1.0 302 Found\r\nLocation: /photo.png\r\n\r\n"]
+        assert np.array_equal(load_image(f"{site.url}/photo.png"), photo)
+        assert np.array_equal(load_image(f"{site.url}/moved.png"), photo)
+        with pytest.raises(ValueError, match=r"`image` \(http.*\) must be a URL that answers.*404"):
+            load_image(f"{site.url}/missing.png")
 
-            def log_message(self, *args):
-                pass
+    def test_downloads_have_a_size(self, site, monkeypatch):
+        monkeypatch.setattr("mue_hf.processing_mue.MAX_DOWNLOAD_BYTES", 2**20)
+        site.pages["/large"] = [b"HTTP/1.0 200 OK\r\n\r\n", *[bytes(2**19)] * 4]
+        with pytest.raises(ValueError, match="must have at most 1 MB to be downloaded, got more; shrink it"):
+            load_image(f"{site.url}/large")
 
-        with HTTPServer(("127.0.0.1", 0), Handler) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            url = f"http://127.0.0.1:{server.server_port}"
-            assert np.array_equal(load_image(f"{url}/photo.png"), photo)
-            with pytest.raises(ValueError, match=r"`image` \(http.*\) must be a URL that answers.*404"):
-                load_image(f"{url}/missing.png")
-            server.shutdown()
+    def test_packed_downloads_stay_packed(self, site):
+        """A small answer that unpacks to any size is not unpacked."""
+        packed = zlib.compress(bytes(2**20))
+        site.pages["/packed"] = [b"HTTP/1.0 200 OK\r\nContent-Encoding: deflate\r\n\r\n", packed]
+        with pytest.raises(ValueError, match="it has no known format"):
+            load_image(f"{site.url}/packed")
+
+    @pytest.mark.parametrize("where", ["head", "body", "silence"])
+    def test_downloads_have_a_time(self, site, where):
+        """A server that keeps sending bytes, one by one, is left too."""
+        start = {"head": [b"HTTP/1.0 200 OK\r\nX: "], "body": [b"HTTP/1.0 200 OK\r\n\r\n"], "silence": []}[where]
+        site.pages["/slow"] = [*start, *[0.1, b"x"] * 100] if where != "silence" else [10.0]
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=r"must be downloaded within 0.5 seconds, got \d+ bytes by then"):
+            load_image(f"{site.url}/slow", timeout=0.5)
+        assert time.monotonic() - began < 5
+
+    def test_redirects_end(self, site):
+        site.pages["/round"] = [b"HTTP/1.0 302 Found\r\nLocation: /round\r\n\r\n"]
+        with pytest.raises(ValueError, match="must be a URL that answers.*redirects"):
+            load_image(f"{site.url}/round")
+
+    @pytest.mark.parametrize("timeout", [0, -1.0, float("nan")])
+    def test_bad_timeouts(self, timeout):
+        with pytest.raises(ValueError, match="`timeout` must be a number of seconds above 0"):
+            load_image("http://127.0.0.1:9/a.png", timeout=timeout)
 
     @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I"])
     def test_modes(self, mode):
@@ -202,9 +268,15 @@ class TestImages:
             path.write_bytes(path.read_bytes()[:800])
         if case == "empty file":
             path.write_bytes(b"")
-        if case == "huge":
+        if case == "pipe":
+            path.unlink()
+            os.mkfifo(path)
+        if case == "postscript":
+            path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n")
+        if case in ("huge", "large"):
+            side = {"huge": 60000, "large": 12000}[case]
             data = bytearray(path.read_bytes())
-            data[16:24] = struct.pack(">II", 60000, 60000)
+            data[16:24] = struct.pack(">II", side, side)
             data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
             path.write_bytes(data)
         arrays = {
@@ -218,6 +290,8 @@ class TestImages:
             "deep integers": Image.fromarray(np.full((4, 4), 70000, np.int32)),
             "fractions": Image.new("F", (4, 4), 3.5),
             "number": 7,
+            "words": np.array([["a", "b"]]),
+            "sparse": torch.eye(4).to_sparse(),
         }
         return arrays.get(case, path)
 
@@ -226,12 +300,17 @@ class TestImages:
         ("case", "message"),
         [
             ("missing", r"`images\[1\]` \(.*none.png\) must exist.*check the path"),
-            ("folder", r"must be an image that Pillow can read"),
+            ("folder", r"must be a file, got a folder, a pipe or a device"),
+            ("pipe", r"must be a file, got a folder, a pipe or a device"),
+            ("postscript", r"must hold pixels, got PostScript; save it as PNG or JPEG"),
             ("text", r"`images\[1\]` \(.*bad.png\) must be an image that Pillow can read.*save it again"),
             ("truncated", r"`images\[1\]` \(.*bad.png\) must be a complete image.*save it again"),
             ("truncated jpeg", r"must be a complete image.*truncated"),
             ("empty file", r"must be an image that Pillow can read"),
-            ("huge", r"must be an image that Pillow can read.*exceeds limit"),
+            ("huge", r"must have at most 134,217,728 pixels: .*exceeds limit.*; shrink it"),
+            ("large", r"must have at most 134,217,728 pixels, got 12000 x 12000; shrink it"),
+            ("words", r"must hold numbers, got an array of <U1"),
+            ("sparse", r"must be a tensor that NumPy can hold"),
             ("zero-size", r"`images\[1\]` must have pixels, got size 0x4"),
             ("zero-size array", r"`images\[1\]` must not be empty, got an array of shape \(4, 0, 3\)"),
             ("five channels", r"must have 1, 3 or 4 channels, got shape \(6, 6, 5\)"),

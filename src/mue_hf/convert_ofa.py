@@ -372,6 +372,13 @@ def convert_ofa(
         model = MuEForConditionalGeneration(config)
     empty = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     renamed = rename_weights(weights, empty)
+    foreign = [
+        f"{name} ({tensor.dtype})"
+        for name, tensor in renamed.items()
+        if tensor.is_floating_point() != empty[name].is_floating_point()
+    ]
+    if foreign:
+        raise ValueError(f"Weights must be floating point numbers, got {_some(foreign)}; convert the source first.")
     dtype = renamed["model.shared.weight"].dtype
     renamed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in renamed.items()}
     model.load_state_dict(renamed, strict=False, assign=True)
@@ -588,7 +595,7 @@ def _unpickle(file: Path, allow_pickle: bool) -> dict[str, Any]:
             f"it may be damaged or incomplete."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a dict of tensors, got {type(content).__name__}.")
+        raise ValueError(f"{file} must hold a dict of tensors, got {type(content).__name__}; pass OFA's.")
     return content
 
 
