@@ -1,4 +1,4 @@
-"""The checkpoint in the repository: small, whole, in step with the code, and able to caption."""
+"""The checkpoints in the repository: small, whole, in step with the code, able to caption and to answer."""
 
 from pathlib import Path
 
@@ -12,6 +12,9 @@ from mue_hf import MuEForConditionalGeneration, MuEProcessor
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "mue-flickr8k-small"
+FOLDERS = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir())
+# Bytes of a folder; a repository keeps every version.
+LIMITS = {"mue-flickr8k-small": 40e6, "mue-scenes-small": 8e6}
 
 
 @pytest.fixture(scope="module")
@@ -19,22 +22,25 @@ def model() -> MuEForConditionalGeneration:
     return MuEForConditionalGeneration.from_pretrained(CHECKPOINT).eval()
 
 
-def test_size_and_dtype(model):
-    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= 40e6
-    with safe_open(CHECKPOINT / "model.safetensors", "pt") as file:
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_size_and_dtype(folder):
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= LIMITS[folder.name]
+    with safe_open(folder / "model.safetensors", "pt") as file:
         dtypes = {file.get_tensor(name).dtype for name in file.keys()}
     assert torch.float16 in dtypes and torch.float32 not in dtypes
     # half precision on disk, single precision at work
+    model = MuEForConditionalGeneration.from_pretrained(folder)
     assert model.dtype == torch.float32
     assert (model.config.encoder_layers, model.config.decoder_layers) == (6, 6)
 
 
-def test_code_beside_the_weights_is_the_packages():
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_code_beside_the_weights_is_the_packages(folder):
     sources = sorted(Path(mue_hf.__file__).parent.glob("*_mue.py"))
-    copies = {path.name for path in CHECKPOINT.glob("*.py")}
+    copies = {path.name for path in folder.glob("*.py")}
     assert copies == {path.name for path in sources}
     for path in sources:
-        assert (CHECKPOINT / path.name).read_text() == path.read_text(), f"{path.name} differs: run `make style`"
+        assert (folder / path.name).read_text() == path.read_text(), f"{path.name} differs: run `make style`"
 
 
 def test_captions_with_and_without_exits(model):

@@ -194,7 +194,6 @@ class MuECache(Cache):
             end = self.length
             block.keys[rows[:, None], :, view.slots] = keys.detach().transpose(1, 2)
             block.values[rows[:, None], :, view.slots] = values.detach().transpose(1, 2)
-        block.filled[index] = end
         if isinstance(view.slots, slice) and view.slots.start == 0:
             return keys, values
         return block.keys[index, :, :end], block.values[index, :, :end]
@@ -225,6 +224,10 @@ class MuECache(Cache):
     def record(self, states: Tensor, depths: Tensor) -> None:
         """Ends a call: its tokens' exit states [rows, tokens, d] and the layers that each row ran [rows]."""
         start, self.length = self.length, self.length + states.shape[1]
+        for layer, block in enumerate(self.blocks):
+            if block.filled is not None:
+                # what a row left behind in a layer after it had left does not count
+                block.filled[depths > layer] = self.length
         early = (depths < self.num_layers).nonzero().flatten()
         if not len(early):
             return
@@ -267,6 +270,7 @@ class MuECache(Cache):
             states = run(self.states[rows.unsqueeze(1), slots], rows, slots)
             self.states[rows.unsqueeze(1), slots] = states.detach()
             self.depths[rows.unsqueeze(1), slots] = layer + 1
+            block.filled[rows] = self.length
             return slots.numel()
         missing = (torch.arange(self.length) >= filled.unsqueeze(1)).nonzero()
         row, slot = rows[missing[:, 0]], missing[:, 1]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict, validated_field
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, auto_docstring
 
@@ -32,6 +33,9 @@ CUSTOM_PIPELINES = {
 
 # OFA's trunk: a ResNet v1.5 of bottlenecks without its last stage (stride 16, 1024 channels).
 RESNET_DEPTHS = {"resnet18": [2, 2, 2], "resnet50": [3, 4, 6], "resnet101": [3, 4, 23], "resnet152": [3, 8, 36]}
+
+# OFA's vocabulary ends with 8,192 image codes and 1,000 location bins.
+OFA_VOCAB_SIZE, OFA_TEXT_VOCAB_SIZE = 59457, 50265
 
 # OFA's published sizes: model width, feed-forward width, heads, encoder and decoder layers, trunk.
 SIZES = {
@@ -77,6 +81,11 @@ def _positive(value: Any) -> None:
         raise ValueError(f"must be a finite number above 0, got {value!r}")
 
 
+def _activation(value: Any) -> None:
+    if value not in ACT2FN:
+        raise ValueError(f"must be one of {sorted(ACT2FN)}, got {value!r}")
+
+
 @auto_docstring(checkpoint="org/mue-ofa")
 @strict
 class MuEConfig(PreTrainedConfig):
@@ -100,6 +109,10 @@ class MuEConfig(PreTrainedConfig):
     image_relative_bias (`bool`, *optional*, defaults to `True`):
         False drops the relative position bias between patches. The authors' released code overwrites that bias
         unintentionally; False reproduces checkpoints trained with it.
+    text_vocab_size (`int`, *optional*):
+        Token ids from here on stand for image codes and location bins: `generate` neither computes nor emits them,
+        unless `prefix_allowed_tokens_fn` says what may follow. Default: 50265 if `vocab_size` is OFA's 59457, else
+        all ids are text. `vocab_size` lets a model emit everything, as grounding needs.
     code_image_size (`int`, *optional*, defaults to 128):
         Kept for OFA's configuration files; it has no effect on text tasks.
 
@@ -125,7 +138,8 @@ class MuEConfig(PreTrainedConfig):
         )
     }
 
-    vocab_size: int = validated_field(_at_least(1), default=59457)
+    vocab_size: int = validated_field(_at_least(1), default=OFA_VOCAB_SIZE)
+    text_vocab_size: int | None = None
     max_position_embeddings: int = validated_field(_at_least(1), default=1024)
     d_model: int = validated_field(_at_least(1), default=768)
     encoder_layers: int = validated_field(_at_least(1), default=6)
@@ -134,7 +148,7 @@ class MuEConfig(PreTrainedConfig):
     decoder_layers: int = validated_field(_at_least(1), default=6)
     decoder_ffn_dim: int = validated_field(_at_least(1), default=3072)
     decoder_attention_heads: int = validated_field(_at_least(1), default=12)
-    activation_function: str = "gelu"
+    activation_function: str = validated_field(_activation, default="gelu")
     dropout: float | int = validated_field(_share, default=0.1)
     attention_dropout: float | int = validated_field(_share, default=0.0)
     activation_dropout: float | int = validated_field(_share, default=0.0)
@@ -162,6 +176,13 @@ class MuEConfig(PreTrainedConfig):
         if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
             kwargs.pop("auto_map", None)
             kwargs.pop("custom_pipelines", None)
+        if isinstance(self.backbone_config, dict):
+            kind = self.backbone_config.get("model_type")
+            if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"`backbone_config` must have a `model_type` that transformers knows, such as 'resnet' or "
+                    f"'timm_backbone', got {kind!r}; set it."
+                )
         self.backbone_config, kwargs = self.sub_configs_defaults["backbone_config"].create_subconfig(
             "backbone_config", self.backbone_config, **kwargs
         )
@@ -182,6 +203,11 @@ class MuEConfig(PreTrainedConfig):
                 f"`max_position_embeddings` must be at least half of `token_bucket_size` plus 2, got "
                 f"{self.max_position_embeddings} and {self.token_bucket_size}; lower `token_bucket_size`."
             )
+        if self.text_vocab_size is not None and not 1 <= self.text_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"`text_vocab_size` must lie in [1, {self.vocab_size}], the latter being `vocab_size`, got "
+                f"{self.text_vocab_size}; leave it out for the default."
+            )
         eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         tokens = {"pad": self.pad_token_id, "bos": self.bos_token_id, "decoder_start": self.decoder_start_token_id}
         for name, token in [*tokens.items(), *(("eos", token) for token in eos)]:
@@ -198,6 +224,13 @@ class MuEConfig(PreTrainedConfig):
                 f"`MuEConfig` must not hold exit options, got {names}; pass them to `generate`, or set them on "
                 f"`model.generation_config`."
             )
+
+    @property
+    def num_text_tokens(self) -> int:
+        """How many token ids are text; the others follow them."""
+        if self.text_vocab_size is not None:
+            return self.text_vocab_size
+        return OFA_TEXT_VOCAB_SIZE if self.vocab_size == OFA_VOCAB_SIZE else self.vocab_size
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "MuEConfig":

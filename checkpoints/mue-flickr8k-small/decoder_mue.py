@@ -231,7 +231,9 @@ class MuEDecoder(nn.Module):
             rows = active_rows.cpu().nonzero().flatten()
         valid = None if positions.key_mask is None else positions.key_mask[:, past:]
         decider = ExitDecider(policy, valid, predict and (lambda states: predict(self.layer_norm(states))))
-        result = run_stack(states, len(self.layers), run_layer, decider, rows, output_hidden_states)
+        result = run_stack(
+            states, len(self.layers), run_layer, decider, rows, output_hidden_states, at_once=output_attentions
+        )
         if cache is not None:
             cache.record(result.states, result.depths)
         return MuEDecoderOutput(

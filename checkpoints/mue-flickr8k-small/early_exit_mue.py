@@ -6,12 +6,14 @@ Encoder streams and decoder call `run_stack`; nothing else in the package decide
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
+
+from .costs_mue import check_costs, shrinking_pays
 
 CRITERIA = ("similarity", "confidence", "margin", "entropy", "patience", "fixed", "never")
 KV_POLICIES = ("project", "copy", "exact")
@@ -77,6 +79,9 @@ class ExitOptions:
         exit_kv (`str`):
             Self-attention keys and values of skipped layers: "project" (from the exit state), "copy" (of the exit
             layer) or "exact" (the skipped layers are run when a later token needs them).
+        exit_costs (`dict`):
+            What layer calls take on some device, as `measure_costs` returns it; says when rows that left are taken out
+            of the batch. It changes what is run, never what comes out. Default: at once.
     """
 
     image_exit_threshold: Threshold = None
@@ -94,6 +99,7 @@ class ExitOptions:
     decoder_exit_layer: Depth = None
     exit_min_layers: int = 1
     exit_kv: str = "project"
+    exit_costs: Mapping[str, Any] | None = None
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], config: Any) -> "ExitOptions":
@@ -115,6 +121,8 @@ class ExitOptions:
             if name in given:
                 _check_depth(name, given[name], count)
         _check_scalars(given, max(config.encoder_layers, config.decoder_layers))
+        if "exit_costs" in given:
+            check_costs(given["exit_costs"])
         _check_mode(given, config.modality_decomposition)
         _check_contradictions(given)
         return cls(**given)
@@ -142,13 +150,16 @@ class ExitOptions:
         if off or criterion == "never":
             return ExitPolicy()
         schedule = (self.exit_decay_beta, self.exit_decay_tau, self.exit_warmup) if stream == "decoder" else ()
-        return ExitPolicy(
+        policy = ExitPolicy(
             criterion,
             threshold if isinstance(threshold, tuple) else (threshold,) * num_layers,
             depth,
             self.exit_patience or 0,
             self.exit_min_layers,
             *schedule,
+        )
+        return replace(
+            policy, costs={device: of[stream] for device, of in (self.exit_costs or {}).items() if stream in of}
         )
 
 
@@ -164,6 +175,8 @@ class ExitPolicy:
     beta: float = 1.0
     tau: float = 1.0
     warmup: float = 0.0
+    # by device; they change what is run, not what comes out
+    costs: Mapping[str, Mapping[str, float]] | None = field(default=None, compare=False)
 
     @property
     def is_never(self) -> bool:
@@ -227,7 +240,7 @@ class ExitDecider:
         self.agreeing: Tensor | None = None
 
     def __call__(self, layer: int, previous: Tensor, current: Tensor, rows: Tensor | None) -> Tensor | None:
-        """Which rows leave after layer `layer` (0-based), as a BoolTensor [rows] on the CPU; None for no row.
+        """Which rows leave after layer `layer` (0-based), as a BoolTensor [rows]; None for no row.
 
         Args:
             previous, current (`Tensor` [rows, positions, d]): the layer's input and output.
@@ -239,7 +252,7 @@ class ExitDecider:
         if policy.criterion == "patience":
             # Every layer is looked at, also those too shallow to leave from.
             settled = self._count_agreeing(current, rows) >= policy.patience
-            return settled.cpu() if layer + 1 >= policy.min_layers else None
+            return settled if layer + 1 >= policy.min_layers else None
         if layer + 1 < policy.min_layers:
             return None
         if policy.criterion == "fixed":
@@ -248,9 +261,9 @@ class ExitDecider:
         if threshold is None or (policy.criterion == "similarity" and threshold >= 1.0):
             return None
         if policy.criterion == "similarity":
-            return (similarity(previous, current, self._rows_of(self.mask, rows)) > threshold).cpu()
+            return similarity(previous, current, self._rows_of(self.mask, rows)) > threshold
         score = output_score(policy.criterion, self._logits(current, rows))
-        return (score < threshold if policy.criterion == "entropy" else score > threshold).cpu()
+        return score < threshold if policy.criterion == "entropy" else score > threshold
 
     @staticmethod
     def _rows_of(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
@@ -284,12 +297,53 @@ class ExitDecider:
 
 class StackResult(NamedTuple):
     """What `run_stack` returns: states [rows, positions, d] of each row's exit, depths [rows] (on the CPU), how often
-    a layer ran (rows x positions), and the states after every layer if asked for."""
+    a layer ran (rows x positions, rows that had left included), and the states after every layer if asked for."""
 
     states: Tensor
     depths: Tensor
     executed: int
     hidden_states: tuple[Tensor, ...] | None
+
+
+class _Batch:
+    """The rows that a stack still runs, and what became of the others.
+
+    Rows that left and are still in the batch are passengers: they cost time, and nothing looks at their states.
+    """
+
+    def __init__(self, states: Tensor, rows: Tensor | None):
+        self.final, self.rows = states, rows
+        self.states = states if rows is None else states[rows]
+        self.depths = torch.zeros(states.shape[0], dtype=torch.long)
+        self.staying: Tensor | None = None
+
+    def settle(self, leave: Tensor, states: Tensor, depth: int) -> bool:
+        """Notes that rows `leave` [rows in the batch] have left at `depth` with their place in `states`; returns
+        whether anybody stays."""
+        leave = leave if self.staying is None else leave & self.staying
+        if leave.any():
+            if leave.all() and self.rows is None:
+                self.final, gone = states, slice(None)
+            else:
+                gone = self._rows()[leave]
+                self.final = _put_rows(self.final, gone, states[leave])
+            self.depths[gone] = depth
+            self.staying = ~leave if self.staying is None else self.staying & ~leave
+        return self.staying is None or bool(self.staying.any())
+
+    def shrink(self) -> Tensor:
+        """Takes the passengers out; returns which rows of the batch stayed."""
+        staying, self.staying = self.staying, None
+        self.rows, self.states = self._rows()[staying], self.states[staying]
+        return staying
+
+    def finish(self, depth: int) -> None:
+        """Notes that the rows that stayed ran until `depth`."""
+        everybody = torch.ones(self.states.shape[0], dtype=torch.bool)
+        self.settle(everybody, self.states, depth)
+
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self.depths)) if self.rows is None else self.rows
 
 
 def run_stack(
@@ -299,8 +353,12 @@ def run_stack(
     decider: ExitDecider,
     rows: Tensor | None = None,
     output_hidden_states: bool = False,
+    at_once: bool = False,
 ) -> StackResult:
-    """Runs a stack of layers; rows that leave are taken out of the batch before the next layer.
+    """Runs a stack of layers; rows that leave are taken out of the batch when that pays.
+
+    On a CPU each decision is read at once. Elsewhere that would hold up the device, so a decision is read when the
+    next layer is on its way: a row runs at most one layer in vain, which `executed` counts.
 
     Args:
         states (`Tensor` [batch, positions, d]): input of the first layer.
@@ -310,31 +368,62 @@ def run_stack(
         rows (`LongTensor`, *optional*): the rows that take part, in ascending order; the others keep their input and
             have depth 0.
         output_hidden_states (`bool`): return input and output of all layers; a row that left repeats its exit state.
+        at_once (`bool`): read every decision at once, and take rows that left out at once.
     """
-    batch, positions = states.shape[:2]
-    depths = torch.zeros(batch, dtype=torch.long)
+    at_once = at_once or output_hidden_states
+    late = not at_once and reads_late(states.device)
     history = [states] if output_hidden_states else None
-    final, current, executed = states, states if rows is None else states[rows], 0
-    for layer in range(num_layers):
-        if current.shape[0] == 0:
-            break
-        previous, current = current, run_layer(layer, current, rows)
-        executed += current.shape[0] * positions
-        depths[slice(None) if rows is None else rows] = layer + 1
+    batch, executed, depth = _Batch(states, rows), 0, 0
+    # decisions not yet read: how to read them, and the states that they are about
+    unread: tuple[Callable[[], Tensor], Tensor] | None = None
+    while depth < num_layers and batch.states.shape[0]:
+        previous = batch.states
+        batch.states = run_layer(depth, previous, batch.rows)
+        executed += batch.states.shape[:2].numel()
+        depth += 1
         if output_hidden_states:
-            history.append(_put_rows(history[-1], rows, current))
-        if layer + 1 == num_layers:
-            break
-        leave = decider(layer, previous, current, rows)
-        if leave is None or not leave.any():
+            history.append(_put_rows(history[-1], batch.rows, batch.states))
+        leave = decider(depth - 1, previous, batch.states, batch.rows) if depth < num_layers else None
+        if late:
+            decided, unread = unread, None if leave is None else (_read_later(leave), batch.states)
+            decided = decided and (decided[0](), decided[1], depth - 1)
+        else:
+            decided = None if leave is None else (leave.cpu(), batch.states, depth)
+        if decided is None:
             continue
-        if leave.all():
+        if not batch.settle(*decided):
             break
-        if rows is None:
-            rows = torch.arange(batch)
-        final = _put_rows(final, rows[leave], current[leave])
-        rows, current = rows[~leave], current[~leave]
-    return StackResult(_put_rows(final, rows, current), depths, executed, history and tuple(history))
+        left = 0 if batch.staying is None else int((~batch.staying).sum())
+        if left and (
+            at_once or shrinking_pays(decider.policy.costs, states.device, left, states.shape[1], num_layers - depth)
+        ):
+            staying = batch.shrink()
+            if unread is not None:
+                read, about = unread
+                unread = (lambda read=read, staying=staying: read()[staying]), about[staying]
+    batch.finish(depth)
+    return StackResult(batch.final, batch.depths, executed, history and tuple(history))
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether decisions on this device are read one layer late."""
+    return device.type != "cpu"
+
+
+def _read_later(leave: Tensor) -> Callable[[], Tensor]:
+    """Starts to bring a decision to the CPU; what is returned waits for that, and for nothing that comes later."""
+    if leave.device.type != "cuda":
+        return leave.cpu
+    copy = torch.empty(leave.shape, dtype=leave.dtype, pin_memory=True)
+    copy.copy_(leave, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return read
 
 
 def _put_rows(states: Tensor, rows: Tensor | None, values: Tensor) -> Tensor:
@@ -354,11 +443,16 @@ def similarity(previous: Tensor, current: Tensor, mask: Tensor | None = None) ->
     """
     if previous.dtype in (torch.float16, torch.bfloat16):
         previous, current = previous.float(), current.float()
-    if mask is not None:
-        previous, current = previous * mask.unsqueeze(-1), current * mask.unsqueeze(-1)
-    previous, current = previous.flatten(1), current.flatten(1)
-    norms = torch.linalg.vector_norm(previous, dim=1) * torch.linalg.vector_norm(current, dim=1)
-    dot = torch.linalg.vecdot(previous, current)
+    if mask is None:
+        previous, current = previous.flatten(1), current.flatten(1)
+        norms = torch.linalg.vector_norm(previous, dim=1) * torch.linalg.vector_norm(current, dim=1)
+        dot = torch.linalg.vecdot(previous, current)
+    else:
+        # masked by position, so that no state is copied
+        norms = 1.0
+        for states in (previous, current):
+            norms = norms * torch.linalg.vector_norm(torch.linalg.vector_norm(states, dim=2) * mask, dim=1)
+        dot = (torch.linalg.vecdot(previous, current) * mask).sum(1)
     return (dot / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
 
 
@@ -394,12 +488,12 @@ _FOREIGN_NAMES = frozenset({"assistant_early_exit"})
 
 _THRESHOLDS = {f"{stream}_exit_threshold" for stream in STREAMS[:3]}
 _SCORED = {"decoder_exit_threshold", "exit_decay_beta", "exit_decay_tau"}
-_COMMON = {"exit_criterion", "exit_kv", "exit_min_layers", "exit_warmup"}
+_COMMON = {"exit_criterion", "exit_kv", "exit_costs", "exit_min_layers", "exit_warmup"}
 _USED_BY = {
     **dict.fromkeys(("similarity", "confidence", "margin", "entropy"), _COMMON | _THRESHOLDS | _SCORED),
     "patience": _COMMON | _THRESHOLDS | {"exit_patience"},
     "fixed": _COMMON | {f"{stream}_exit_layer" for stream in STREAMS},
-    "never": {"exit_criterion", "exit_kv"},
+    "never": {"exit_criterion", "exit_kv", "exit_costs"},
 }
 
 
@@ -434,14 +528,14 @@ def resolve_options(
         else source
         for source in (passed, saved)
     )
-    presets = SHIPPED_PRESETS | (saved.pop("exit_presets", None) or {}) | (passed.pop("exit_presets", None) or {})
+    presets = SHIPPED_PRESETS | _presets(saved.pop("exit_presets", {})) | _presets(passed.pop("exit_presets", {}))
     saved_preset = saved.pop("exit_preset", None)
     asked = call.pop("exit_preset", None) or passed.pop("exit_preset", None)
     if asked or saved_preset:
         saved = _preset(asked or saved_preset, presets) | ({} if asked else saved)
     for explicit in (passed, call):
         criterion = explicit.get("exit_criterion")
-        if criterion in _USED_BY:
+        if isinstance(criterion, str) and criterion in _USED_BY:
             saved = {name: value for name, value in saved.items() if name in _USED_BY[criterion]}
         saved = saved | explicit
     return ExitOptions.from_dict(saved, config)
@@ -451,11 +545,19 @@ def chosen_preset(call: Mapping[str, Any], passed: Mapping[str, Any], saved: Map
     """The saved preset that `resolve_options` takes for the same sources, with all that is noted in it; empty without
     one."""
     name = next((source["exit_preset"] for source in (call, passed, saved) if source.get("exit_preset")), None)
+    if not isinstance(name, str):
+        return {}
     return ((saved.get("exit_presets") or {}) | (passed.get("exit_presets") or {})).get(name) or {}
 
 
+def _presets(value: Any) -> Mapping[str, Mapping[str, Any]]:
+    if not (isinstance(value, Mapping) and all(isinstance(options, Mapping) for options in value.values())):
+        raise ValueError(f"`exit_presets` must be a dict of name to a dict of options, got {value!r}; correct it.")
+    return value
+
+
 def _preset(name: Any, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    if name not in presets:
+    if not isinstance(name, str) or name not in presets:
         raise ValueError(f"`exit_preset` must name a preset of this model, {sorted(presets)}, got {name!r}.")
     return {key: value for key, value in presets[name].items() if "exit" in key}
 
@@ -562,6 +664,7 @@ __all__ = [
     "chosen_preset",
     "last_valid",
     "output_score",
+    "reads_late",
     "resolve_options",
     "run_stack",
     "similarity",

@@ -10,7 +10,19 @@ from transformers.utils import auto_docstring
 
 from .early_exit_mue import ExitDecider, ExitOptions, ExitPolicy, StackResult, run_stack
 from .layers_mue import MuEEncoderLayer, mask_value, position_scores, relative_bias, text_relative_index
-from .vision_mue import check_features, load_trunk, patch_positions, patch_relative_index, trunk_features
+from .memo_mue import WeightMemo, plain_weights
+from .vision_mue import (
+    add_patch_bias,
+    check_features,
+    load_trunk,
+    patch_positions,
+    patch_relative_index,
+    trunk_features,
+)
+
+# Prompts and image grids whose results an encoder keeps.
+KEPT_PROMPTS = 16
+KEPT_GRIDS = 1
 
 
 @auto_docstring(custom_intro="Output of the encoder: image tokens first, then text tokens.")
@@ -39,13 +51,16 @@ class MuEEncoderOutput(BaseModelOutput):
 @dataclass
 class _Source:
     """One modality, embedded: states [rows, tokens, d], mask [rows, tokens] (None: all valid), normalised positions
-    [tokens, d], and indices [tokens, tokens] into its relative position tables (None: no such bias)."""
+    [tokens, d], its relative position tables (None: no such bias) and indices [tokens, tokens] into them, the (rows,
+    columns) of an image's patches, and the token ids of a text that all rows share."""
 
     states: Tensor
     mask: Tensor | None
     positions: Tensor
-    relative_index: Tensor | None
-    tables: nn.ModuleList
+    tables: nn.ModuleList | None = None
+    relative_index: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    prompt: tuple[int, ...] | None = None
 
 
 class MuEEncoder(nn.Module):
@@ -78,6 +93,7 @@ class MuEEncoder(nn.Module):
             [nn.Embedding(2 * config.token_bucket_size - 1, heads) for _ in self.layers]
         )
         self.image_rel_pos_table_list = nn.ModuleList([nn.Embedding(image_rows, heads) for _ in self.layers])
+        self.prompts, self.grids = WeightMemo(KEPT_PROMPTS), WeightMemo(KEPT_GRIDS)
 
     @auto_docstring
     def forward(
@@ -160,11 +176,13 @@ class MuEEncoder(nn.Module):
             mask = patch_mask.bool().unsqueeze(1).expand(states.shape[:2])
             mask = None if bool(mask.all()) else mask
         ids = patch_positions(rows, columns, config.image_bucket_size, states.device)
-        index = None
-        if config.image_relative_bias:
-            index = patch_relative_index(rows, columns, config.image_bucket_size, states.device)
         positions = self.image_pos_ln(self.embed_image_positions(ids))
-        return _Source(states, mask, positions, index, self.image_rel_pos_table_list)
+        source = _Source(states, mask, positions, grid=(rows, columns))
+        if config.image_relative_bias:
+            source.tables = self.image_rel_pos_table_list
+            if _recorded():
+                source.relative_index = patch_relative_index(rows, columns, config.image_bucket_size, states.device)
+        return source
 
     def _embed_text(self, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None) -> _Source | None:
         if ids is not None and embeds is not None:
@@ -196,7 +214,10 @@ class MuEEncoder(nn.Module):
         states = nn.functional.dropout(states, config.dropout, self.training)
         positions = self.pos_ln(self.embed_positions.weight[:length])
         index = text_relative_index(length, config.token_bucket_size, config.max_position_embeddings, states.device)
-        return _Source(states, mask, positions, index, self.token_rel_pos_table_list)
+        prompt, alone = None, self.training or _recorded()
+        if ids is not None and mask is None and not alone and bool((ids == ids[:1]).all()):
+            prompt = tuple(ids[0].tolist())
+        return _Source(states, mask, positions, self.token_rel_pos_table_list, index, prompt=prompt)
 
     @staticmethod
     def _texts_per_image(image: _Source | None, text: _Source | None) -> int:
@@ -227,9 +248,11 @@ class MuEEncoder(nn.Module):
                 continue
             policy = options.policy(name, len(self.layers))
             collected = [] if output_attentions else None
-            bias = self._position_scores(source)
-            parts = [(slice(None), source)]
-            stream = self._run_stream(source, bias, parts, policy, output_hidden_states, collected)
+            if source.prompt is None or output_hidden_states or output_attentions or isinstance(policy.depth, Tensor):
+                parts = [(slice(None), source)]
+                stream = self._run_stream(source, parts, policy, output_hidden_states, collected)
+            else:
+                stream = self._run_prompt(source, policy)
             if name == "image" and repeats > 1:
                 stream = _repeated(stream, repeats)
                 collected = collected and [x.repeat_interleave(repeats, dim=0) for x in collected]
@@ -257,21 +280,37 @@ class MuEEncoder(nn.Module):
             torch.cat([source.states for source in sources], dim=1),
             torch.cat(masks, dim=1) if any(source.mask is not None for source in sources) else None,
             torch.cat([source.positions for source in sources]),
-            None,
-            nn.ModuleList(),
+            grid=None if image is None else image.grid,
         )
         places = [slice(0, lengths[0]), slice(lengths[0], sum(lengths))]
         parts = list(zip(places, sources, strict=False))
         policy = options.policy("encoder", len(self.layers))
         collected = [] if output_attentions else None
-        bias = self._position_scores(joint)
-        stream = self._run_stream(joint, bias, parts, policy, output_hidden_states, collected)
+        stream = self._run_stream(joint, parts, policy, output_hidden_states, collected)
         return [stream], tuple(collected or ())
+
+    def _run_prompt(self, source: _Source, policy: ExitPolicy) -> StackResult:
+        """A text that all rows share, run for one of them, and not again while weights and policy are the same."""
+        one, fresh = replace(source, states=source.states[:1]), []
+
+        def run() -> StackResult:
+            fresh.append(self._run_stream(one, [(slice(None), one)], policy, False, None))
+            return fresh[0]
+
+        stream = None
+        if not torch.is_autocast_enabled(source.states.device.type):
+            parts = (self.embed_tokens, self.layernorm_embedding, self.type_embedding, self.embed_positions)
+            parts += (self.pos_ln, self.pos_q_linear, self.pos_k_linear, self.token_rel_pos_table_list, self.layers)
+            weights = plain_weights(module for part in parts for module in part.modules())
+            stream = self.prompts.get((source.prompt, policy, self.config._attn_implementation), weights, run)
+        stream = stream or run()
+        batch = source.states.shape[0]
+        executed = stream.executed if fresh else 0
+        return StackResult(stream.states.expand(batch, -1, -1), stream.depths.expand(batch), executed, None)
 
     def _run_stream(
         self,
         source: _Source,
-        scores: Tensor,
         parts: list[tuple[slice, _Source]],
         policy: ExitPolicy,
         output_hidden_states: bool,
@@ -284,9 +323,18 @@ class MuEEncoder(nn.Module):
             present = mask.any(dim=1).cpu()
             if not present.all():
                 rows = present.nonzero().flatten()
+                if bool(mask[present].all()):
+                    # samples without an image take no part, those with one have all patches
+                    mask = None
+
+        scores = self._position_scores(source)
+        # Memory of this size is mapped anew at each allocation: the layers share one bias.
+        buffer = None if _recorded() else torch.empty_like(scores)
+        if buffer is not None and len(parts) > 1:
+            buffer.copy_(scores)
 
         def run_layer(layer: int, states: Tensor, rows: Tensor | None) -> Tensor:
-            bias = self._layer_bias(layer, scores, parts).unsqueeze(0)
+            bias = self._layer_bias(layer, scores, parts, buffer).unsqueeze(0)
             if mask is not None:
                 keys = mask if rows is None else mask[rows]
                 bias = bias.masked_fill(~keys[:, None, None, :], mask_value(bias))
@@ -297,24 +345,48 @@ class MuEEncoder(nn.Module):
             return states
 
         decider = ExitDecider(policy, mask)
-        return run_stack(states, len(self.layers), run_layer, decider, rows, output_hidden_states)
+        return run_stack(
+            states, len(self.layers), run_layer, decider, rows, output_hidden_states, at_once=attentions is not None
+        )
 
-    @staticmethod
-    def _layer_bias(layer: int, scores: Tensor, parts: list[tuple[slice, _Source]]) -> Tensor:
-        """Adds the relative position biases of a layer to scores [heads, tokens, tokens] shared by all layers."""
-        parts = [(place, part) for place, part in parts if part.relative_index is not None]
+    def _layer_bias(
+        self, layer: int, scores: Tensor, parts: list[tuple[slice, _Source]], buffer: Tensor | None
+    ) -> Tensor:
+        """Adds the relative position biases of a layer to scores [heads, tokens, tokens] shared by all layers; in
+        `buffer`, which holds scores outside of the parts, or differentiably without one."""
+        parts = [(place, part) for place, part in parts if part.tables is not None]
+        if not parts:
+            return scores
+        if buffer is not None:
+            for place, part in parts:
+                table, inputs, output = part.tables[layer], scores[:, place, place], buffer[:, place, place]
+                if part.grid is None:
+                    torch.add(inputs, relative_bias(table, part.relative_index), out=output)
+                else:
+                    add_patch_bias(table.weight, part.grid, self.config.image_bucket_size, inputs, output)
+            return buffer
         biases = [relative_bias(part.tables[layer], part.relative_index) for _, part in parts]
         if len(biases) == 1 and biases[0].shape == scores.shape:
             return biases[0] + scores
-        scores = scores.clone() if biases else scores
+        scores = scores.clone()
         for (place, _), bias in zip(parts, biases, strict=True):
             scores[:, place, place] += bias
         return scores
 
     def _position_scores(self, source: _Source) -> Tensor:
-        heads, factor = self.config.encoder_attention_heads, self.config.attn_scale_factor
-        positions = source.positions
-        return position_scores(self.pos_q_linear, self.pos_k_linear, positions, positions, heads, factor)
+        """Scores [heads, tokens, tokens] of absolute positions; those of an image's size are kept."""
+
+        def compute() -> Tensor:
+            heads, factor, positions = config.encoder_attention_heads, config.attn_scale_factor, source.positions
+            return position_scores(self.pos_q_linear, self.pos_k_linear, positions, positions, heads, factor)
+
+        config, scores = self.config, None
+        autocast = torch.is_autocast_enabled(source.positions.device.type)
+        if source.grid is not None and not _recorded() and not autocast:
+            parts = (self.embed_image_positions, self.image_pos_ln, self.embed_positions, self.pos_ln)
+            weights = plain_weights((*parts, self.pos_q_linear, self.pos_k_linear))
+            scores = self.grids.get((source.grid, len(source.positions)), weights, compute)
+        return compute() if scores is None else scores
 
     # --- output ----------------------------------------------------------------------------------------------------
 
@@ -360,6 +432,11 @@ class MuEEncoder(nn.Module):
             depths[name] = stream.depths * present
         output.image_exit_layers, output.text_exit_layers = depths["image"].to(device), depths["text"].to(device)
         output.executed_layers = executed
+
+
+def _recorded() -> bool:
+    """Whether what is computed becomes part of a graph: to differentiate, to compile or to export."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def check_token_ids(name: str, ids: Tensor, vocab_size: int) -> None:

@@ -3,7 +3,7 @@ and the scoring of closed answer sets."""
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import chain
@@ -12,12 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
-from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput, GenerationMode
+from transformers.generation import (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    GenerateBeamEncoderDecoderOutput,
+    GenerateEncoderDecoderOutput,
+    GenerationMode,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.modeling_outputs import ModelOutput
 
 from .answers_mue import answer_contexts, answer_scores, answer_tree
 from .cache_mue import MuECache
 from .early_exit_mue import CONFIG_NAMES, ExitSchedule, check_names, chosen_preset, resolve_options
+
+# Processors that do not look at the scores of tokens that a prefix constraint forbids.
+MASKING = (
+    *(ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor, ExitSchedule, LogitNormalization),
+    *(MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor, NoRepeatNGramLogitsProcessor),
+    *(PrefixConstrainedLogitsProcessor, SuppressTokensLogitsProcessor),
+    *(TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper),
+)
 
 # Values of each tensor that the fingerprint of the weights looks at: training changes all of them.
 FINGERPRINT_SAMPLES = 64
@@ -81,6 +104,8 @@ class _ExitRun:
 
     schedule: ExitSchedule
     eos_token_ids: Tensor | None
+    text_ids: slice | None = None
+    constraint: PrefixConstrainedLogitsProcessor | None = None
     skip_finished: bool = False
     depths: list[Tensor] = field(default_factory=list)
     executed: int = 0
@@ -99,6 +124,27 @@ class _ExitRun:
             return None
         new = input_ids[:, self.schedule.prompt_length :]
         return ~torch.isin(new, self.eos_token_ids.to(new.device)).any(dim=1)
+
+    def follow_constraint(self, processors: LogitsProcessorList, config: GenerationConfig) -> None:
+        """Lets a prefix constraint among the processors say which logits are computed, where no processor and no user
+        looks at the others."""
+        constraint = next((x for x in processors if isinstance(x, PrefixConstrainedLogitsProcessor)), None)
+        # beams compare sums of log-probabilities, which depend on what else is computed unless they are renormalised
+        comparable = config.num_beams == 1 or config.renormalize_logits
+        if constraint is None or config.output_logits or not comparable:
+            return
+        if all(type(processor) in MASKING for processor in processors):
+            # asked by the output head and then by the processor
+            constraint._prefix_allowed_tokens_fn = _asked_once(constraint._prefix_allowed_tokens_fn)
+            self.constraint = constraint
+
+    def emitted_ids(self, input_ids: Tensor) -> slice | Tensor | None:
+        """Token ids that may follow one of input_ids [rows, length]; None for all."""
+        if self.constraint is None:
+            return self.text_ids
+        allowed, beams = self.constraint._prefix_allowed_tokens_fn, self.constraint._num_beams
+        following = {int(token) for row, ids in enumerate(input_ids) for token in allowed(row // beams, ids)}
+        return torch.tensor(sorted(following), device=input_ids.device) if following else None
 
 
 class MuEGenerationMixin(GenerationMixin):
@@ -247,7 +293,11 @@ class MuEGenerationMixin(GenerationMixin):
         schedule = ExitSchedule(policy, input_ids_seq_length, num_steps)
         processors.append(schedule)
         if model_kwargs is not None:
-            model_kwargs["exit_run"] = _ExitRun(schedule, generation_config._eos_token_tensor)
+            run = _ExitRun(schedule, generation_config._eos_token_tensor)
+            constrained = any(isinstance(x, PrefixConstrainedLogitsProcessor) for x in processors)
+            if self.config.num_text_tokens < self.config.vocab_size and not constrained:
+                run.text_ids = slice(0, self.config.num_text_tokens)
+            model_kwargs["exit_run"] = run
         return processors
 
     def prepare_inputs_for_generation(
@@ -258,6 +308,7 @@ class MuEGenerationMixin(GenerationMixin):
         if exit_run is not None:
             model_inputs["exit_policy"] = exit_run.schedule.policy
             model_inputs["active_rows"] = exit_run.active_rows(input_ids)
+            model_inputs["emitted_ids"] = exit_run.emitted_ids(input_ids)
             model_inputs["output_exit_layers"] = True
         return model_inputs
 
@@ -276,6 +327,7 @@ class MuEGenerationMixin(GenerationMixin):
         run.skip_finished = not any(
             getattr(config, f"output_{name}") for name in ("scores", "logits", "attentions", "hidden_states")
         )
+        run.follow_constraint(kwargs["logits_processor"], config)
         output = super()._sample(input_ids, *args, **kwargs)
         if isinstance(output, Tensor):
             return output
@@ -285,6 +337,7 @@ class MuEGenerationMixin(GenerationMixin):
 
     def _beam_search(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         run = kwargs["exit_run"]
+        run.follow_constraint(kwargs["logits_processor"], kwargs["generation_config"])
         output = super()._beam_search(input_ids, *args, **kwargs)
         if isinstance(output, Tensor):
             return output
@@ -383,6 +436,21 @@ class MuEGenerationMixin(GenerationMixin):
             decoder_exit_layers=outputs.decoder_exit_layers.unflatten(0, (batch, len(prefixes))),
             executed_layers={**(encoder_outputs.executed_layers or {}), **outputs.executed_layers},
         )
+
+
+def _asked_once(allowed: Callable[[int, Tensor], list[int]]) -> Callable[[int, Tensor], list[int]]:
+    """`allowed`, which is asked once for each prefix of the current length."""
+    answers: dict[tuple[int, ...], list[int]] = {}
+
+    def ask(batch_id: int, prefix: Tensor) -> list[int]:
+        key = (batch_id, *prefix.tolist())
+        if key not in answers:
+            if answers and len(next(iter(answers))) != len(key):
+                answers.clear()
+            answers[key] = allowed(batch_id, prefix)
+        return answers[key]
+
+    return ask
 
 
 def _exit_attributes(config: GenerationConfig) -> dict[str, Any]:

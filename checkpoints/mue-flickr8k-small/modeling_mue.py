@@ -17,7 +17,8 @@ from .decoder_mue import MuEDecoder
 from .early_exit_mue import OPTION_NAMES, ExitOptions, ExitPolicy, check_names
 from .encoder_mue import MuEEncoder, MuEEncoderOutput
 from .generation_mue import MuEGenerationMixin
-from .layers_mue import MuEAttention
+from .layers_mue import MuEAttention, MuEOutputHead
+from .vision_mue import trunk_features
 
 
 @auto_docstring(custom_intro="Output of `MuEModel`.")
@@ -146,7 +147,7 @@ class MuEModel(MuEPreTrainedModel):
     def trunk_features(self, pixel_values: Tensor) -> Tensor:
         """The trunk's features [batch, channels, rows, columns] of pixels [batch, 3, height, width], which `forward`
         and `generate` take as `image_features`: cache them while the trunk is frozen."""
-        return self.encoder.embed_images(pixel_values).feature_maps[-1]
+        return trunk_features(self.encoder.embed_images, pixel_values)
 
     @deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")
     @can_return_tuple
@@ -306,7 +307,7 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
     def __init__(self, config: MuEConfig):
         super().__init__(config)
         self.model = MuEModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = MuEOutputHead(config.d_model, config.vocab_size, bias=False)
         # A generation config marked as made from a model config would lose exit options and presets on loading.
         self.generation_config._from_model_config = False
         self.post_init()
@@ -357,6 +358,7 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
         exit_policy: ExitPolicy | None = None,
         active_rows: torch.BoolTensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        emitted_ids: slice | torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> MuESeq2SeqLMOutput:
         r"""
@@ -376,6 +378,8 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
             The decoder's policy at this step, as `generate` passes it, in place of the decoder's exit options.
         active_rows (`torch.BoolTensor` of shape `(rows,)`, *optional*):
             Decoder rows that are worth running; the others have depth 0.
+        emitted_ids (`slice` or `torch.LongTensor`, *optional*):
+            Token ids whose logits are wanted, as `generate` passes them; those of the others are -inf.
         kwargs (*optional*):
             The exit options of [`ExitOptions`] by name, e.g. `decoder_exit_threshold=0.95`.
         """
@@ -409,7 +413,7 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
             **{name: value for name, value in kwargs.items() if "exit" in name},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        logits = self._logits(outputs.last_hidden_state[:, keep], emitted_ids)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -434,6 +438,17 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
             decoder_exit_layers=outputs.decoder_exit_layers,
             executed_layers=outputs.executed_layers,
         )
+
+    def _logits(self, states: Tensor, ids: slice | Tensor | None) -> Tensor:
+        if ids is None:
+            return self.lm_head(states)
+        if getattr(self.lm_head, "takes_ids", False):
+            return self.lm_head(states, ids)
+        # a head that was resized or replaced
+        logits = self.lm_head(states)
+        kept = torch.full_like(logits, -torch.inf)
+        kept[..., ids] = logits[..., ids]
+        return kept
 
 
 __all__ = [

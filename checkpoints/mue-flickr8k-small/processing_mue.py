@@ -3,14 +3,16 @@
 import os
 import re
 import string
+import time
 from collections.abc import Callable, Sequence
 from io import BytesIO
+from threading import Timer
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.utils import httpx
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tokenizers import AddedToken
 from transformers import BatchFeature, ProcessorMixin, RobertaTokenizer
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
@@ -39,6 +41,16 @@ CHAT_TEMPLATE = (
 )
 
 REMEDY = "pass a PIL image, a path, an http(s) URL, or an array of 1, 3 or 4 channels"
+
+#: Pixels that an image file may have: a small file can claim far more than fit in memory.
+MAX_PIXELS = 2**27
+#: Pixels that a side of what the model reads may have.
+MAX_SIDE = 8192
+#: Bytes that a download may have.
+MAX_DOWNLOAD_BYTES = 64 * 2**20
+#: Seconds that a download may take, from the first byte sent to the last one received.
+DOWNLOAD_SECONDS = 20.0
+MAX_REDIRECTS = 5
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -49,6 +61,8 @@ def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
 
 def _array_to_pil(array: np.ndarray, name: str) -> Image.Image:
     """An array of one image, as a PIL image of 8 bits per channel: mode L, RGB or RGBA."""
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{name} must hold numbers, got an array of {array.dtype}; {REMEDY}.")
     if 0 in array.shape:
         raise ValueError(f"{name} must not be empty, got an array of shape {array.shape}; {REMEDY}.")
     if array.ndim not in (2, 3):
@@ -136,14 +150,54 @@ def to_rgb(image: Image.Image, name: str = "`image`") -> Image.Image:
 
 
 def _read_url(url: str, name: str, timeout: float) -> bytes:
+    if not timeout > 0:
+        raise ValueError(
+            f"`timeout` must be a number of seconds above 0, got {timeout}; leave it out for the default."
+        )
+    received, deadline = bytearray(), time.monotonic() + timeout
+    # What comes packed may unpack to any size.
+    headers = {"Accept-Encoding": "identity"}
+    client = httpx.Client(timeout=timeout, follow_redirects=True, max_redirects=MAX_REDIRECTS, headers=headers)
+    # The client's own timeout starts anew with every byte; without a connection the transfer ends.
+    timer = Timer(timeout, client.close)
+    timer.daemon = True
+    timer.start()
     try:
-        response = httpx.get(url, timeout=timeout, follow_redirects=True)
-        response.raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        with client, client.stream("GET", url) as response:
+            response.raise_for_status()
+            for part in response.iter_raw():
+                received += part
+                if len(received) > MAX_DOWNLOAD_BYTES:
+                    break
+    # What a closed connection raises depends on where it was closed.
+    except Exception as error:
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"{name} must be downloaded within {timeout:g} seconds, got {len(received)} bytes by then; "
+                "pass a greater `timeout`, or download it and pass the file."
+            ) from error
         raise ValueError(
             f"{name} must be a URL that answers, got an error: {error}; check it, or pass a file."
         ) from error
-    return response.content
+    finally:
+        timer.cancel()
+    if len(received) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(
+            f"{name} must have at most {MAX_DOWNLOAD_BYTES >> 20} MB to be downloaded, got more; shrink it, or "
+            "download it and pass the file."
+        )
+    return bytes(received)
+
+
+def _check_file(opened: Image.Image, name: str) -> None:
+    """Refuses, before anything is decoded, what would take all memory or run a program."""
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ValueError(
+            f"{name} must have at most {MAX_PIXELS:,} pixels, got {opened.width} x {opened.height}; shrink it."
+        )
+    # PostScript is a program, which Pillow would hand to Ghostscript.
+    if opened.format == "EPS":
+        raise ValueError(f"{name} must hold pixels, got PostScript; save it as PNG or JPEG.")
 
 
 def load_image(image: Any, name: str = "image", timeout: float | None = None) -> Image.Image:
@@ -151,44 +205,65 @@ def load_image(image: Any, name: str = "image", timeout: float | None = None) ->
     One image from wherever it is, as upright 8-bit RGB (see `to_rgb`).
 
     Args:
-        image (`str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            A path, an http(s) URL, an image, or an array [height, width], [height, width, channels] or
-            [channels, height, width] of levels: uint8, uint16, bool, or floats in [0, 1].
+        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            A path, an http(s) URL, the bytes of an image file, an image, or an array [height, width],
+            [height, width, channels] or [channels, height, width] of levels: uint8, uint16, bool, or floats in
+            [0, 1].
         name (`str`, *optional*, defaults to `"image"`):
             What error messages call it, such as "images[3]".
         timeout (`float`, *optional*):
-            Seconds to wait for a URL; 30 without it.
+            Seconds for a URL, `DOWNLOAD_SECONDS` without it. A server that stalls is left after at most twice as long.
 
     Returns:
         `PIL.Image.Image`: mode RGB.
 
     Raises:
-        ValueError: if it cannot be found, fetched, decoded, or has no pixels.
+        ValueError: if it cannot be found, fetched, decoded, or has no pixels; if a file has more than `MAX_PIXELS`
+            pixels, or a URL more than `MAX_DOWNLOAD_BYTES` bytes.
     """
     name = f"`{name}`"
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+        try:
+            image = image.detach().cpu()
+            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+        # Sparse, quantised and meta tensors, and dtypes that NumPy lacks.
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{name} must be a tensor that NumPy can hold, got an error: {error}; {REMEDY}."
+            ) from error
     if isinstance(image, np.ndarray):
         return to_rgb(_array_to_pil(image, name), name)
     if isinstance(image, Image.Image):
         return to_rgb(image, name)
+    if isinstance(image, bytes):
+        return _open(BytesIO(image), name)
     if not isinstance(image, str | os.PathLike):
         raise ValueError(f"{name} must be an image, got {type(image).__name__}; {REMEDY}.")
-    source = os.fspath(image)
+    source = os.fsdecode(image)
     name = f"{name} ({source if len(source) <= 200 else source[:200] + '...'})"
-    file: Any = source
     if source.startswith(("http://", "https://")):
-        file = BytesIO(_read_url(source, name, 30.0 if timeout is None else timeout))
+        return _open(BytesIO(_read_url(source, name, DOWNLOAD_SECONDS if timeout is None else timeout)), name)
+    # Reading a pipe or a device might never end.
+    if os.path.exists(source) and not os.path.isfile(source):
+        raise ValueError(f"{name} must be a file, got a folder, a pipe or a device; {REMEDY}.")
+    return _open(source, name)
+
+
+def _open(file: Any, name: str) -> Image.Image:
     try:
         opened = Image.open(file)
     except FileNotFoundError as error:
         raise ValueError(f"{name} must exist, got no such file; check the path.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} must have at most {MAX_PIXELS:,} pixels: {error}; shrink it.") from error
     except Exception as error:
+        # Pillow's own message holds the address of the object that it read from.
+        reason = "it has no known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
-            f"{name} must be an image that Pillow can read, got an error: {error}; save it again as PNG or JPEG."
+            f"{name} must be an image that Pillow can read, got an error: {reason}; save it again as PNG or JPEG."
         ) from error
     with opened:
+        _check_file(opened, name)
         return to_rgb(opened, name)
 
 
@@ -267,7 +342,22 @@ class MuEImageMixin:
             output["auto_map"] = {"AutoImageProcessor": references}
         return output
 
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Pixels of images, see the base class; whatever an option breaks is a ValueError that names the options."""
+        try:
+            return super().preprocess(images, *args, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            options = {name: value for name, value in kwargs.items() if value is not None}
+            raise ValueError(
+                f"The options of the image processor must be such as `ImagesKwargs` describes, got {options}, which "
+                f"failed: {error}; change or leave out the one that is not."
+            ) from error
+
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        for name in ("size", "crop_size", "pad_size"):
+            sides = [side for side in dict(kwargs.get(name) or {}).values() if side is not None]
+            if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in sides):
+                raise ValueError(f"`{name}` must be of 1 to {MAX_SIDE} pixels a side, got {sides}; change it.")
         super()._validate_preprocess_kwargs(**kwargs)
         if kwargs.get("do_normalize") and not kwargs.get("do_rescale"):
             raise ValueError(
@@ -433,7 +523,13 @@ class MuEProcessor(ProcessorMixin):
         else:
             (prompts,) = _same_length(text=prompts)
         options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        data = dict(self.tokenizer(prompts, **options["text_kwargs"]))
+        try:
+            data = dict(self.tokenizer(prompts, **options["text_kwargs"]))
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"The options of the tokenizer must be such as `TextKwargs` describes, got {options['text_kwargs']}, "
+                f"which failed: {error}; change or leave out the one that is not."
+            ) from error
         if images is not None:
             data |= self._encode_images(images, options["images_kwargs"])
         if task == "entailment":
@@ -517,7 +613,7 @@ class MuEProcessor(ProcessorMixin):
         Raises:
             ValueError: if there are no answers, one is empty, or two are the same.
         """
-        if isinstance(answers, str) or not answers:
+        if not isinstance(answers, list | tuple) or not answers:
             raise ValueError(f'`answers` must be a list of answers, got {answers!r}; pass such as ["yes", "no"].')
         texts = [" " + _require_text(answer, "answers").strip() for answer in answers]
         if repeated := sorted({text for text in texts if texts.count(text) > 1}):
