@@ -15,7 +15,15 @@ from PIL import Image as PilImage
 from test_processing import character_tokenizer
 
 from mue_hf import data, features
-from mue_hf.data import CAPTIONING_FEATURES, ENTAILMENT_FEATURES, MuEDataCollator, load_captioning, load_entailment
+from mue_hf.data import (
+    CAPTIONING_FEATURES,
+    ENTAILMENT_FEATURES,
+    CaptionPairs,
+    MuEDataCollator,
+    load_captioning,
+    load_entailment,
+)
+from mue_hf.evaluation.rows import load_rows, row_fields
 from mue_hf.features import cache_trunk_features, image_digest, trunk_fingerprint
 from mue_hf.processing_mue import CAPTION_PROMPT, MuEImageProcessorPil, MuEProcessor
 from mue_hf.scenes import SceneDataset
@@ -320,6 +328,28 @@ def target_texts(processor, batch) -> list[str]:
 def tiny(processor, **overrides):
     positions = {"max_position_embeddings": 256, "vocab_size": len(processor.tokenizer)}
     return tiny_model(dtype=torch.float32, std=0.05, **positions | overrides)
+
+
+class TestRows:
+    def test_one_row_per_caption(self, folder, captioning):
+        path, _ = jsonl(folder)
+        rows = captioning(path, None)
+        pairs = CaptionPairs(rows, [row["references"] for row in row_fields(rows)])
+        assert [pair["references"] for pair in pairs] == [[caption] for some in CAPTIONS for caption in some]
+        assert [color(pair["image"]) for pair in pairs] == [0, 0, 1, 2, 2, 2]
+
+    def test_fields_are_the_rows_without_images(self, folder):
+        path, _ = jsonl(folder)
+        rows = load_rows("captioning", str(path), "train", cache_dir=str(folder / "cache"))
+        expected = [{"image_id": f"images/{i}.png", "references": CAPTIONS[i]} for i in range(2)]
+        assert row_fields(rows) == row_fields(list(rows)) == expected
+
+    def test_streamed_rows_are_limited_too(self, folder):
+        path, _ = jsonl(folder)
+        options = {"streaming": True, "cache_dir": str(folder / "cache")}
+        rows = load_rows("captioning", str(path), "all", limit=2, **options)
+        assert [row["references"] for row in rows] == CAPTIONS[:2]
+        assert len(list(load_rows("captioning", str(path), "all", **options))) == 3
 
 
 class TestCollator:

@@ -45,10 +45,10 @@ def plain_loss(
     for layer, state in enumerate(states):
         logits = F.linear(norm(state), weight)[valid]
         losses = F.cross_entropy(logits, labels[valid], label_smoothing=label_smoothing, reduction="none")
+        total = total + (1.0 if layer_weights is None else layer_weights[layer]) * (losses * weights).sum()
         if layer + 1 < len(states):
             divergence = (teacher.exp() * (teacher - logits.log_softmax(-1))).sum(-1)
-            losses = losses + self_distillation * divergence
-        total = total + (1.0 if layer_weights is None else layer_weights[layer]) * (losses * weights).sum()
+            total = total + self_distillation * divergence.sum()
     return total / items
 
 
@@ -63,6 +63,7 @@ OPTIONS = {
     "items": {"num_items_in_batch": 40},
     "weights": {"layer_weights": [0.5, 0.0, 2.0], "label_smoothing": 0.2},
     "distillation": {"self_distillation": 1.5, "label_smoothing": 0.1},
+    "distillation-alone": {"layer_weights": [0.0, 0.0, 1.0], "self_distillation": 0.5},
     "row-weights": {"row_weights": torch.tensor([1.0, -0.5, 2.0, 0.0], dtype=torch.float64), "self_distillation": 0.5},
 }
 

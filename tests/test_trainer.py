@@ -1,5 +1,6 @@
 """MuETrainer on tiny models: one big batch, small ones, two processes and a resumed run end with the same weights."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,18 +8,25 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_inputs, tiny_model
 from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install mue-hf[train]")
 
+from mue_hf import MuEImageProcessor, MuEProcessor, MuETokenizer
+from mue_hf.data import MuEDataCollator
 from mue_hf.losses import movement_loss
-from mue_hf.trainer import MuETrainer, WeightAverage, freeze, scst_advantages
+from mue_hf.metrics import entailment_metrics
+from mue_hf.predict import predict
+from mue_hf.scenes import SceneDataset
+from mue_hf.trainer import MuETrainer, WeightAverage, freeze, muon_class, scst_advantages
 from mue_hf.training_args import MuETrainingArguments
 
 LAYERS = 4
@@ -59,7 +67,7 @@ def trainer(folder: Path, model: torch.nn.Module | None = None, data: list | Non
         "disable_tqdm": True,
         "report_to": "none",
     }
-    extras = {name: options.pop(name) for name in ("reward",) if name in options}
+    extras = {name: options.pop(name) for name in ("reward", "answers") if name in options}
     return MuETrainer(
         model or tiny_model(),
         MuETrainingArguments(**defaults | options),
@@ -84,21 +92,55 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], atol: floa
             torch.testing.assert_close(ours[name], tensor, rtol=0, atol=atol, msg=lambda text, name=name: name + text)
 
 
+def curve(run: MuETrainer) -> list[dict[str, float]]:
+    """The losses and accuracies that the run has logged."""
+    return [
+        {name: value for name, value in entry.items() if name.startswith(("loss", "accuracy"))}
+        for entry in run.state.log_history
+        if "loss" in entry
+    ]
+
+
+def evaluated(run: MuETrainer, folder: Path) -> dict[str, list]:
+    """Losses and generated tokens of five samples, two at a time in each process."""
+    checking = trainer(folder, run.model, predict_with_generate=True, per_device_eval_batch_size=2)
+    output = checking.predict(samples(5), max_length=6)
+    means = {name: value for name, value in output.metrics.items() if "loss" in name or "accuracy" in name}
+    return {"means": means, "tokens": output.predictions.tolist(), "labels": output.label_ids.tolist()}
+
+
+def assert_same_curve(ours: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(ours) == len(expected) > 0
+    for one, other in zip(ours, expected, strict=True):
+        # losses are sums over tokens in float32
+        assert one == pytest.approx(other, rel=1e-5)
+
+
 @pytest.fixture(scope="module")
-def big_batch(tmp_path_factory) -> dict[str, Tensor]:
-    return trained(tmp_path_factory.mktemp("big"), label_smoothing_factor=0.1, freeze_batch_norm=True)
+def big_run(tmp_path_factory) -> MuETrainer:
+    run = trainer(tmp_path_factory.mktemp("big"), label_smoothing_factor=0.1, freeze_batch_norm=True)
+    run.train()
+    return run
+
+
+@pytest.fixture(scope="module")
+def big_batch(big_run) -> dict[str, Tensor]:
+    return big_run.model.state_dict()
 
 
 class TestSameGradients:
-    def test_accumulation(self, big_batch, tmp_path):
+    def test_accumulation(self, big_run, big_batch, tmp_path):
         options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-        assert_same(trained(tmp_path, label_smoothing_factor=0.1, freeze_batch_norm=True, **options), big_batch)
+        run = trainer(tmp_path, label_smoothing_factor=0.1, freeze_batch_norm=True, **options)
+        run.train()
+        assert_same(run.model.state_dict(), big_batch)
+        assert_same_curve(curve(run), curve(big_run))
 
     def test_activation_checkpointing(self, big_batch, tmp_path):
         options = {"activation_checkpointing": True, "label_smoothing_factor": 0.1, "freeze_batch_norm": True}
         assert_same(trained(tmp_path, **options), big_batch)
 
-    def test_two_processes(self, big_batch, tmp_path):
+    def test_two_processes(self, big_run, big_batch, tmp_path):
         with socket.socket() as port:
             port.bind(("127.0.0.1", 0))
             shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -115,13 +157,20 @@ class TestSameGradients:
         assert [process.returncode for process in processes] == [0, 0], errors
         result = load_file(tmp_path / "weights.safetensors")
         assert_same(result, {name: big_batch[name] for name in result})
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert_same_curve(found["curve"], curve(big_run))
+        # five samples do not fill the batches of two processes
+        expected = evaluated(big_run, tmp_path)
+        assert found["means"] == pytest.approx(expected["means"], rel=1e-5)
+        assert (found["tokens"], found["labels"]) == (expected["tokens"], expected["labels"])
 
-    def test_resumed_run(self, tmp_path):
-        options = {"save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9, "random_exit_depth": True}
+    @pytest.mark.parametrize("step", [2, 3], ids=["between epochs", "within an epoch"])
+    def test_resumed_run(self, step, tmp_path):
+        options = {"save_strategy": "steps", "save_steps": step, "ema_decay": 0.9, "random_exit_depth": True}
         model = tiny_model(dropout=0.1)
         expected = trained(tmp_path, model=model, **options)
         run = trainer(tmp_path, model=tiny_model(dropout=0.1), **options)
-        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert run.state.global_step == 4
         for name, tensor in run.model.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
@@ -250,6 +299,93 @@ class TestLogs:
         assert run.evaluate()["eval_shape"] == [5, 6, 99]
 
 
+@pytest.fixture(scope="module")
+def parts():
+    """A model whose tokens are bytes, and whose answers differ."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
+    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
+    model = tiny_model(std=0.3, seed=2, vocab_size=len(tokenizer), max_position_embeddings=128)
+    tokens = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+    # exits that are saved with the model hold for both
+    model.generation_config = GenerationConfig(**tokens, max_new_tokens=5, image_exit_threshold=0.9)
+    return model, MuEProcessor(MuEImageProcessor(size={"height": 64, "width": 64}), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Three statements on each of four scenes."""
+    return [
+        {name: scene[name] for name in ("image", "image_id")} | {"hypothesis": text, "label": label}
+        for scene in (SceneDataset(4, seed=2, statements=3)[index] for index in range(4))
+        for text, label in zip(scene["hypothesis"], scene["label"], strict=True)
+    ]
+
+
+class TestAnswers:
+    """What the trainer predicts on entailment is what `predict` gives."""
+
+    @pytest.mark.parametrize("prompt_type", ["prev_output", "none"])
+    def test_answers_are_those_of_predict(self, prompt_type, parts, rows, tmp_path):
+        model, processor = parts
+        names = list(processor.entailment_answers.values())
+        options = {"predict_with_generate": True, "answers": processor.encode_answers(names)}
+        run = trainer(tmp_path, model, rows, per_device_eval_batch_size=5, **options)
+        collator = MuEDataCollator(processor, prompt_type=prompt_type)
+        run.data_collator = lambda items: {
+            name: value.double() if value.is_floating_point() else value for name, value in collator(items).items()
+        }
+        run.compute_metrics = entailment_metrics(processor)
+        exits = {"decoder_exit_threshold": 0.8}
+        output = run.predict(rows, **exits)
+        expected = predict(model, processor, rows, "entailment", exits, prompt_type=prompt_type, progress=False)
+        answers = [one.output for one in expected]
+        ids = np.where(output.predictions < 0, 1, output.predictions)
+        assert [text.strip() for text in processor.post_process_captions(ids)] == answers
+        assert len(set(answers)) > 1
+        true = [processor.entailment_answers[row["label"]] for row in rows]
+        right = sum(one == other for one, other in zip(answers, true, strict=True))
+        assert output.metrics["test_accuracy"] == pytest.approx(right / len(rows))
+        assert sum(output.metrics[f"test_support_{label}"] for label in processor.entailment_answers) == len(rows)
+
+    def test_prompts_reach_free_generation_too(self, parts, rows, tmp_path):
+        model, processor = parts
+        run = trainer(tmp_path, model, rows, predict_with_generate=True, per_device_eval_batch_size=3)
+        collator = MuEDataCollator(processor)
+        batch = collator(rows[:3])
+        batch["pixel_values"] = batch["pixel_values"].double()
+        _, tokens, labels = run.prediction_step(model, batch, False)
+        inputs = processor(
+            images=[row["image"] for row in rows[:3]],
+            task="entailment",
+            hypothesis=[row["hypothesis"] for row in rows[:3]],
+        )
+        expected = model.generate(**inputs | {"pixel_values": inputs["pixel_values"].double()})
+        assert tokens[:, : expected.shape[1]].tolist() == expected.tolist()
+        assert labels.tolist() == batch["labels"].tolist()
+
+    def test_several_references_of_an_image(self, parts, tmp_path):
+        model, processor = parts
+        scenes = [SceneDataset(3, statements=0)[index] for index in range(3)]
+        run = trainer(tmp_path, model, scenes, predict_with_generate=True, per_device_eval_batch_size=2)
+        collator = MuEDataCollator(processor, captions_per_image=2, random_captions=False)
+        run.data_collator = lambda items: (batch := collator(items)) | {"pixel_values": batch["pixel_values"].double()}
+        output = run.predict(scenes)
+        firsts = processor.post_process_captions(np.where(output.label_ids < 0, 1, output.label_ids))
+        assert len(output.predictions) == 3
+        words = processor.encode_captions([scene["references"][0] for scene in scenes])
+        assert firsts == processor.post_process_captions(words)
+
+    def test_several_texts_of_an_image_in_several_processes(self, parts, rows, tmp_path, monkeypatch):
+        model, processor = parts
+        run = trainer(tmp_path, model, rows, predict_with_generate=True)
+        batch = MuEDataCollator(processor)([SceneDataset(1, captions=False, statements=2)[0]])
+        batch["pixel_values"] = batch["pixel_values"].double()
+        run.prediction_step(model, batch, False)
+        monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+        with pytest.raises(ValueError, match="needs one text for each image, got 2 for 1; give each text a row"):
+            run.prediction_step(model, batch, False)
+
+
 class TestAverage:
     def test_average_takes_the_place_of_the_weights(self):
         model = torch.nn.Linear(1, 1, bias=False)
@@ -290,6 +426,24 @@ class TestAverage:
 def share_of_favourite(captions: list[list[int]], references: list[list[list[int]]]) -> list[float]:
     """How much of a caption is the first token of the image's last reference."""
     return [caption.count(truths[-1][0]) / 3 for caption, truths in zip(captions, references, strict=True)]
+
+
+class TestMuon:
+    def test_matrices_have_a_rate_of_their_own(self, tmp_path):
+        pytest.importorskip("timm", reason="Muon is timm's: pip install mue-hf[timm]")
+        model = tiny_model()
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        options = {"learning_rate": 1e-9, "muon_learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": 1}
+        trainer(tmp_path, model, samples(2), weight_decay=0.0, freeze_trunk=True, **options).train()
+        moved = {name for name, p in model.named_parameters() if (p - before[name]).abs().max() > 1e-4}
+        assert "model.decoder.layers.0.fc1.weight" in moved
+        assert "model.encoder.image_proj.weight" in moved
+        assert not [name for name in moved if before[name].ndim < 2 or "shared" in name or "table" in name]
+
+    def test_missing_timm_is_named(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "timm.optim.muon", None)
+        with pytest.raises(ImportError, match="needs timm 1.0.23 or newer"):
+            muon_class()
 
 
 class TestScst:
@@ -349,6 +503,28 @@ class TestScst:
             expected = expected + (advantages.unsqueeze(1) * losses).sum() / (labels != -100).sum()
         torch.testing.assert_close(loss, expected)
 
+    def test_beam_search_gives_the_samples(self, tmp_path):
+        model = tiny_model()
+        model.generation_config.max_new_tokens = 4
+        run = trainer(tmp_path, model, scst_samples=3, scst_beam_search=True, reward=share_of_favourite)
+        sequences, _ = run._sample(tiny_inputs(2))
+        expected = model.eval().generate(**tiny_inputs(2), num_beams=3, num_return_sequences=3)
+        assert sequences.equal(expected)
+
+    def test_layers_before_the_last_may_follow_it_alone(self, tmp_path):
+        options = {"layer_weights": [0.0, 0.0, 0.0, 1.0], "self_distillation": 0.5}
+        model = tiny_model()
+        model.generation_config.max_new_tokens = 4
+        # equal rewards teach the last layer nothing
+        run = trainer(tmp_path, model, scst_samples=2, reward=lambda captions, _: [1.0] * len(captions), **options)
+        layers = model.model.decoder.layers
+        for module in run.frozen:
+            module.eval()
+        model.train()
+        run.compute_loss(model, tiny_inputs(2) | {"labels": torch.tensor([[5, 6], [7, 8]])}).backward()
+        assert layers[-1].fc2.weight.grad.abs().max() < 1e-7
+        assert layers[-2].fc2.weight.grad.abs().max() > 1e-5
+
     def test_tokens_after_the_end_do_not_count(self, tmp_path, monkeypatch):
         run = trainer(tmp_path, scst_samples=2, reward=share_of_favourite)
         drawn = torch.tensor([[0, 5, 2, 1, 1], [0, 5, 6, 7, 8]])
@@ -375,7 +551,8 @@ class TestErrors:
                 "drop one of them",
             ),
             ({"scst_samples": 2, "saturation": 1.0}, "`saturation` .got 1.0. is a term of training on labels"),
-            ({"scst_samples": 2, "intermediate_token_share": 0.5}, "has no place in SCST"),
+            ({"muon_learning_rate": 0.0}, "`muon_learning_rate` must be above 0, or None"),
+            ({"scst_beam_search": True}, "`scst_beam_search` is about `scst_samples`, which is 0"),
         ],
     )
     def test_arguments(self, options, message, tmp_path):
@@ -427,12 +604,15 @@ class TestErrors:
 
 def run_one_of_two_processes(folder: Path) -> None:
     """What `test_two_processes` starts twice."""
-    weights = trained(
-        folder, per_device_train_batch_size=2, label_smoothing_factor=0.1, freeze_batch_norm=True, ddp_backend="gloo"
-    )
+    options = {"per_device_train_batch_size": 2, "label_smoothing_factor": 0.1, "freeze_batch_norm": True}
+    run = trainer(folder, ddp_backend="gloo", **options)
+    run.train()
+    found = {"curve": curve(run)} | evaluated(run, folder)
     if os.environ["RANK"] == "0":
         tied = {"lm_head.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"}
-        save_file({name: t for name, t in weights.items() if name not in tied}, folder / "weights.safetensors")
+        weights = {name: t for name, t in run.model.state_dict().items() if name not in tied}
+        save_file(weights, folder / "weights.safetensors")
+        (folder / "found.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 

@@ -2,9 +2,13 @@
 
 Importing the package registers its classes with the Auto classes and its pipeline with `pipeline()`, so that
 `from_pretrained` and `pipeline` know them without `trust_remote_code`. Models of other types are not affected.
+
+What training takes is imported when it is first asked for, and needs the packages of the extra `train`.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -25,6 +29,19 @@ from .processing_mue import MuEImageProcessor, MuEImageProcessorPil, MuEProcesso
 
 __version__ = version("mue-hf")
 
+# Name -> its module.
+_TRAINING = {
+    "CaptionPairs": "data",
+    "CiderDReward": "rewards",
+    "MuEDataCollator": "data",
+    "MuETrainer": "trainer",
+    "MuETrainingArguments": "training_args",
+    "SceneDataset": "scenes",
+    "cache_trunk_features": "features",
+    "load_captioning": "data",
+    "load_entailment": "data",
+}
+
 AutoConfig.register("mue", MuEConfig, exist_ok=True)
 AutoImageProcessor.register(
     MuEConfig,
@@ -37,6 +54,23 @@ AutoModelForSeq2SeqLM.register(MuEConfig, MuEForConditionalGeneration, exist_ok=
 AutoProcessor.register(MuEConfig, MuEProcessor, exist_ok=True)
 AutoTokenizer.register(MuEConfig, tokenizer_class=MuETokenizer, exist_ok=True)
 register_pipelines()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        # transformers would miss it only when a trainer is made.
+        import_module("accelerate")
+        module = import_module(f".{_TRAINING[name]}", __name__)
+    except ImportError as error:
+        raise ImportError(f"`{name}` needs the extra `train` ({error}): pip install 'mue-hf[train]'") from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _TRAINING.keys())
+
 
 __all__ = [
     "ExitOptions",

@@ -30,6 +30,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image as PilImage
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -461,6 +462,27 @@ def load_entailment(
     return reader.read(columns, pair, ENTAILMENT_FEATURES, gather=False)
 
 
+class CaptionPairs(TorchDataset):
+    """
+    One row per caption, as OFA counts its epochs: a row of `rows` for each of its captions, with that one alone.
+
+    Args:
+        rows (sequence of `dict`): images, or their features, with captions.
+        references (sequence of sequences of `str`): the captions of each row.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]], references: Sequence[Sequence[str]]) -> None:
+        self.rows = rows
+        self.places = [(row, caption) for row, captions in enumerate(references) for caption in captions]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, caption = self.places[index]
+        return self.rows[row] | {"references": [caption]}
+
+
 class _Text(NamedTuple):
     """One encoder row: its tokens, what the decoder reads before its targets, and the targets with </s>."""
 
@@ -611,6 +633,7 @@ class MuEDataCollator:
 __all__ = [
     "CAPTIONING_FEATURES",
     "ENTAILMENT_FEATURES",
+    "CaptionPairs",
     "MuEDataCollator",
     "load_captioning",
     "load_entailment",

@@ -80,13 +80,14 @@ def layerwise_loss(
         num_items_in_batch (`int` or `Tensor` [], *optional*): target tokens to divide by, where these rows are a part
             of a batch (gradient accumulation, several processes). Default: those in `labels`.
         label_smoothing (`float` in [0, 1)): share of the target's probability that goes to all tokens alike.
-        layer_weights (sequence of `float`, *optional*): a factor per layer; 1 by default. A layer of weight 0 is
-            looked at for the record, and not trained.
+        layer_weights (sequence of `float`, *optional*): a factor per layer of its cross-entropy; 1 by default. A
+            layer of weight 0 is looked at for the record, and learns from the last layer alone if at all.
         self_distillation (`float`): weight of KL(last layer || layer), the last layer being detached.
         saturation (`float`): weight of `saturation_loss`.
         intermediate_token_share (`float` in (0, 1]): share of the tokens, drawn at random, on which the layers before
             the last are trained; their mean counts for all.
-        row_weights (`Tensor` [rows], *optional*): a factor per row, such as the advantage of a sampled caption.
+        row_weights (`Tensor` [rows], *optional*): a factor per row of its cross-entropy, such as the advantage of a
+            sampled caption.
         piece_tokens (`int`, *optional*): tokens of one layer whose logits exist at a time.
 
     Raises:
@@ -109,7 +110,8 @@ def layerwise_loss(
     taken = [state.flatten(0, 1)[places[:count]] for state, count in zip(states, counts, strict=True)]
     factors = [1.0] * len(states) if layer_weights is None else layer_weights
     plan = _Plan(
-        scales=[factor * total / max(count, 1) for factor, count in zip(factors, counts, strict=True)],
+        scales=[total / max(count, 1) for count in counts],
+        factors=factors,
         smoothing=label_smoothing,
         distillation=self_distillation,
         piece=piece_tokens or max(1, PIECE_LOGITS // weight.shape[0]),
@@ -170,9 +172,11 @@ def _chord(cosine: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The numbers of one call: a factor per layer, weights, tokens of a piece, dtype of the products."""
+    """The numbers of one call: what a token of each layer stands for, a factor per layer of its cross-entropy, the
+    weight of divergences, tokens of a piece, dtype of the products."""
 
     scales: Sequence[float]
+    factors: Sequence[float]
     smoothing: float
     distillation: float
     piece: int
@@ -216,23 +220,26 @@ class _HeadLoss(torch.autograd.Function):
                 if len(states) == 0:
                     continue
                 rows, scale = slice(start, start + len(states)), plan.scales[layer]
-                target, factor = targets[rows].unsqueeze(1), 1.0 if row_weights is None else row_weights[rows]
+                target, factor = targets[rows].unsqueeze(1), plan.factors[layer]
+                if row_weights is not None:
+                    factor = factor * row_weights[rows]
                 logits = states @ head.t()
                 predictions[layer, rows] = logits.argmax(-1)
                 log_probs = logits.log_softmax(-1, dtype=wide)
                 del logits
                 losses = _cross_entropy(log_probs, target, plan.smoothing)
                 loss_sums[layer] += losses.sum()
+                total += scale * (factor * losses).sum()
                 lesson = teacher
                 if lesson is not None:
                     lesson = _Teacher(*(part[: len(states)] for part in teacher))
-                    losses += plan.distillation * (lesson.negative_entropy - _dot(lesson.probs, log_probs))
+                    divergences = lesson.negative_entropy - _dot(lesson.probs, log_probs)
+                    total += scale * plan.distillation * divergences.sum()
                 elif plan.distillation:
                     probs = log_probs.exp()
                     teacher = _Teacher(probs, _dot(probs, log_probs))
-                total += scale * (factor * losses).sum()
-                if plan.with_grad and scale != 0:
-                    gradient = _logit_gradient(log_probs, target, plan, lesson).mul_(factor).to(plan.dtype)
+                if plan.with_grad and (plan.factors[layer] != 0 or lesson is not None):
+                    gradient = _logit_gradient(log_probs, target, factor, plan, lesson).to(plan.dtype)
                     hidden_grads[layer][rows] = scale * (gradient @ head)
                     if weight_grad is not None:
                         _add_product(weight_grad, gradient.t(), states, scale)
@@ -260,17 +267,21 @@ def _cross_entropy(log_probs: Tensor, target: Tensor, smoothing: float) -> Tenso
     return losses - smoothing * log_probs.mean(1, keepdim=True) if smoothing else losses
 
 
-def _logit_gradient(log_probs: Tensor, target: Tensor, plan: _Plan, teacher: _Teacher | None) -> Tensor:
-    """d loss / d logits [tokens, classes], written over `log_probs`.
+def _logit_gradient(
+    log_probs: Tensor, target: Tensor, factor: float | Tensor, plan: _Plan, teacher: _Teacher | None
+) -> Tensor:
+    """d loss / d logits [tokens, classes], written over `log_probs`; `factor` is that of the cross-entropy, a number
+    or [tokens, 1].
 
     It is not divided by the number of tokens: in half precision the small quotients would be lost.
     """
     gradient = log_probs.exp_()
+    gradient.mul_(factor if teacher is None else factor + plan.distillation)
     if teacher is not None:
-        gradient.mul_(1 + plan.distillation).sub_(teacher.probs, alpha=plan.distillation)
+        gradient.sub_(teacher.probs, alpha=plan.distillation)
     if plan.smoothing:
-        gradient.sub_(plan.smoothing / gradient.shape[1])
-    return gradient.scatter_add_(1, target, gradient.new_full(target.shape, plan.smoothing - 1))
+        gradient.sub_(factor * (plan.smoothing / gradient.shape[1]))
+    return gradient.scatter_add_(1, target, gradient.new_full(target.shape, plan.smoothing - 1).mul_(factor))
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

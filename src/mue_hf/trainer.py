@@ -3,16 +3,21 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .early_exit_mue import CONFIG_NAMES
+from .files import write_whole
 from .losses import IGNORED, LayerwiseLoss, layerwise_loss, movement_loss
+from .model_card import trainer_card
 from .training_args import MuETrainingArguments
 
 AVERAGE_NAME = "average.safetensors"
@@ -30,9 +35,15 @@ class MuETrainer(Seq2SeqTrainer):
     the last layer's cross-entropy without smoothing. Gradient accumulation and several processes give the gradients
     of one big batch; the saturation terms, which are means over some of the tokens, do so on average.
 
+    With `predict_with_generate` predictions are those of [`predict`]: the decoder reads what stands before the labels
+    in `decoder_input_ids`, under the exits that are saved with the model or passed to `evaluate`. In several processes
+    an image must then have one text, since what fills the last batch up is counted in images.
+
     Args:
         model (`MuEForConditionalGeneration`): what to train. Frozen parts lose `requires_grad`.
         args (`MuETrainingArguments`, *optional*): how.
+        answers (list of lists of `int`, *optional*): a closed set of answers, from `processor.encode_answers([...])`:
+            with `predict_with_generate` the predictions are the tokens of the best of them by `score_answers`.
         reward (`Callable`, *optional*): for `scst_samples`: captions as lists of token ids, and the references of
             each -> a score of each, e.g. [`CiderDReward`]. The references are the rows of `labels` of an image.
         kwargs: what `Seq2SeqTrainer` takes.
@@ -46,6 +57,7 @@ class MuETrainer(Seq2SeqTrainer):
         model: nn.Module | None = None,
         args: MuETrainingArguments | None = None,
         reward: Reward | None = None,
+        answers: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ):
         args = MuETrainingArguments() if args is None else args
@@ -57,13 +69,36 @@ class MuETrainer(Seq2SeqTrainer):
         if args.scst_samples:
             # the number of sampled tokens is not known before the batches of a step are: a mean of means
             self.loss_is_scaled_for_ga = False
-        self.reward = reward
+        self.reward, self.answers = reward, answers
+        self._gen_kwargs: dict[str, Any] = {}
         self.frozen = freeze(model, args.freeze_trunk, args.freeze_batch_norm)
         self.average = None if args.ema_decay is None else WeightAverage(self.model, args.ema_decay)
         if self.average is not None:
             self.add_callback(self.average)
         self._sums: dict[str, Tensor] = {}
         self._rewards: list[Tensor] = []
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of `Trainer`, or Muon; see `muon_learning_rate`."""
+        if self.args.muon_learning_rate is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                # a table is no map from one space to another
+                matrix = parameter.ndim > 1 and not any(part in name for part in ("shared", "embed", "table"))
+                groups[matrix].append(parameter)
+        self.optimizer = muon_class()(
+            [
+                {"params": groups[True], "lr": self.args.muon_learning_rate},
+                {"params": groups[False], "use_fallback": True, "weight_decay": 0.0},
+            ],
+            lr=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            nesterov=True,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+        )
+        return self.optimizer
 
     def compute_loss(
         self,
@@ -82,6 +117,8 @@ class MuETrainer(Seq2SeqTrainer):
                 module.eval()
             if self.args.scst_samples:
                 return self._scst_loss(model, inputs, labels)
+        else:
+            labels = self._without_repeats(inputs, labels)
         if "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)
         outputs = self._run(model, inputs, with_logits=return_outputs)
@@ -115,6 +152,9 @@ class MuETrainer(Seq2SeqTrainer):
     ) -> Any:
         """Adds each layer's loss and accuracy to the metrics, under the averaged weights if there are any."""
         self._sums.pop("eval", None)
+        if self.accelerator.num_processes > 1:
+            # what fills the last batch up is no prediction; one process fills nothing up
+            self.gather_function = self.accelerator.gather_for_metrics
         with nullcontext() if self.average is None else self.average.applied():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -137,33 +177,78 @@ class MuETrainer(Seq2SeqTrainer):
         **gen_kwargs: Any,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss of every layer also beside `generate`, and without the logits of all tokens where nobody reads them."""
-        labels = inputs.get("labels")
         generates = self.args.predict_with_generate and not prediction_loss_only
-        if labels is None or not (generates or prediction_loss_only):
+        if "labels" not in inputs or not (generates or prediction_loss_only):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
         with torch.no_grad():
             loss = self.compute_loss(model, inputs)
         if prediction_loss_only:
             return loss, None, None
-        dropped = {"labels"}
-        if "decoder_input_ids" in inputs and inputs["decoder_input_ids"].shape == labels.shape:
-            # made from the labels, not a prompt
-            dropped |= {"decoder_input_ids", "decoder_attention_mask"}
-        prompts = {name: value for name, value in inputs.items() if name not in dropped}
-        _, tokens, _ = super().prediction_step(model, prompts, False, ignore_keys, **gen_kwargs)
-        return loss, tokens, inputs["labels"]
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        if "decoder_input_ids" in inputs:
+            inputs |= self._decoder_prompts(inputs.pop("decoder_input_ids"), labels)
+        if self.answers is None:
+            tokens = super().prediction_step(model, inputs, False, ignore_keys, **gen_kwargs)[1]
+        else:
+            tokens = self._best_answers(inputs, gen_kwargs or self._gen_kwargs)
+        if self.accelerator.num_processes > 1 and len(tokens) != _images(inputs):
+            raise ValueError(
+                f"evaluation in several processes needs one text for each image, got {len(tokens)} for "
+                f"{_images(inputs)}; give each text a row of its own."
+            )
+        # several references of an image: its first one stands beside the prediction
+        return loss, tokens, labels[:: len(labels) // len(tokens)]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md from this package's template; see `Trainer.create_model_card` for the arguments."""
+        if self.is_world_process_zero():
+            write_whole(Path(self.args.output_dir) / "README.md", trainer_card(self, *args, **kwargs))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # before the trainer's state, the mark of a whole checkpoint
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.average is not None and self.args.should_save and os.path.isdir(folder):
+        if self.average is not None and self.args.should_save:
+            os.makedirs(folder, exist_ok=True)
             self.average.save(os.path.join(folder, AVERAGE_NAME))
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.average is not None:
             self.average.load(os.path.join(resume_from_checkpoint, AVERAGE_NAME))
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def _without_repeats(self, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        """`labels` with -100 in rows of images that only fill up the last batch of several processes."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        images = _images(inputs)
+        kept = max(0, state.remainder - self.accelerator.process_index * images) * len(labels) // images
+        return labels.masked_fill(torch.arange(len(labels), device=labels.device).unsqueeze(1) >= kept, IGNORED)
+
+    def _decoder_prompts(self, decoder_input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What the decoder reads before its first label, padded on the left; empty for the start token alone."""
+        lengths = ((labels != IGNORED).int().argmax(1) + 1).tolist()
+        if max(lengths) == 1:
+            return {}
+        prompts = [ids[:length] for ids, length in zip(decoder_input_ids, lengths, strict=True)]
+        pad = self.model.config.pad_token_id
+        return {
+            "decoder_input_ids": pad_sequence(prompts, True, pad, padding_side="left"),
+            "decoder_attention_mask": pad_sequence(list(map(torch.ones_like, prompts)), True, 0, padding_side="left"),
+        }
+
+    @torch.no_grad()
+    def _best_answers(self, inputs: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
+        """The tokens of each row's best answer [rows, tokens], padded on the right."""
+        exits = {name: value for name, value in options.items() if name in CONFIG_NAMES}
+        scores = self.model.score_answers(self.answers, **inputs, **exits)
+        tokens = pad_sequence([torch.tensor(list(answer)) for answer in self.answers], True, IGNORED)
+        return tokens.to(scores.device)[scores.argmax(1)]
 
     # --- training on labels ----------------------------------------------------------------------------------------
 
@@ -233,7 +318,7 @@ class MuETrainer(Seq2SeqTrainer):
     # --- self-critical training ------------------------------------------------------------------------------------
 
     def _scst_loss(self, model: nn.Module, inputs: dict[str, Any], references: Tensor) -> Tensor:
-        """Sampled captions, each weighted by its reward above the mean of the others of its image, on all layers."""
+        """Sampled captions, each weighted by its reward above the mean of the others of its image."""
         inputs = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
         sequences, labels = self._sample(inputs)
         count = self.args.scst_samples
@@ -252,15 +337,16 @@ class MuETrainer(Seq2SeqTrainer):
 
     @torch.no_grad()
     def _sample(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Captions drawn from the full-depth model [images x samples, 1 + tokens], and their tokens as labels."""
+        """Captions of the full-depth model [images x samples, 1 + tokens], and their tokens as labels."""
+        count = self.args.scst_samples
         self.model.eval()
         with self.accelerator.autocast():
             sequences = self.model.generate(
                 **inputs,
                 exit_criterion="never",
-                do_sample=True,
-                num_beams=1,
-                num_return_sequences=self.args.scst_samples,
+                do_sample=not self.args.scst_beam_search,
+                num_beams=count if self.args.scst_beam_search else 1,
+                num_return_sequences=count,
                 top_k=0,
                 top_p=1.0,
                 temperature=1.0,
@@ -306,17 +392,23 @@ class WeightAverage(TrainerCallback):
         self.decay = decay
         self.averages: dict[str, Tensor] | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.averages is None:
             self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.averages = {name: self.averages[name].to(p.device) for name, p in self.parameters.items()}
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         kept = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - kept)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._swap()
         self.averages = None
 
@@ -362,11 +454,30 @@ class WeightAverage(TrainerCallback):
             parameter.data.copy_(average)
 
 
+def muon_class() -> type[torch.optim.Optimizer]:
+    """timm's Muon, which trains what is no matrix with AdamW.
+
+    Raises:
+        ImportError: if timm is missing or too old.
+    """
+    try:
+        from timm.optim.muon import Muon
+    except ImportError as error:
+        raise ImportError("`muon_learning_rate` needs timm 1.0.23 or newer: pip install 'mue-hf[timm]'.") from error
+    return Muon
+
+
 def scst_advantages(rewards: Tensor) -> Tensor:
     """Rewards [images, samples] above the mean of the image's other samples (self-critical training without a greedy
     pass). They sum to 0 for each image."""
     count = rewards.shape[1]
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (count - 1)
+
+
+def _images(inputs: dict[str, Any]) -> int:
+    """The number of images in a batch, or of texts where there are none."""
+    names = [name for name in ("pixel_values", "image_features", "input_ids") if name in inputs]
+    return len(inputs[names[0]])
 
 
 def _token_lists(labels: Tensor) -> list[list[int]]:
