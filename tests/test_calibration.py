@@ -4,6 +4,8 @@ import json
 import math
 import threading
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -368,6 +370,37 @@ class TestCalibrate:
         with pytest.raises(ValueError, match=r"`compute` must be reachable, got 0.001, .* reach 0\.\d+ of the flops"):
             calibrated(parts, scenes, "captioning", budget=None, compute=0.001, levels=1)
 
+    @pytest.mark.parametrize("task", ["captioning", "entailment"])
+    def test_interrupted_calibration_goes_on(self, task, parts, scenes, statements, tmp_path, monkeypatch):
+        rows = scenes if task == "captioning" else statements
+        options = {"budget": 0.9, "levels": 2, "candidates": 2, "folder": tmp_path / "runs"}
+        real, calls = predict, []
+
+        def interrupted(*args, **kwargs):
+            calls.append(args[4])
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr("mue_hf.calibration.predict", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(parts, rows, task, **options)
+        found = calibrated(parts, rows, task, **options)
+        # The first three runs were not repeated.
+        assert calls[3] == calls[4]
+        count = len(calls)
+        again = calibrated(parts, rows, task, **options)
+        assert len(calls) == count
+        assert again == found
+        expected = calibrated(parts, rows, task, **options | {"folder": None})
+        timeless = [replace(one, seconds=0.0) for one in found.tested]
+        assert timeless == [replace(one, seconds=0.0) for one in expected.tested]
+        assert not list((tmp_path / "runs").glob("*.part"))
+        # Other weights are another matter.
+        count = len(calls)
+        calibrated(make_parts(seed=1), rows, task, **options)
+        assert len(calls) > count + 3
+
     def test_nothing_is_promised_where_nothing_holds(self, parts, scenes, monkeypatch):
         everything = Outcome(np.ones(IMAGES), 0.5, 0.5)
         monkeypatch.setattr("mue_hf.calibration._Runner.outcome", lambda *_: everything)
@@ -523,6 +556,11 @@ class TestWarning:
 class TestCommand:
     ARGUMENTS = ("--task", "captioning", "--levels", "2", "--candidates", "2")
 
+    @pytest.fixture(autouse=True)
+    def elsewhere(self, tmp_path, monkeypatch):
+        """Runs are kept in the folder where the command is given."""
+        monkeypatch.chdir(tmp_path)
+
     def test_preset_works_in_generate(self, checkpoint, data, scenes, tmp_path, capsys):
         features = tmp_path / "features"
         arguments = ["--data", str(data), "--budget", "0.9", "--preset", "fast", "--features", str(features)]
@@ -555,6 +593,7 @@ class TestCommand:
         assert cli.main(["calibrate", str(checkpoint), *self.ARGUMENTS, *arguments]) == 0
         assert "Nothing was written" in capsys.readouterr().out
         assert path.read_text() == before
+        assert list(Path("runs/calibration").glob("run-*.jsonl"))
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

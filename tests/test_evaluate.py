@@ -1,6 +1,9 @@
 """`mue-hf evaluate` on a tiny checkpoint and generated scenes: records, resuming, settings, figures by hand."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
 from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, cli
+from mue_hf.benchmarking.stock import nothing_kept
 from mue_hf.evaluate import read_records
 from mue_hf.evaluation.measure import (
     Meter,
@@ -27,6 +31,7 @@ from mue_hf.predict import Prediction, predict
 from mue_hf.scenes import write_scenes
 from mue_hf.signals import SignalRecorder
 
+FAST = ["--tokenizer", "plain", "--metrics", "bleu,cider", "--resamples", 20, "--time-rows", 0]
 EXITS = {"image_exit_threshold": 0.9, "text_exit_threshold": 0.6, "decoder_exit_threshold": 0.5}
 
 
@@ -63,8 +68,7 @@ def evaluate(checkpoint, tmp_path, capsys):
 
     def run(task, *arguments, data="scenes:1:3"):
         fixed = ["--model", checkpoint, "--data", data, "--output", tmp_path / "out" / "points.jsonl", "--json"]
-        fast = ["--tokenizer", "plain", "--metrics", "bleu,cider", "--resamples", 20, "--time-rows", 0]
-        code = cli.main(["evaluate", task, *map(str, fixed + fast), *map(str, arguments)])
+        code = cli.main(["evaluate", task, *map(str, fixed + FAST), *map(str, arguments)])
         captured = capsys.readouterr()
         return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
 
@@ -327,7 +331,8 @@ def test_flops_of_answers_are_those_counted(prompt_type, checkpoint):
     processor = MuEProcessor.from_pretrained(checkpoint)
     rows = load_rows("entailment", "scenes:1:1", "test", limit=1)
     exits = {"exit_criterion": "fixed", "image_exit_layer": 2, "text_exit_layer": 1, "decoder_exit_layer": 3}
-    with FlopCounterMode(display=False) as counter:
+    # What the encoder keeps between calls is counted for the call that makes it.
+    with nothing_kept(model.get_encoder()), FlopCounterMode(display=False) as counter:
         some = predict(model, processor, rows, "entailment", exits, prompt_type=prompt_type, progress=False)
     meter = Meter(model, processor, "entailment", rows, {}, prompt_type)
     assert meter.flops(some, exits)["mean"] == pytest.approx(counter.get_total_flops(), rel=0.02)
@@ -392,3 +397,30 @@ def test_fingerprints_follow_the_data(tmp_path):
     relabelled = [row | {"label": "neutral"} for row in rows]
     repainted = [row | {"image": rows[-1]["image"]} for row in rows]
     assert len({prints[0], describe_rows(relabelled).fingerprint, describe_rows(repainted).fingerprint}) == 3
+
+
+@pytest.mark.parametrize("task", ["captioning", "entailment"])
+def test_two_processes_give_what_one_gives(task, evaluate, checkpoint, tmp_path):
+    """One command of each kind in two processes; five scenes and forty statements do not divide by the batches."""
+    sweep = ["--sweep", "similarity=0.5", "--random", "similarity 0.5", "--oracle", "--levels-split", "dev"]
+    data = "scenes:1:5"
+    _, expected, _ = evaluate(task, *sweep, "--levels-rows", 4, "--levels", 1, data=data)
+    (tmp_path / "out").rename(tmp_path / "one")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
+    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    command += ["-m", "mue_hf.cli", "evaluate", task, "--model", checkpoint, "--data", data]
+    command += ["--output", tmp_path / "out" / "points.jsonl", "--json", *FAST, *sweep]
+    command += ["--levels-rows", 4, "--levels", 1, "--features", tmp_path / "features"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert records == read_records(tmp_path / "out" / "points.jsonl")
+    changing = {"environment", "measured_at", "measuring_seconds", "source"}
+    for ours, theirs in zip(records, expected, strict=True):
+        assert ours["environment"]["processes"] == 2
+        for name in theirs.keys() - changing:
+            assert ours[name] == theirs[name], name
+    # Each output was written once, and none of them is half.
+    names = {path.name for path in (tmp_path / "out" / "points").iterdir()}
+    assert names == {path.name for path in (tmp_path / "one" / "points").iterdir()}

@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -80,6 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_options.add_argument("--num-beams", type=at_least(1), metavar="N", help="default: the checkpoint's own")
     run_options.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help="default: the checkpoint's own")
     run_options.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/calibration"),
+        metavar="DIR",
+        help="folder where outputs of runs are kept, so that the same command goes on where it was interrupted "
+        "(runs/calibration)",
+    )
+    run_options.add_argument(
         "--generate",
         type=setting,
         action="append",
@@ -147,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
         options=options,
         batch_size=args.batch_size,
         prompt_type=args.prompt_type,
+        folder=args.runs,
     )
     write = calibration.preset is not None and not args.dry_run
     if write:

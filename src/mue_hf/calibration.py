@@ -4,6 +4,8 @@ The images are split in two. On part A one run at full depth records signals; th
 stream and what those would save. Real runs with one stream's exits at a time say what they change. Combinations that
 look best run for real too, which gives a path of candidates from safest to fastest. On part B, which the search never
 saw, they run in that order until one cannot be certified ("Learn then Test", arXiv 2110.01052).
+
+Every run leaves its outputs in a folder, if there is one for them: an interrupted calibration goes on from there.
 """
 
 import json
@@ -28,6 +30,8 @@ from .bounds import METHODS, fixed_sequence, risk_pvalue, risk_upper_bound, smal
 from .early_exit_mue import CONFIG_NAMES, SHIPPED_PRESETS, ExitOptions
 from .evaluation.measure import Meter
 from .evaluation.rows import ChosenRows, EvaluationData
+from .evaluation.store import content_key, read_predictions, read_signals, write_predictions, write_signals
+from .features import trunk_fingerprint
 from .generation_mue import weights_fingerprint
 from .predict import TASKS, Prediction, predict
 from .processing_mue import MuEProcessor
@@ -255,7 +259,8 @@ class _Part:
 
 @dataclass
 class _Runner:
-    """Runs candidates for real and compares them with full depth; the fields are arguments of `calibrate`."""
+    """Runs candidates for real and compares them with full depth; the fields are arguments of `calibrate`, and what
+    all runs have in common."""
 
     model: PreTrainedModel
     processor: MuEProcessor
@@ -265,6 +270,8 @@ class _Runner:
     batch_size: int
     prompt_type: str
     reward: CiderDReward | None
+    folder: Path | None
+    common: dict[str, Any]
 
     def __post_init__(self) -> None:
         names = ("image", "text") if self.model.config.modality_decomposition else ("encoder",)
@@ -280,12 +287,44 @@ class _Runner:
         return settings.get("max_new_tokens") or (settings.get("max_length") or 20) - 1
 
     def predictions(self, part: _Part, exits: Mapping[str, Any] | None) -> list[Prediction]:
-        """Of a candidate, or at full depth for None."""
+        """Of a candidate, or at full depth for None; from disk where they are."""
         if exits is None:
             options = self.others | {"exit_criterion": "never"}
         else:
             off = {f"{stream}_exit_threshold": NEVER for stream in self.streams}
             options = self.others | self.shared | off | exits
+        path = self._path("run", part, options)
+        found = None if path is None else read_predictions(path)
+        if found is None:
+            found = self._run(part, options)
+            if path is not None:
+                write_predictions(path, found)
+        return found
+
+    def recorded(self, part: _Part) -> tuple[list[Prediction], Signals]:
+        """At full depth, with what the layers say; from disk where they are. Its seconds mean nothing."""
+        options = self.others | {"exit_criterion": "never"}
+        path = self._path("recorded", part, options)
+        if path is not None and (signals := read_signals(path.with_suffix(".safetensors"))) is not None:
+            return read_predictions(path), signals
+        answers = None
+        if self.task == "entailment":
+            ids = self.processor.encode_answers(list(self.processor.entailment_answers.values()))
+            answers = [*(token for answer in ids for token in answer), self.processor.tokenizer.eos_token_id]
+        with SignalRecorder(self.model, answers) as recorder:
+            full = self._run(part, options)
+        if path is not None:
+            write_predictions(path, full)
+            # Last: they say that both are there.
+            write_signals(path.with_suffix(".safetensors"), recorder.signals)
+        return full, recorder.signals
+
+    def _path(self, kind: str, part: _Part, options: Mapping[str, Any]) -> Path | None:
+        if self.folder is None:
+            return None
+        return self.folder / f"{kind}-{content_key([self.common, part.rows.indices, options])}.jsonl"
+
+    def _run(self, part: _Part, options: Mapping[str, Any]) -> list[Prediction]:
         return predict(
             self.model,
             self.processor,
@@ -394,6 +433,7 @@ def calibrate(
     options: Mapping[str, Any] | None = None,
     batch_size: int = 16,
     prompt_type: str = "prev_output",
+    folder: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Calibration:
     """
@@ -431,6 +471,8 @@ def calibrate(
             `exit_min_layers`.
         batch_size (`int`, *optional*, defaults to 16): rows per call.
         prompt_type (`str`, *optional*, defaults to `"prev_output"`): see [`predict`].
+        folder (`str` or `os.PathLike`, *optional*): where the outputs of all runs are kept, so that a calibration of
+            the same weights, data and options runs nothing twice; made if it does not exist.
         progress (`bool`, *optional*, defaults to `True`): whether a bar is shown.
 
     Returns:
@@ -452,7 +494,9 @@ def calibrate(
     reward = None
     if risk == "metric" and task == "captioning":
         reward = CiderDReward([processor.encode_captions(row["references"]) for row in data.fields])
-    runner = _Runner(model, processor, task, risk, options, batch_size, prompt_type, reward)
+    common = {} if folder is None else _common(model, data, task, batch_size, prompt_type)
+    folder = None if folder is None else Path(folder)
+    runner = _Runner(model, processor, task, risk, options, batch_size, prompt_type, reward, folder, common)
 
     with tqdm(unit="run", desc="recording", disable=not progress) as bar:
         full, path = _search(runner, part_a, objective, betas, levels, per_layer, bar)
@@ -506,13 +550,7 @@ def _search(
     runner: _Runner, part: _Part, objective: str, betas: Sequence[float], count: int, per_layer: bool, bar: tqdm
 ) -> tuple[list[Prediction], list[Candidate]]:
     """Part A at full depth, and the path of candidates that it lets expect."""
-    answers = None
-    if runner.task == "entailment":
-        ids = runner.processor.encode_answers(list(runner.processor.entailment_answers.values()))
-        answers = [*(token for answer in ids for token in answer), runner.processor.tokenizer.eos_token_id]
-    with SignalRecorder(runner.model, answers) as recorder:
-        full = runner.predictions(part, None)
-    signals = recorder.signals
+    full, signals = runner.recorded(part)
     if objective == "time":
         # The recorded run was slowed by recording.
         full = runner.predictions(part, None)
@@ -537,6 +575,26 @@ def _search(
             "layer have none, and small `levels` may miss them; raise `levels`."
         )
     return full, path
+
+
+def _common(
+    model: PreTrainedModel, data: EvaluationData, task: str, batch_size: int, prompt_type: str
+) -> dict[str, Any]:
+    """What outputs and seconds of a run depend on, beside its rows and options."""
+    saved = model.generation_config.to_dict()
+    for name in ("transformers_version", "_from_model_config"):
+        saved.pop(name, None)
+    return {
+        "weights": trunk_fingerprint(model),
+        "data": data.fingerprint,
+        "task": task,
+        "generation": {name: value for name, value in saved.items() if "exit" not in name},
+        "prompt_type": prompt_type,
+        "batch_size": batch_size,
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "version": version("mue-hf"),
+    }
 
 
 def _refined(

@@ -8,20 +8,23 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .caption import at_least, load_checkpoint, setting, thresholds
 from .early_exit_mue import CONFIG_NAMES, resolve_options
 from .evaluation.measure import Meter, environment, similarity_curves, token_oracle
+from .evaluation.processes import Processes
 from .evaluation.rows import ChosenRows, ControlledRows, EvaluationData, describe_rows, donors, load_rows
 from .evaluation.settings import SWEEPS, Setting, make_settings, similarity_levels
+from .evaluation.store import content_key, read_predictions, write_predictions
 from .features import cache_trunk_features, trunk_fingerprint
+from .files import write_whole
+from .generation_mue import weights_fingerprint
 from .metrics import caption_scores
 from .metrics.captions import METRICS, TOKENIZERS
 from .plots import draw_plots, main_score, require_matplotlib
@@ -35,6 +38,9 @@ EXAMPLE = """examples:
 
 Full depth is always measured, and every setting beside it. Points that the output file already has for the same
 weights, data and options are not measured again, so an interrupted run goes on where it was.
+
+Several processes share the rows: accelerate launch -m mue_hf.cli evaluate ... (with --device cuda one GPU each). Time
+is that of the first process, while the others wait.
 
 Layers skipped (R, as the paper counts it), FLOPs skipped and time are different things; all three are reported.
 FLOPs are those of an output that is alone in its batch. Time is that of trunk, encoder and decoder without reading
@@ -193,24 +199,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
-        try:
-            file.write(text)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
-
-
-def _key(content: Any) -> str:
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
 class Evaluation:
     """One run of the command: model, data and what all of its points have in common."""
 
@@ -222,7 +210,9 @@ class Evaluation:
             require_matplotlib()
         if args.task == "captioning" and (args.no_premise or args.images != "own" or args.prompt_type == "none"):
             raise ValueError("`--no-premise`, `--images` and `--prompt-type` belong to entailment; drop them.")
-        self.records = read_records(args.output)
+        self.processes = Processes.start(args.device)
+        args.device = self.processes.device
+        self.records = self.processes.share(lambda: read_records(args.output))
         self.model, self.processor = load_checkpoint(args)
         self.decoding = self._decoding()
         self.settings = self._settings()
@@ -288,7 +278,7 @@ class Evaluation:
         if args.levels_split:
             rows = self._load(args.levels_split, args.levels_rows)
             rows = ControlledRows(rows, not args.no_premise, None, True)
-            levels = similarity_levels(self._signals(rows), args.levels)
+            levels = self.processes.share(lambda: similarity_levels(self._signals(rows), args.levels))
         return make_settings(
             self.model.config,
             presets=args.preset,
@@ -312,12 +302,23 @@ class Evaluation:
         if args.features is not None:
             # In float32 nothing but the batch of the trunk differs from running it.
             options = {"dtype": torch.float32, "batch_size": args.batch_size}
-            rows = cache_trunk_features(self.model, self.processor, rows, args.features, **options)
+            with self.processes.main_first():
+                rows = cache_trunk_features(self.model, self.processor, rows, args.features, **options)
         return tuple(
             ControlledRows(some, not args.no_premise, chosen, args.images != "none") for some in (data.rows, rows)
         )
 
     def _predict(self, rows: Any, exits: Mapping[str, Any]) -> list[Prediction]:
+        """Predictions of `rows`, made by all processes."""
+        part = self.processes.part(len(rows))
+        cut = {
+            name: value[part.start : part.stop] if isinstance(value, Tensor) else value
+            for name, value in exits.items()
+        }
+        return self.processes.gather(self._run(ChosenRows(rows, part), cut) if part else [])
+
+    def _run(self, rows: Any, exits: Mapping[str, Any]) -> list[Prediction]:
+        """Predictions of `rows`, made by this process."""
         args = self.args
         options = self.decoding | dict(exits)
         return predict(
@@ -328,16 +329,17 @@ class Evaluation:
             options,
             batch_size=args.batch_size,
             prompt_type=args.prompt_type,
+            progress=self.processes.is_main,
         )
 
     def _signals(self, rows: Any) -> Signals:
-        """What the layers say about `rows` at full depth."""
+        """What the layers say about `rows` at full depth, in this process."""
         tokens = None
         if self.args.task == "entailment":
             answers = self.processor.encode_answers(list(self.processor.entailment_answers.values()))
             tokens = [token for answer in answers for token in answer]
         with SignalRecorder(self.model, tokens) as recorder:
-            self._predict(rows, {"exit_criterion": "never"})
+            self._run(rows, {"exit_criterion": "never"})
         return recorder.signals
 
     @property
@@ -347,16 +349,17 @@ class Evaluation:
     def outputs(self, point: Setting) -> list[Prediction]:
         """The predictions of a point, from disk where they are."""
         random_depths = {"random_like": point.like} if point.like else {}
-        path = self.side_folder / f"{_key([self.common, self.resolved[point.name], random_depths])}.jsonl"
-        if path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            return [Prediction(**{name: _tuple(value) for name, value in row.items()}) for row in rows]
+        path = self.side_folder / f"{content_key([self.common, self.resolved[point.name], random_depths])}.jsonl"
+        stored = self.processes.share(lambda: read_predictions(path))
+        if stored is not None:
+            return stored
         if point.like is None:
             predictions = self._predict(self.rows, point.exits)
         else:
             reference = next(one for one in self.settings if one.name == point.like)
             predictions = self._random(self.outputs(reference))
-        _write(path, "".join(json.dumps(asdict(one)) + "\n" for one in predictions))
+        if self.processes.is_main:
+            write_predictions(path, predictions)
         return predictions
 
     def _random(self, reference: Sequence[Prediction]) -> list[Prediction]:
@@ -386,18 +389,37 @@ class Evaluation:
 
     def record(self, point: Setting, full: Sequence[Prediction]) -> dict[str, Any]:
         """The record of a point, measured unless the results file has it."""
-        args = self.args
         oracle = point.criterion == "oracle"
-        key = _key([self.common, self.scoring, self.resolved.get(point.name), point.like, oracle])
-        names = {"name": point.name, "criterion": point.criterion, "against": self.against.name}
+        key = content_key([self.common, self.scoring, self.resolved.get(point.name), point.like, oracle])
         for record in self.records:
             if record["key"] == key:
                 # The same options may have had another name.
-                return record | names
+                return record | self._names(point)
         start = time.time()
-        predictions = token_oracle(full, self._signals(self.rows)) if oracle else self.outputs(point)
+        predictions = None if oracle else self.outputs(point)
+        against = self.outputs(self.against)
+        record = self.processes.share(lambda: self._measured(point, key, start, predictions, full, against))
+        self.records.append(record)
+        return record
+
+    def _names(self, point: Setting) -> dict[str, str]:
+        return {"name": point.name, "criterion": point.criterion, "against": self.against.name}
+
+    def _measured(
+        self,
+        point: Setting,
+        key: str,
+        start: float,
+        predictions: Sequence[Prediction] | None,
+        full: Sequence[Prediction],
+        against: Sequence[Prediction],
+    ) -> dict[str, Any]:
+        """The record of a point that was begun at `start`, also added to the file; no predictions for the oracle."""
+        args, oracle = self.args, predictions is None
+        if oracle:
+            predictions = token_oracle(full, self._signals(self.rows))
         measured_exits = {"exit_criterion": "never"} if point.like or oracle else point.exits
-        figures = self.meter.figures(predictions, measured_exits, full, self.outputs(self.against))
+        figures = self.meter.figures(predictions, measured_exits, full, against)
         timed = None
         if args.time_rows and not (point.like or oracle):
             count = min(args.time_rows, len(self.raw))
@@ -407,8 +429,12 @@ class Evaluation:
             timed = self.meter.time(some, point.exits, **options)
         record = {
             "key": key,
-            **names,
+            **self._names(point),
             "exits": None if oracle else point.exits,
+            # What a preset's name stood for.
+            "options": self.resolved.get(point.name),
+            # Unlike "weights" it stays the same where the configuration gets a new field.
+            "weights_fingerprint": weights_fingerprint(self.model),
             "random_like": point.like,
             "model": self.model.name_or_path,
             "source": {
@@ -423,14 +449,13 @@ class Evaluation:
             **{name: value for name, value in self.scoring.items() if name != "against"},
             **figures,
             "time": timed,
-            "environment": environment(self.model, args.batch_size),
+            "environment": environment(self.model, args.batch_size) | {"processes": self.processes.count},
             "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
             "measuring_seconds": time.time() - start,
         }
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with open(args.output, "ab") as file:
             file.write(json.dumps(record).encode() + b"\n")
-        self.records.append(record)
         return record
 
     def run(self) -> list[dict[str, Any]]:
@@ -441,27 +466,24 @@ class Evaluation:
         if args.oracle:
             points.append(Setting("token oracle", "oracle", {}))
         records = []
-        for point in tqdm(points, desc="points", unit="point", disable=len(points) == 1):
+        quiet = len(points) == 1 or not self.processes.is_main
+        for point in tqdm(points, desc="points", unit="point", disable=quiet):
             records.append(self.record(point, full))
-            if args.json:
+            if args.json and self.processes.is_main:
                 sys.stdout.write(json.dumps(records[-1]) + "\n")
                 sys.stdout.flush()
-        if args.plots is not None:
+        if args.plots is not None and self.processes.is_main:
             draw_plots(records, args.plots, self._curves())
         return records
 
     def _curves(self) -> dict[str, Any]:
         """Similarity by layer on up to 200 rows, from disk where it is."""
-        path = self.side_folder / f"similarity-{_key(self.common)}.json"
+        path = self.side_folder / f"similarity-{content_key(self.common)}.json"
         if not path.exists():
             count = min(200, len(self.rows))
             chosen = ChosenRows(self.rows, [index * len(self.rows) // count for index in range(count)])
-            _write(path, json.dumps(similarity_curves(self._signals(chosen))) + "\n")
+            write_whole(path, json.dumps(similarity_curves(self._signals(chosen))) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _try_scores(metrics: Sequence[str], tokenizer: str) -> None:
@@ -524,10 +546,13 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0.
     """
-    records = Evaluation(args).run()
+    evaluation = Evaluation(args)
+    records = evaluation.run()
+    if not evaluation.processes.is_main:
+        return 0
     table = make_table(records) + "\n"
     if args.table is not None:
-        _write(args.table, table)
+        write_whole(args.table, table)
     if not args.json:
         sys.stdout.write(table)
     return 0

@@ -4,9 +4,11 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
+
+from .files import write_whole
 
 # Lines by token position and by kind are readable for this many points.
 MOST_LINES = 6
@@ -137,15 +139,9 @@ def _spread(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        try:
-            figure.savefig(file, format="png", dpi=150)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write_whole(path, content.getvalue())
 
 
 __all__ = ["draw_plots", "main_score", "require_matplotlib"]

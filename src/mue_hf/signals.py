@@ -21,13 +21,14 @@ GRID = 64
 @dataclass(frozen=True)
 class Signals:
     """
-    Cosines of each layer's output with its input, of a run at full depth; on the CPU.
+    Cosines of each layer's output with its input; on the CPU. Layers that a row did not run are NaN.
 
     Args:
         encoder (`dict[str, Tensor]`): "image" and "text", or "encoder" in the joint mode: [samples, layers], NaN where
             a sample lacks the stream.
         decoder (`Tensor` [decisions, layers]): one decision per decoder row and call, beams included.
-        agreeing (`BoolTensor` [decisions, layers]): whether a layer's best token is that of the last layer.
+        agreeing (`BoolTensor` [decisions, layers]): whether a layer's best token is that of the last layer; True of
+            layers that were not run.
         steps (`LongTensor` [decisions]): the decoding step of each decision, from 0.
         rows (`LongTensor` [decisions]): its decoder row, counted over all samples.
         samples (`LongTensor` [decoder rows]): the sample of each decoder row.
@@ -43,7 +44,7 @@ class Signals:
 
 class SignalRecorder:
     """
-    Records [`Signals`] of every run of the model inside its `with` block; the runs must not leave early.
+    Records [`Signals`] of every run of the model inside its `with` block. What is to be replayed must not leave early.
 
     Each decoder call costs one output head per layer, so its seconds mean nothing.
 
@@ -101,13 +102,16 @@ class SignalRecorder:
             text = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
             place = mask.shape[1] - (0 if text is None else text.shape[1])
             parts = {"image": slice(0, place), "text": slice(place, None)}
+        depths = {"image": output.image_exit_layers, "text": output.text_exit_layers}
+        if "encoder" in parts and output.image_exit_layers is not None:
+            depths["encoder"] = torch.maximum(output.image_exit_layers, output.text_exit_layers)
         for name, part in parts.items():
             absent = ~mask[:, part].any(dim=1)
             cosines = [
                 similarity(previous[:, part], current[:, part], mask[:, part]).masked_fill(absent, torch.nan)
                 for previous, current in zip(states, states[1:], strict=False)
             ]
-            self.encoder[name].append(torch.stack(cosines, dim=1).cpu())
+            self.encoder[name].append(_until_exit(cosines, depths.get(name), len(module.layers), torch.nan))
         self.first_sample, self.num_samples = self.num_samples, self.num_samples + mask.shape[0]
         self.step = 0
 
@@ -124,9 +128,11 @@ class SignalRecorder:
         mask = None if mask is None else mask[running]
         states = [state[running] for state in states]
         cosines = [similarity(*pair, mask) for pair in zip(states, states[1:], strict=False)]
-        best = torch.stack([self._best(state, mask) for state in states[1:]], dim=1)
-        self.decoder.append(torch.stack(cosines, dim=1).cpu())
-        self.agreeing.append((best == best[:, -1:]).cpu())
+        best = [self._best(state, mask) for state in states[1:]]
+        agreeing = [tokens == best[-1] for tokens in best]
+        depths = output.exit_layers[running]
+        self.decoder.append(_until_exit(cosines, depths, len(module.layers), torch.nan))
+        self.agreeing.append(_until_exit(agreeing, depths, len(module.layers), True))
         rows = self.first_row + running.cpu().nonzero().flatten()
         self.rows.append(rows)
         self.steps.append(torch.full_like(rows, self.step))
@@ -136,6 +142,14 @@ class SignalRecorder:
         states = self.model.get_decoder().layer_norm(last_valid(states, mask))
         logits = self.model.lm_head(states)
         return (logits if self.tokens is None else logits[:, self.tokens]).argmax(-1)
+
+
+def _until_exit(values: list[Tensor], depths: Tensor | None, layers: int, rest: float | bool) -> Tensor:
+    """Values [rows] of the layers that some row ran, as [rows, layers] on the CPU, with `rest` after a row's exit."""
+    stacked = torch.stack(values + [values[-1]] * (layers - len(values)), dim=1).cpu()
+    if depths is None:
+        return stacked
+    return stacked.masked_fill(torch.arange(layers) >= depths.cpu().unsqueeze(1), rest)
 
 
 def _ask_for_states(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

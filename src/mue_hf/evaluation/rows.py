@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from datasets import Dataset, Image
+from datasets import Dataset, Image, IterableDataset
 from tqdm import tqdm
 
 from ..data import load_captioning, load_entailment
@@ -67,7 +67,7 @@ def load_rows(
         split (`str`): which rows; "all" for every one.
         limit (`int`, *optional*): the first so many rows alone.
         kind_column (`str`, *optional*): a column to keep as "kind"; scenes have it.
-        options: of the loader.
+        options: of the loader; streamed rows keep the order of the source.
 
     Raises:
         ValueError: if the source cannot be read, or is not of the form scenes:SEED:COUNT.
@@ -79,6 +79,8 @@ def load_rows(
     rows = LOADERS[task](source, None if split == "all" else split, **options)
     if kind_column not in (None, "kind"):
         rows = rows.rename_column(kind_column, "kind")
+    if isinstance(rows, IterableDataset):
+        return rows if limit is None else rows.take(limit)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     if task == "entailment":
@@ -107,14 +109,18 @@ def _scenes(task: str, source: str, split: str) -> list[dict[str, Any]]:
     return rows
 
 
+def row_fields(rows: Any) -> list[dict[str, Any]]:
+    """`rows` without their images, none of which is read."""
+    if isinstance(rows, Dataset):
+        return rows.remove_columns("image").to_list()
+    return [{name: value for name, value in row.items() if name != "image"} for row in rows]
+
+
 def describe_rows(rows: Any) -> EvaluationData:
     """`rows` with their texts and fingerprint: another text, label or picture, another fingerprint."""
+    fields, images = row_fields(rows), rows
     if isinstance(rows, Dataset):
-        fields = rows.remove_columns("image").to_list()
         images = rows.select_columns(["image"]).cast_column("image", Image(decode=False))
-    else:
-        fields = [{name: value for name, value in row.items() if name != "image"} for row in rows]
-        images = rows
     digest, last = sha256(), None
     for index, row in enumerate(tqdm(fields, desc="fingerprint", unit="row", delay=2, leave=None)):
         digest.update(json.dumps(row, sort_keys=True).encode())
@@ -154,4 +160,4 @@ class ChosenRows(Sequence):
         return self.rows[self.indices[index]]
 
 
-__all__ = ["ChosenRows", "ControlledRows", "EvaluationData", "describe_rows", "donors", "load_rows"]
+__all__ = ["ChosenRows", "ControlledRows", "EvaluationData", "describe_rows", "donors", "load_rows", "row_fields"]

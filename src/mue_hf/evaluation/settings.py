@@ -9,6 +9,8 @@ from ..signals import Signals, threshold_levels
 SWEEPS = (
     *("similarity", "similarity-encoder", "similarity-decoder"),
     *("confidence", "margin", "entropy", "patience", "fixed"),
+    # Those of "similarity-decoder" with another policy for keys and values of skipped layers.
+    *("kv-copy", "kv-exact"),
 )
 GRIDS: dict[str, tuple[float, ...]] = {
     "similarity": (0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995),
@@ -45,7 +47,8 @@ def make_settings(
     Args:
         config (`MuEConfig`): of the model.
         presets (sequence of `str`): names.
-        sweeps (sequence of (`str`, values or None)): names of `SWEEPS`, or "all"; thresholds in place of the usual.
+        sweeps (sequence of (`str`, values or None)): names of `SWEEPS`; thresholds in place of the usual. "all" is all
+            of them, and random depths like those of the points of "similarity".
         chosen (`dict`, *optional*): exit options by name.
         base (`dict`, *optional*): exit options of all points of sweeps but fixed depths; without sweeps one point.
         levels (`dict`, *optional*): see [`similarity_levels`].
@@ -57,10 +60,14 @@ def make_settings(
     base, chosen = dict(base or {}), chosen or {}
     points = [Setting("full depth", "full", {"exit_criterion": "never"})]
     points += [Setting(name, "presets", {"exit_preset": name}) for name in presets]
-    if any(name == "all" for name, _ in sweeps):
+    everything = any(name == "all" for name, _ in sweeps)
+    if everything:
         sweeps = [(name, None) for name in SWEEPS]
     for name, values in sweeps:
         points += _sweep(name, values, base, config, levels)
+    if everything:
+        dealt = [point.name for point in points if point.criterion == "similarity"]
+        random_like = list(dict.fromkeys([*random_like, *dealt]))
     points += [Setting(label, "chosen", exits) for label, exits in chosen.items()]
     if base and not sweeps:
         points.append(Setting("given", "given", base))
@@ -86,15 +93,21 @@ def _sweep(
         counts = [int(value) for value in values or range(1, config.decoder_layers)]
         options = base | {"exit_criterion": "patience"}
         return [Setting(f"patience {count}{note}", name, options | {"exit_patience": count}) for count in counts]
-    if not name.startswith("similarity"):
+    if name.startswith("kv-"):
+        base = base | {"exit_kv": name.removeprefix("kv-")}
+    elif not name.startswith("similarity"):
         options = base | {"exit_criterion": name}
         return [
             Setting(f"{name} {value:g}{note}", name, options | {"decoder_exit_threshold": value})
             for value in values or GRIDS[name]
         ]
-    parts = {"similarity": (*encoder, "decoder"), "similarity-encoder": encoder, "similarity-decoder": ("decoder",)}
+    parts = {"similarity": (*encoder, "decoder"), "similarity-encoder": encoder}
     # Encoder thresholds that are given stay as they are.
-    streams = [stream for stream in parts[name] if stream == "decoder" or f"{stream}_exit_threshold" not in base]
+    streams = [
+        stream
+        for stream in parts.get(name, ("decoder",))
+        if stream == "decoder" or f"{stream}_exit_threshold" not in base
+    ]
     if levels is None or values:
         return [
             Setting(f"{name} {value:g}{note}", name, base | {f"{stream}_exit_threshold": value for stream in streams})
