@@ -6,60 +6,17 @@ import sys
 
 import pytest
 import torch
+from bulk_fixtures import make_checkpoint
 from PIL import Image
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import GenerationConfig
 
-from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, caption, cli
+from mue_hf import MuEForConditionalGeneration, MuEProcessor, caption, cli
 
 PHOTO_SIZE = (90, 60)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder with a tiny random model whose tokens are bytes."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
-    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
-    config = MuEConfig(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        encoder_layers=3,
-        decoder_layers=3,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        max_position_embeddings=64,
-        token_bucket_size=16,
-        image_bucket_size=16,
-        backbone_config={
-            "model_type": "resnet",
-            "embedding_size": 8,
-            "hidden_sizes": [16, 32],
-            "depths": [1, 1],
-            "out_features": ["stage2"],
-        },
-    )
-    torch.manual_seed(1)
-    model = MuEForConditionalGeneration(config)
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    balanced = {"image_exit_threshold": -2.0, "text_exit_threshold": 2.0, "decoder_exit_threshold": -2.0}
-    model.generation_config = GenerationConfig(
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=0,
-        max_new_tokens=5,
-        # Five different letters, and no early end.
-        no_repeat_ngram_size=1,
-        suppress_tokens=[0, 1, 2, 3],
-        exit_presets={"balanced": balanced},
-    )
-    model.save_pretrained(folder)
-    MuEProcessor(MuEImageProcessor(size={"height": 64, "width": 64}), tokenizer).save_pretrained(folder)
-    return folder
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture
@@ -86,7 +43,7 @@ def caption_json(checkpoint, tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["caption", "convert"])
+@pytest.mark.parametrize("command", ["answer", "caption", "convert"])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

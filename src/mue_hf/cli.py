@@ -9,10 +9,14 @@ from importlib.metadata import version
 # Command -> module with `add_arguments(parser)` and `run(args) -> exit code`, and its line in the help. A module is
 # imported only when its command is asked for.
 COMMANDS = {
+    "answer": ("mue_hf.answer", "choose among given answers for each row of a table"),
+    "app": ("mue_hf.app", "show where and why layers stop, on a page in the browser"),
+    "bench": ("mue_hf.bench", "time exits and fast paths against plain decoding, with layers and FLOPs beside"),
     "calibrate": ("mue_hf.calibrate", "find exit thresholds for a budget of changed outputs or of compute"),
-    "caption": ("mue_hf.caption", "caption images and show which layers were skipped"),
+    "caption": ("mue_hf.caption", "caption images: a few, showing which layers were skipped, or any number"),
     "convert": ("mue_hf.convert_ofa", "convert an OFA checkpoint"),
     "evaluate": ("mue_hf.evaluate", "measure quality, depth, FLOPs and time of exit settings on a data set"),
+    "publish": ("mue_hf.publish", "put a checkpoint and its model card on the Hugging Face Hub"),
 }
 
 

@@ -1,11 +1,12 @@
 """Draws one caption and the depth of its parts into a PNG."""
 
-import os
+from io import BytesIO
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from .files import write_whole
 
 WIDTH, MARGIN, PHOTO, COLUMN = 1040, 24, 360, 62
 INK, QUIET, RAN, SKIPPED = "#1d2733", "#66717d", "#1f7a8c", "#e4e8eb"
@@ -101,16 +102,9 @@ def draw_report(image: Image.Image, record: dict[str, Any]) -> Image.Image:
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Writes `path` whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        try:
-            picture.save(file, format="PNG")
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
+    content = BytesIO()
+    picture.save(content, format="PNG")
+    write_whole(path, content.getvalue())
 
 
 __all__ = ["draw_report", "save_png"]

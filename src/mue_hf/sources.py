@@ -1,0 +1,292 @@
+"""Where the rows of bulk work come from: images, folders, lists, tables and data sets, one row at a time."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+#: Files of a folder that count as images; a damaged one is a bad row, other files are passed over.
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+#: Tables, and lists of one image per line.
+TABLE_SUFFIXES = frozenset({".csv", ".jsonl", ".parquet"})
+LIST_SUFFIXES = frozenset({".lst", ".txt"})
+# The first that a table has.
+IMAGE_COLUMNS = ("image", "file_name", "filename", "path", "url", "image_url")
+# Rows that a parquet file hands over at once; with images inside they are large.
+PARQUET_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One piece of bulk work.
+
+    Args:
+        number (`int`): its place in the source, from 0.
+        image (`str`, `bytes` or None): a path, a URL, or an image file's bytes; None with a `fault`.
+        name (`str` or None): what the source calls the image.
+        texts (`dict`): what [`MuEProcessor`] is given besides the image: "text", or "hypothesis" and "premise".
+        fields (`dict`): columns of the source that the result keeps.
+        fault (`str`, *optional*): why the row cannot be used, where reading it has shown that.
+    """
+
+    number: int
+    image: Any
+    name: str | None = None
+    texts: dict[str, str | None] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One thing that was named: its columns, its records (a `dict`, or a `str` that says what is wrong), the folder
+    of relative paths, and the number of records where that is cheap to know."""
+
+    columns: Sequence[str]
+    records: Callable[[Sequence[str]], Iterator[dict[str, Any] | str]]
+    root: Path | None = None
+    total: int | None = None
+
+
+def printable(text: str) -> str:
+    """`text` in which bytes of a file name that are no UTF-8 are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class Source:
+    """
+    Images and what goes with them, by the names of files, folders and data sets.
+
+    Args:
+        names (sequence of `str`):
+            In any number and mixture: an image file or an http(s) URL; a folder, of whose subfolders all images count,
+            in the order of their names; a .txt or .lst file with one path or URL per line; a .jsonl, .csv or .parquet
+            table; a data set of the Hub. Relative paths in a list or table start at its folder.
+        split (`str`, *optional*, defaults to `"train"`): of a data set.
+        image_root (`str`, *optional*): where relative paths in a list or table start instead.
+
+    Raises:
+        ValueError: if one of them does not exist, or is empty, or cannot be read.
+    """
+
+    def __init__(self, names: Sequence[str], split: str = "train", image_root: str | None = None) -> None:
+        root = None if image_root is None else Path(image_root)
+        self.names = list(names)
+        self.parts = [_part(name, split, root) for name in self.names]
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """Names of the columns that all parts have; a list or a folder has "image" alone."""
+        first, *others = [part.columns for part in self.parts]
+        return [name for name in first if all(name in columns for columns in others)]
+
+    @property
+    def total(self) -> int | None:
+        """Number of rows, None where one has to read everything to know."""
+        totals = [part.total for part in self.parts if part.total is not None]
+        return sum(totals) if len(totals) == len(self.parts) else None
+
+    def column(self, argument: str, given: str | None, candidates: Sequence[str]) -> str | None:
+        """`given`, or the first of `candidates` that is a column, or None.
+
+        Raises:
+            ValueError: if `given` is no column.
+        """
+        if given is None:
+            return next((name for name in candidates if name in self.columns), None)
+        if given not in self.columns:
+            raise ValueError(f"`{argument}` must name a column, got {given!r} among {self.columns}; check the name.")
+        return given
+
+    def rows(
+        self, image_column: str | None = None, texts: Mapping[str, str] | None = None, keep: Sequence[str] = ()
+    ) -> Iterator[Row]:
+        """
+        The rows in their order; each is read when it is asked for.
+
+        Args:
+            image_column (`str`, *optional*): default: the first that exists of "image", "file_name", "filename",
+                "path", "url", "image_url".
+            texts (`dict`, *optional*): argument of the processor -> column.
+            keep (sequence of `str`, *optional*): columns that the results keep.
+
+        Raises:
+            ValueError: before the first row, if a column does not exist.
+        """
+        image_column = self.column("image_column", image_column, IMAGE_COLUMNS)
+        if image_column is None:
+            raise ValueError(
+                f"`image_column` must be given, got none of {list(IMAGE_COLUMNS)} among {self.columns}; name it."
+            )
+        texts = texts or {}
+        for name in (*texts.values(), *keep):
+            self.column("columns", name, ())
+        return self._rows(image_column, texts, keep)
+
+    def _rows(self, image_column: str, texts: Mapping[str, str], keep: Sequence[str]) -> Iterator[Row]:
+        number = 0
+        needed = list(dict.fromkeys([image_column, *texts.values(), *keep]))
+        for part in self.parts:
+            for record in part.records(needed):
+                yield _row(number, record, part.root, image_column, texts, keep)
+                number += 1
+
+
+def _row(
+    number: int,
+    record: dict[str, Any] | str,
+    root: Path | None,
+    image_column: str,
+    texts: Mapping[str, str],
+    keep: Sequence[str],
+) -> Row:
+    fields = dict.fromkeys(keep)
+    if isinstance(record, str):
+        return Row(number, None, fields=fields, fault=printable(record))
+    fields = {name: _plain(record.get(name)) for name in keep}
+    image = record.get(image_column)
+    if isinstance(image, Mapping):
+        path, image = image.get("path"), image.get("bytes") or image.get("path")
+    else:
+        path = image
+    name = printable(path) if isinstance(path, str) else None
+    words = {argument: record.get(column) for argument, column in texts.items()}
+    if image is None or image == "":
+        return Row(number, None, name, words, fields, f"`{image_column}` must hold an image, got none.")
+    if isinstance(image, str) and root is not None and "://" not in image:
+        image = os.path.join(root, image)
+    return Row(number, image, name, words, fields)
+
+
+def _plain(value: Any) -> Any:
+    """A value of a column as JSON and parquet can hold it."""
+    if isinstance(value, str):
+        return printable(value)
+    # parquet's integers have 64 bits.
+    if isinstance(value, int):
+        return value if abs(value) < 2**63 else str(value)
+    return value if value is None or isinstance(value, float) else json.dumps(value, default=str)
+
+
+def _part(name: str, split: str, root: Path | None) -> _Part:
+    path, suffix = Path(name), Path(name).suffix.lower()
+    if path.is_dir():
+        return _folder(name)
+    if path.is_file():
+        root = root or path.parent
+        if suffix in LIST_SUFFIXES:
+            return _Part(["image"], lambda _: _lines(path), root, sum(1 for _ in _lines(path)))
+        if suffix == ".parquet":
+            return _parquet(path, root)
+        if suffix in TABLE_SUFFIXES:
+            read = _csv if suffix == ".csv" else _json_lines
+            first = next((record for record in read(path) if isinstance(record, dict)), None)
+            if first is None:
+                raise ValueError(f"`source` must be a table with rows, got none in {name}; check the file.")
+            return _Part(list(first), lambda _: read(path), root, sum(1 for _ in read(path)))
+    if path.is_file() or "://" in name or suffix in IMAGE_SUFFIXES:
+        return _Part(["image"], lambda _: iter([{"image": name}]), None, 1)
+    if path.is_absolute() or suffix in TABLE_SUFFIXES | LIST_SUFFIXES:
+        raise ValueError(f"`source` must exist, got {name!r}; check the path.")
+    return _hub(name, split)
+
+
+def _folder(name: str) -> _Part:
+    total = sum(1 for _ in _walk(name))
+    if not total:
+        raise ValueError(
+            f"`source` must be a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none in {name}; "
+            "a table or a list is named itself, not its folder."
+        )
+    return _Part(["image"], lambda _: ({"image": path} for path in _walk(name)), None, total)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Paths of the images, sorted within each folder; only one folder's names are in memory at a time."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"`source` must be a folder that can be read, got an error: {error}; mend it.") from error
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders.sort()
+        for file in sorted(files):
+            if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
+                yield os.path.join(place, file)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    # File names need not be UTF-8.
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            if line := line.rstrip("\r\n"):
+                yield {"image": line}
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any] | str]:
+    with open(path, encoding="utf-8", errors="backslashreplace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (RecursionError, ValueError) as error:
+                record = f"line {number} must be JSON, got an error: {error}."
+            yield record if isinstance(record, dict | str) else f"line {number} must be a JSON object."
+
+
+def _csv(path: Path) -> Iterator[dict[str, Any] | str]:
+    with open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
+        reader = csv.DictReader(file)
+        while True:
+            try:
+                # Cells beyond the header stand under None.
+                yield {name: value for name, value in next(reader).items() if name is not None}
+            except csv.Error as error:
+                yield f"line {reader.line_num} must be CSV, got an error: {error}."
+            except StopIteration:
+                return
+
+
+def _parquet(path: Path, root: Path) -> _Part:
+    # An extra; only those who have such files need it.
+    from pyarrow.parquet import ParquetFile
+
+    def read(needed: Sequence[str]) -> Iterator[dict[str, Any]]:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(needed)):
+                yield from batch.to_pylist()
+
+    try:
+        with ParquetFile(path) as file:
+            return _Part(file.schema_arrow.names, read, root, file.metadata.num_rows)
+    except OSError as error:
+        raise ValueError(f"`source` must be a parquet file, got an error in {path}: {error}; mend it.") from error
+
+
+def _hub(name: str, split: str) -> _Part:
+    from datasets import Image, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows = load_dataset(name, split=split, streaming=True)
+        columns = rows.column_names or list(next(iter(rows), {}))
+    except (DatasetsError, OSError, ValueError) as error:
+        raise ValueError(
+            f"`source` must be an image, a folder, a list, a table or a data set of the Hub, got {name!r} with the "
+            f"split {split!r}: {error}"
+        ) from error
+    for column, kind in (rows.features or {}).items():
+        if isinstance(kind, Image):
+            rows = rows.cast_column(column, Image(decode=False))
+
+    return _Part(columns, lambda needed: iter(rows.select_columns(list(needed))))
+
+
+__all__ = ["IMAGE_SUFFIXES", "Row", "Source", "printable"]
