@@ -1,0 +1,57 @@
+"""The record of a benchmark: one JSON file, written whole after every cell, from which an interrupted run goes on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..files import write_whole
+
+
+class Record:
+    """
+    Cells by name, the costs of the device if they were measured ("exit_costs"), and the settings and the machine that
+    all of these belong to.
+
+    Args:
+        path (`Path`): the file; what it holds already is kept.
+        head (`dict`): "settings" and "environment"; the file must have been made under the same.
+
+    Raises:
+        ValueError: if the file is no such record, or belongs to other settings or another machine.
+    """
+
+    def __init__(self, path: Path, head: Mapping[str, Any]):
+        self.path = path
+        # As JSON gives it back: tuples are lists.
+        self.content: dict[str, Any] = json.loads(json.dumps({**head, "exit_costs": None, "cells": {}}))
+        if not path.exists():
+            return
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            cells = before["cells"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"`--output` {path} is no record of mue-hf bench; name another file.") from error
+        for part in head:
+            for name, ours in self.content[part].items():
+                theirs = before.get(part, {}).get(name)
+                if ours != theirs:
+                    raise ValueError(
+                        f"`--output` {path} holds cells with {name} = {theirs!r}, this run has {ours!r}; name another "
+                        "file, or delete this one."
+                    )
+        self.content |= {"exit_costs": before.get("exit_costs"), "cells": cells}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.content["cells"]
+
+    def add(self, name: str, cell: Mapping[str, Any]) -> None:
+        """Adds a cell and writes the file."""
+        self.content["cells"][name] = json.loads(json.dumps(cell))
+        self.save()
+
+    def save(self) -> None:
+        write_whole(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
+
+
+__all__ = ["Record"]
