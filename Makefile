@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 PHOTOS ?= examples/photos/*.jpg
 check_dirs := src tests examples benchmarks .ci
 
-.PHONY: help demo test style quality dist clean
+.PHONY: help demo reproduce test lowest newest soak style cards quality dist clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -25,18 +25,80 @@ $(VENV)/%.installed: pyproject.toml
 demo: $(VENV)/timm.installed ## Caption the bundled photos with the small checkpoint
 	$(BIN)/mue-hf caption $(PHOTOS)
 
+# Each step is done once: what is there is kept, and an interrupted lesson goes on from its last checkpoint.
+REPRODUCED ?= runs/reproduce
+LESSON = OMP_NUM_THREADS=2 $(BIN)/python examples/train_scenes.py --output_dir $(@D) --resume_from_checkpoint last \
+	--use_cpu --bf16 --adam_beta2 0.98 --save_steps 100 --save_total_limit 1 --logging_steps 50 --report_to none \
+	--per_device_eval_batch_size 64
+READING = --freeze_trunk --learning_rate 2e-3 --muon_learning_rate 6e-3 --weight_decay 0.01 --warmup_steps 100 \
+	--ema_decay 0.995 --per_device_train_batch_size 16
+
+reproduce: $(REPRODUCED)/table.md ## Draw scenes, train a small model, calibrate, evaluate, tables and plots (an hour)
+	@cat $<
+
+$(REPRODUCED)/scenes: | $(VENV)/dev.installed
+	$(BIN)/python -c 'from mue_hf.scenes import write_scenes; write_scenes("$@", {"dev": 400, "test": 250})'
+	@touch $@
+
+$(REPRODUCED)/seeing/report.json: | $(VENV)/dev.installed
+	$(LESSON) --lesson seeing --max_steps 450 --learning_rate 3e-3 --warmup_steps 80 --lr_scheduler_type cosine \
+		--per_device_train_batch_size 32
+
+$(REPRODUCED)/telling/report.json: $(REPRODUCED)/seeing/report.json
+	$(LESSON) --lesson telling --max_steps 2000 --trunk_from $(<D) --layers 3 --told_share 0.25 \
+		$(READING) --lr_scheduler_type constant_with_warmup
+
+$(REPRODUCED)/judging/report.json: $(REPRODUCED)/telling/report.json
+	$(LESSON) --lesson judging --max_steps 500 --start_from $(<D) --first_scene 1000000 $(READING) \
+		--lr_scheduler_type cosine --random_exit_depth --self_distillation 1
+
+# Where no preset keeps the budget (exit code 1), the table goes without it.
+$(REPRODUCED)/calibrated: $(REPRODUCED)/judging/report.json $(REPRODUCED)/scenes
+	$(BIN)/mue-hf calibrate $(<D) --task entailment --data $(REPRODUCED)/scenes/entailment.jsonl --batch-size 64 \
+		--budget 0.05 --preset quality || test $$? = 1
+	$(BIN)/mue-hf calibrate $(<D) --task entailment --data $(REPRODUCED)/scenes/entailment.jsonl --batch-size 64 \
+		--compute 0.6 --preset balanced || test $$? = 1
+	@touch $@
+
+$(REPRODUCED)/table.md: $(REPRODUCED)/calibrated
+	$(BIN)/mue-hf evaluate entailment --model $(REPRODUCED)/judging --data $(REPRODUCED)/scenes/entailment.jsonl \
+		--kind-column kind --batch-size 64 --sweep all --levels-split dev --oracle --time-rows 10 --threads 2 \
+		$$(grep -oE '"(quality|balanced)": [{]' $(REPRODUCED)/judging/generation_config.json | sed 's/"\(.*\)".*/--preset \1/') \
+		--output $(REPRODUCED)/points.jsonl --plots $(REPRODUCED)/plots --table $@
+
 test: $(VENV)/dev.installed ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Each makes its environment anew, since that is what it tests.
+lowest: ## Run the tests on the lowest versions that pyproject.toml allows, in .venv-lowest
+	@mkdir -p build && $(PYTHON) .ci/floors.py > build/lowest.txt
+	rm -rf .venv-lowest
+	PIP_CONSTRAINT=build/lowest.txt $(MAKE) test VENV=.venv-lowest
+
+newest: ## Run the tests on the newest versions, transformers 5 among them, in .venv-newest
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest
+
+soak: $(VENV)/dev.installed ## Caption 2,000 images, damaged ones among them, under kills at random moments
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(SOAK_ARGS)
 
 style: $(VENV)/dev.installed ## Format the code, fix what can be fixed, renew the checkpoint's copies of it
 	$(BIN)/ruff check --fix $(check_dirs)
 	$(BIN)/ruff format $(check_dirs)
 	@# a checkpoint carries the code that loads it where the package is not installed
-	cp src/mue_hf/*_mue.py checkpoints/mue-flickr8k-small/
+	for checkpoint in checkpoints/*/; do cp src/mue_hf/*_mue.py $$checkpoint; done
 
-quality: $(VENV)/dev.installed ## Check format and lint without a change
+cards: $(VENV)/dev.installed ## Render the model cards from what lies beside them
+	@for about in model_cards/*.toml; do \
+		card=$${about%.toml}; checkpoint=checkpoints/$${card##*/}; records=$$card.evaluation.jsonl; \
+		if test -f $$records; then records="--evaluation $$records"; else records=; fi; \
+		$(BIN)/mue-hf publish $$checkpoint $$checkpoint --about $$about $$records --card $$card.md || exit; \
+	done
+
+quality: $(VENV)/dev.installed ## Check format, lint and types without a change
 	$(BIN)/ruff check $(check_dirs)
 	$(BIN)/ruff format --check $(check_dirs)
+	$(BIN)/mypy
 
 dist: $(VENV)/dev.installed ## Build wheel and sdist, and check the wheel in a clean environment
 	rm -rf build dist
@@ -47,4 +109,4 @@ dist: $(VENV)/dev.installed ## Build wheel and sdist, and check the wheel in a c
 	cd build && venv/bin/python -I ../.ci/check_wheel.py ../src/mue_hf
 
 clean: ## Remove what the other targets made, the environment too
-	rm -rf $(VENV) build dist mue-captions .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist mue-captions .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import mue_hf
 from mue_hf import MuEConfig, MuEForConditionalGeneration
+from mue_hf.model_card import About, render_card
 from mue_hf.report import draw_report, save_png
 
 TRUNK = {
@@ -52,7 +53,7 @@ def main(source: str) -> None:
     if difference := names(installed) ^ names(Path(source)):
         raise SystemExit(f"Files in only one of wheel and source: {sorted(difference)}")
 
-    for command in ([], ["caption"], ["convert"]):
+    for command in ([], ["caption"], ["convert"], ["publish"]):
         subprocess.run([Path(sys.executable).with_name("mue-hf"), *command, "--help"], check=True, capture_output=True)
 
     config = MuEConfig(
@@ -86,6 +87,8 @@ def main(source: str) -> None:
         loaded.generate(**{name: inputs[name] for name in ("pixel_values", "input_ids")}, max_new_tokens=4)
         if type(AutoModel.from_config(AutoConfig.from_pretrained(folder))).__name__ != "MuEModel":
             raise SystemExit("AutoModel does not make a MuEModel.")
+        if "# name" not in render_card(loaded, "org/name", About()):
+            raise SystemExit("The model card has no title.")
         save_png(draw_report(Image.new("RGB", (64, 64)), RECORD), Path(folder) / "report.png")
     print(f"The wheel of mue-hf works: {len(names(installed))} files, {installed}")
 
