@@ -1,0 +1,231 @@
+"""MuE's training against its parts and against smaller models, on one short equal schedule of generated scenes.
+
+Every variant is trained by examples/train_scenes.py and measured as `mue-hf evaluate` does: the paper's recipe;
+without the layer-wise loss; without decomposition (a joint encoder); models of two and three layers, which take as
+many more steps as fit into the same time; and each option of MuETrainer on its own. All start from one trunk. A
+variant gets a folder with its checkpoint, its points and `record.json`; what is finished is kept, so an interrupted
+run goes on. `table.md` and `accuracy.png` show the records that there are.
+
+    python benchmarks/compare_training.py --output_dir runs/compare --steps 3000 --scenes 250
+
+Further arguments are those of examples/train_scenes.py and hold for all variants.
+"""
+
+import argparse
+import json
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mue_hf import MuEForConditionalGeneration, MuEProcessor
+from mue_hf.evaluate import add_arguments, read_records, run
+from mue_hf.evaluation.measure import similarity_curves
+from mue_hf.evaluation.rows import load_rows
+from mue_hf.predict import predict
+from mue_hf.signals import SignalRecorder
+
+VARIANTS: dict[str, list[str]] = {
+    "paper": [],
+    "last-layer-loss": ["--layer_weights", "0", "0", "0", "0", "0", "1"],
+    "joint-encoder": ["--joint"],
+    "layers-2": ["--layers", "2"],
+    "layers-3": ["--layers", "3"],
+    "layer-weights": ["--layer_weights", "0.3", "0.4", "0.5", "0.7", "0.8", "1"],
+    "self-distillation": ["--self_distillation", "1"],
+    "random-exit-depth": ["--random_exit_depth"],
+    "saturation": ["--saturation", "1"],
+    "encoder-movement": ["--encoder_movement", "0.1"],
+    "token-share": ["--intermediate_token_share", "0.4"],
+    "depth-and-distillation": ["--random_exit_depth", "--self_distillation", "1"],
+}
+# They take the time of "paper", not its steps.
+SMALLER = ("layers-2", "layers-3")
+TRAINING = """--use_cpu --bf16 --learning_rate 2e-3 --muon_learning_rate 6e-3 --warmup_steps 100 --weight_decay 0.01
+--adam_beta2 0.98 --lr_scheduler_type cosine --freeze_trunk --told_share 0.25 --ema_decay 0.995
+--per_device_train_batch_size 16 --per_device_eval_batch_size 64 --save_steps 200 --save_total_limit 1
+--logging_steps 100 --report_to none""".split()
+SEEING = """--use_cpu --bf16 --learning_rate 3e-3 --warmup_steps 80 --adam_beta2 0.98 --lr_scheduler_type cosine
+--per_device_train_batch_size 32 --save_steps 100 --save_total_limit 1 --report_to none""".split()
+
+
+def load_example() -> Any:
+    """examples/train_scenes.py as a module; checkpoints name its classes, so that it must be found by its name."""
+    folder = str(Path(__file__).parents[1] / "examples")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return import_module("train_scenes")
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def train(example: Any, folder: Path, name: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The lessons of a variant after that of the trunk: what `train_scenes.main` returned for them."""
+    telling = round(args.telling_share * steps)
+    lessons = {"telling": telling, "judging": steps - telling}
+    reports, start = {}, [f"--trunk_from={folder.parent / 'seeing'}"]
+    for lesson, count in lessons.items():
+        output = folder / lesson
+        if count:
+            first_scene = f"--first_scene={10**6 if lesson == 'judging' else 0}"
+            options = [*TRAINING, *args.training, *VARIANTS[name], *start, first_scene]
+            reports[lesson] = run_lesson(example, output, lesson, count, options)
+            start = [f"--start_from={output}"]
+    return reports
+
+
+def run_lesson(example: Any, output: Path, lesson: str, steps: int, options: list[str]) -> dict[str, Any]:
+    """The report of a lesson, which goes on from its last checkpoint, or is not run at all if it is finished."""
+    path = output / "report.json"
+    if not path.exists():
+        options = [*options, f"--lesson={lesson}", f"--output_dir={output}", f"--max_steps={steps}"]
+        example.main([*options, "--resume_from_checkpoint=last"])
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def seconds_per_step(example: Any, folder: Path, name: str, args: argparse.Namespace) -> float:
+    """Measured on a few steps of judging; kept in the folder."""
+    path = folder / "timing" / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = [f"--output_dir={folder / 'timing' / name}", f"--max_steps={args.timing_steps}"]
+        report = example.main([*options, *TRAINING, *args.training, *VARIANTS[name], "--save_strategy", "no"])
+        write(path, json.dumps(report["seconds"] / args.timing_steps))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The points of `mue-hf evaluate`, and what the layers say on 50 scenes of the split dev."""
+    checkpoint, points = folder / "judging", folder / "points.jsonl"
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = ["--model", str(checkpoint), "--data", f"scenes:{args.seed}:{args.scenes}", "--output", str(points)]
+    options += ["--sweep", "similarity", "--sweep", "fixed", "--levels-split", "dev", "--batch-size", "64"]
+    run(parser.parse_args(["entailment", *options, "--time-rows", str(args.time_rows)]))
+    model = MuEForConditionalGeneration.from_pretrained(checkpoint).eval()
+    processor = MuEProcessor.from_pretrained(checkpoint)
+    answers = processor.encode_answers(list(processor.entailment_answers.values()))
+    rows = load_rows("entailment", f"scenes:{args.seed}:50", "dev")
+    with SignalRecorder(model, [token for answer in answers for token in answer]) as recorder:
+        predict(model, processor, rows, "entailment", {"exit_criterion": "never"}, batch_size=64)
+    return read_records(points), similarity_curves(recorder.signals)
+
+
+def make_record(example: Any, folder: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains and measures a variant, unless it is finished."""
+    path = folder / name / "record.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    steps = args.steps
+    if name in SMALLER:
+        base, own = (seconds_per_step(example, folder, one, args) for one in ("paper", name))
+        steps = round(steps * base / own)
+    reports = train(example, folder / name, name, steps, args)
+    points, layers = measure(folder / name, args)
+    kept = ("name", "criterion", "exits", "quality", "intervals", "identical", "depth", "layers_skipped", "flops")
+    record = {
+        "variant": name,
+        "options": VARIANTS[name],
+        "training": [*TRAINING, *args.training],
+        "steps": steps,
+        "training_seconds": sum(report["seconds"] for report in reports.values()),
+        "dev_accuracy": reports["judging"]["accuracy"],
+        "rows": points[0]["rows"],
+        "layers": points[0]["layers"],
+        "by_kind": points[0]["by_kind"],
+        "saturation": layers,
+        "environment": points[0]["environment"],
+        "points": [{key: point[key] for key in (*kept, "time")} for point in points],
+    }
+    write(path, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def most_skipped(record: dict[str, Any], share: float = 0.99) -> dict[str, Any]:
+    """The point of similarity (or full depth) that skips most layers at `share` of the accuracy at full depth."""
+    least = share * record["points"][0]["quality"]["accuracy"]
+    points = [one for one in record["points"] if one["criterion"].startswith(("full", "similarity"))]
+    return max(
+        (one for one in points if one["quality"]["accuracy"] >= least), key=lambda one: one["layers_skipped"]["mean"]
+    )
+
+
+def make_table(records: list[dict[str, Any]]) -> str:
+    """The records as a table in markdown; accuracies with 95 % intervals by picture."""
+    kinds = list(records[0]["by_kind"])
+    head = ["variant", "layers", "steps", "accuracy", *kinds, "a third of the layers", "R at 99 %", "identical there"]
+    lines = [head, ["---"] * len(head)]
+    for record in records:
+        full, best = record["points"][0], most_skipped(record)
+        low, high = full["intervals"]["accuracy"]
+        third = f"fixed {max(1, record['layers']['decoder'] // 3)}"
+        shallow = next((one for one in record["points"] if one["name"] == third), None)
+        lines.append(
+            [
+                record["variant"],
+                "{encoder}+{decoder}".format(**record["layers"]),
+                str(record["steps"]),
+                f"{full['quality']['accuracy']:.3f} [{low:.3f}, {high:.3f}]",
+                *(
+                    f"{record['by_kind'][kind]['accuracy']:.3f}" if kind in record["by_kind"] else "-"
+                    for kind in kinds
+                ),
+                "-" if shallow is None else f"{shallow['quality']['accuracy']:.3f}",
+                f"{best['layers_skipped']['mean']:.1%}",
+                f"{best['identical']:.3f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against layers skipped: similarity as lines, fixed depths as dashes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="layers skipped (R), %", ylabel="accuracy", title="Variants of training")
+    axes.grid(alpha=0.3)
+    for index, record in enumerate(records):
+        for criteria, style in ((("full", "similarity"), "o-"), (("full", "fixed"), "x--")):
+            points = [one for one in record["points"] if one["criterion"] in criteria]
+            pairs = sorted((100 * one["layers_skipped"]["mean"], one["quality"]["accuracy"]) for one in points)
+            label = record["variant"] if style == "o-" else None
+            axes.plot(*zip(*pairs, strict=True), style, color=f"C{index % 10}", label=label, markersize=4)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    part = path.with_suffix(".part")
+    figure.savefig(part, format="png", dpi=150)
+    os.replace(part, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Makes the records that are missing, then the table and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of a variant (3000)")
+    parser.add_argument("--seeing_steps", type=int, default=450, help="training steps of the trunk (450)")
+    parser.add_argument("--telling_share", type=float, default=0.7, help="share of them for telling (0.7)")
+    parser.add_argument("--timing_steps", type=int, default=20, help="steps by which smaller models are timed (20)")
+    parser.add_argument("--scenes", type=int, default=250, help="test scenes of eight statements (250)")
+    parser.add_argument("--seed", type=int, default=0, help="of the test scenes (0)")
+    parser.add_argument("--time_rows", type=int, default=20, help="statements to time (20)")
+    args, args.training = parser.parse_known_args(argv)
+    if not 0 <= args.telling_share < 1 or round(args.telling_share * args.steps) >= args.steps:
+        parser.error(f"--telling_share must leave steps for judging, got {args.telling_share}.")
+    example = load_example()
+    run_lesson(example, args.output_dir / "seeing", "seeing", args.seeing_steps, [*SEEING, *args.training])
+    records = [make_record(example, args.output_dir, name, args) for name in args.variants]
+    table = make_table(records)
+    write(args.output_dir / "table.md", table)
+    draw(records, args.output_dir / "accuracy.png")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

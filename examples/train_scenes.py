@@ -1,0 +1,378 @@
+# /// script
+# dependencies = ["mue-hf[timm,train]"]
+# ///
+"""Train a small MuE from scratch on generated scenes: captions, and yes / no / maybe statements. No data is needed.
+
+Scenes are drawn while they are needed, in the order of their numbers, so that no picture comes twice. Training goes in
+lessons, each a run of its own that starts from the one before:
+
+* seeing: the trunk learns to tell what is in each of its 8 x 8 cells, and where. The rest stays random.
+* telling: every picture is encoded once, with the captioning prompt, and its captions and all of its statements are
+  decoded from that. Of true statements (--told_share of them) every word is learnt, not the answer alone, and after
+  the name of an object the place of it, as a location bin in place of the next word.
+* judging: statements stand in the encoder's prompt too, as OFA has it, and their answers are learnt.
+
+    python examples/train_scenes.py --lesson seeing --output_dir RUNS/seeing --max_steps 450 $OPTIONS
+    python examples/train_scenes.py --lesson telling --trunk_from RUNS/seeing --layers 3 --output_dir RUNS/telling \\
+        --max_steps 2000 $OPTIONS
+    python examples/train_scenes.py --lesson judging --start_from RUNS/telling --layers 6 --output_dir RUNS/judging \\
+        --max_steps 500 $OPTIONS
+
+`make reproduce` runs these with all of their options. With --resume_from_checkpoint last, a run goes on where it was
+interrupted, if it was. `mue-hf evaluate entailment --model RUNS/judging --data scenes:0:1250` measures the result.
+"""
+
+import json
+import random
+import re
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import GenerationConfig, HfArgumentParser, ResNetConfig, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
+from mue_hf.data import MuEDataCollator
+from mue_hf.processing_mue import CAPTION_PROMPT, ENTAILMENT_PROMPT
+from mue_hf.scenes import COLORS, FORMS, GRID, RADIUS, SHAPES, Scene, SceneDataset, draw_scene, make_scene
+from mue_hf.trainer import MuETrainer
+from mue_hf.training_args import MuETrainingArguments
+
+LAYER = re.compile(r"(.*coder\.(?:layers|\w+_table_list)\.)(\d+)(\..*)")
+NAMES = (tuple(COLORS), SHAPES, tuple(RADIUS))
+# Location bins of a column or a row of the picture; those of the rows follow, and one for nowhere.
+BINS = 16
+SHORT = ("existence", "counting")
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+ANSWERS = list(MuEProcessor.entailment_answers.values())
+
+
+@dataclass
+class ModelArguments:
+    """Sizes of the model."""
+
+    d_model: int = 128
+    ffn_dim: int = 256
+    heads: int = 4
+    layers: int = field(
+        default=6, metadata={"help": "Encoder layers, and decoder layers; with --start_from, what it grows to."}
+    )
+    joint: bool = field(default=False, metadata={"help": "Image and text as one sequence, as in OFA."})
+    init_std: float = field(default=0.05, metadata={"help": "Of OFA's 0.02 attention learns late in a narrow model."})
+    trunk_from: str | None = field(default=None, metadata={"help": "Checkpoint folder whose trunk a new model gets."})
+    start_from: str | None = field(default=None, metadata={"help": "Checkpoint folder to go on from, sizes included."})
+
+
+@dataclass
+class DataArguments:
+    """Which scenes are drawn, and what is asked about them."""
+
+    scene_seed: int = field(default=0, metadata={"help": "Of the generator."})
+    first_scene: int = field(default=0, metadata={"help": "Number of the first scene."})
+    statements: int = field(default=8, metadata={"help": "Statements per picture, which share its encoding."})
+    captions_per_image: int = field(default=2, metadata={"help": "Captions per picture."})
+    kinds: list[str] = field(default_factory=lambda: list(FORMS), metadata={"help": "Kinds of statements."})
+    lesson: Literal["seeing", "telling", "judging"] = field(
+        default="judging", metadata={"help": "What is learnt; see above."}
+    )
+    told_share: float = field(
+        default=1.0, metadata={"help": "Share of the true statements of which every word is learnt, in telling."}
+    )
+    dev_scenes: int = field(default=64, metadata={"help": "Scenes of the split dev for each kind, for evaluation."})
+
+
+@dataclass
+class SceneTrainingArguments(MuETrainingArguments):
+    """MuETrainer's arguments, and when to stop."""
+
+    max_minutes: float | None = field(default=None, metadata={"help": "Save and stop after so many minutes."})
+
+
+class Scenes(Dataset):
+    """Training scenes in batches of equally long texts: short statements, then long ones and the captions, in turn."""
+
+    def __init__(self, data: DataArguments, count: int, batch: int):
+        self.first, self.count, self.batch, self.data = data.first_scene, count, batch, data
+        kinds = [kind for kind in data.kinds if kind in SHORT], [kind for kind in data.kinds if kind not in SHORT]
+        options = {"statements": data.statements, "seed": data.scene_seed}
+        self.parts = [
+            SceneDataset(self.first + count, captions=some is kinds[1], kinds=some, **options)
+            for some in kinds
+            if some
+        ]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.parts[index // self.batch % len(self.parts)][self.first + index] | {"train": True}
+        # Drawn by the number of the scene: a resumed run draws the same.
+        rng = random.Random(self.first + index)
+        rng.shuffle(row.get("references", []))
+        scene = make_scene(self.first + index, self.data.scene_seed)
+        texts = row.get("hypothesis", ())
+        row["told"] = [rng.random() < self.data.told_share for _ in texts]
+        row["places"] = [places(scene, text, rng) for text in texts]
+        return row
+
+
+def places(scene: Scene, text: str, rng: random.Random) -> dict[int, str]:
+    """Where the objects named in `text` are, by the place of each name's last word: the location bin of one such
+    object's column or row, whichever comes up, or that for nowhere."""
+    words, bins = text.split(), {}
+    for place, name in enumerate(pairwise(words), start=1):
+        if name[0] in COLORS and name[1] in SHAPES:
+            found = [one for one in scene.visible if (one.color, one.shape) == name]
+            one = rng.choice(found) if found else None
+            lines = [2 * BINS] if one is None else [one.x * BINS // GRID, BINS + one.y * BINS // GRID]
+            bins[place] = f"<bin_{rng.choice(lines)}>"
+    return bins
+
+
+@dataclass
+class SceneCollator(MuEDataCollator):
+    """Batches of scenes; with `telling`, see the top of this file."""
+
+    telling: bool = False
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = super().__call__(rows)
+        tokenizer, training = self.processor.tokenizer, rows[0].get("train", False)
+        if not training:
+            # </s> is no news.
+            batch["labels"].masked_fill_(batch["labels"] == tokenizer.eos_token_id, -100)
+        if self.telling:
+            if training:
+                self._tell(batch, rows)
+            prompt = torch.tensor(tokenizer(CAPTION_PROMPT)["input_ids"])
+            batch["input_ids"] = prompt.expand(len(rows), -1)
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        return batch
+
+    def _tell(self, batch: dict[str, Tensor], rows: Sequence[dict[str, Any]]) -> None:
+        """Makes targets of the words of true statements that are to be told, and of the places of what is named."""
+        (yes,) = self.processor.encode_answers(ANSWERS[:1])[0]
+        opening = self.processor.tokenizer(ENTAILMENT_PROMPT.partition(" {")[0])["input_ids"][:-1]
+        labels, following = batch["labels"][:, :-1], batch["decoder_input_ids"][:, 1:]
+        statements = (batch["decoder_input_ids"][:, : len(opening)] == torch.tensor(opening)).all(1)
+        true = (labels == yes).any(1)
+        true[statements] &= torch.tensor([told for row in rows for told in row["told"]], dtype=torch.bool)
+        words = true.unsqueeze(1) & (labels == -100) & (following != self.processor.tokenizer.pad_token_id)
+        words[:, : len(opening) - 1] = False
+        labels[words] = following[words]
+        named = [bins for row in rows for bins in row["places"]]
+        for statement, bins in zip(statements.nonzero().flatten().tolist(), named, strict=True):
+            for place, name in bins.items():
+                labels[statement, len(opening) + place] = self.processor.tokenizer.convert_tokens_to_ids(name)
+
+
+class Cells(Dataset):
+    """Pictures, and what is in each of their 8 x 8 cells: an object is in the cell of its centre."""
+
+    def __init__(self, first: int, count: int, seed: int, split: str, processor: MuEProcessor):
+        self.first, self.count, self.seed, self.split, self.processor = first, count, seed, split, processor
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        scene = make_scene(self.first + index, self.seed, self.split)
+        # Of each cell: colour, shape and size, where 0 is nothing and 1 the panel; then its column and its row.
+        kinds, places = torch.zeros(3, 8, 8, dtype=torch.long), torch.zeros(2, 8, 8)
+        if scene.panel is not None:
+            column, row = scene.panel
+            kinds[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 1
+        for one in scene.visible:
+            names = [
+                names.index(name) + 2 for names, name in zip(NAMES, (one.color, one.shape, one.size), strict=True)
+            ]
+            kinds[:, one.y // 8, one.x // 8] = torch.tensor(names)
+            places[:, one.y // 8, one.x // 8] = torch.tensor([one.x, one.y]) / 32 - 1
+        pixels = self.processor.image_processor(draw_scene(scene), return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "kinds": kinds, "places": places}
+
+
+class CellReader(nn.Module):
+    """The trunk of a MuE, and linear maps from its features to what is in a cell, and where."""
+
+    def __init__(self, model: MuEForConditionalGeneration):
+        super().__init__()
+        self.trunk = model.model.encoder.embed_images
+        width = model.model.encoder.image_proj.in_features
+        self.kinds = nn.ModuleList([nn.Conv2d(width, len(names) + 2, 1) for names in NAMES])
+        self.lines, self.places = nn.Conv2d(width, 16, 1), nn.Conv2d(width, 2, 1)
+
+    def forward(self, pixel_values: Tensor, kinds: Tensor, places: Tensor) -> dict[str, Tensor]:
+        features = self.trunk(pixel_values).feature_maps[-1]
+        loss = 0.0
+        for index, head in enumerate(self.kinds):
+            logits = head(features).float()
+            # Most cells hold nothing.
+            weight = torch.ones(logits.shape[1]).index_fill(0, torch.tensor([0, 1]), 0.1)
+            loss = loss + nn.functional.cross_entropy(logits, kinds[:, index], weight.to(logits))
+        lines = self.lines(features).float()
+        row = torch.arange(8, device=lines.device).view(1, 8, 1).expand(len(lines), 8, 8)
+        for logits, line in ((lines[:, :8], row), (lines[:, 8:], row.transpose(1, 2))):
+            loss = loss + 0.5 * nn.functional.cross_entropy(logits, line)
+        objects = kinds[:, :1] > 1
+        misplaced = (self.places(features).float() - places).abs() * objects
+        right = (self.kinds[1](features).argmax(1) == kinds[:, 1])[objects[:, 0]]
+        return {"loss": loss + 5 * misplaced.sum() / objects.sum(), "right": right.float().mean()}
+
+
+class TimeLimit(TrainerCallback):
+    """Saves and stops after some minutes."""
+
+    def __init__(self, minutes: float):
+        self.end = time.monotonic() + 60 * minutes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() > self.end:
+            control.should_save = control.should_training_stop = True
+
+
+def build_processor(folder: Path) -> MuEProcessor:
+    """Pictures of 64 pixels as they are, and a vocabulary in which each word of the scenes is one token."""
+    rows = [SceneDataset(300)[index] for index in range(300)]
+    texts = [text for row in rows for text in (*row["references"], *row["hypothesis"])] + ANSWERS
+    corpus = [" " + text for text in texts] + [CAPTION_PROMPT, ENTAILMENT_PROMPT.format(hypothesis="there")]
+    bpe = ByteLevelBPETokenizer()
+    # What comes twice is merged to the end.
+    bpe.train_from_iterator(corpus * 2, 1000, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.save_model(str(folder))
+    tokenizer = MuETokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), num_codes=0, num_bins=2 * BINS + 1
+    )
+    return MuEProcessor(MuEImageProcessor(size={"height": 64, "width": 64}, do_resize=False), tokenizer)
+
+
+def build_model(sizes: ModelArguments, vocab_size: int) -> MuEForConditionalGeneration:
+    """A random MuE; its trunk, a ResNet of two stages, makes 8 x 8 image tokens of 64 x 64 pixels."""
+    config = MuEConfig(
+        vocab_size=vocab_size,
+        d_model=sizes.d_model,
+        encoder_ffn_dim=sizes.ffn_dim,
+        decoder_ffn_dim=sizes.ffn_dim,
+        encoder_attention_heads=sizes.heads,
+        decoder_attention_heads=sizes.heads,
+        encoder_layers=sizes.layers,
+        decoder_layers=sizes.layers,
+        # No picture comes twice, so there is nothing to overfit.
+        dropout=0.0,
+        init_std=sizes.init_std,
+        max_position_embeddings=64,
+        token_bucket_size=32,
+        image_bucket_size=8,
+        modality_decomposition=not sizes.joint,
+        backbone_config=ResNetConfig(
+            embedding_size=32, hidden_sizes=[64, 128], depths=[2, 2], layer_type="basic", out_features=["stage2"]
+        ),
+    )
+    # On CPUs autocast to bfloat16 is several times faster with plain matrix products than with sdpa.
+    model = MuEForConditionalGeneration._from_config(config, attn_implementation="eager")
+    special = {name: getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad", "decoder_start")}
+    model.generation_config = GenerationConfig(
+        **{f"{name}_token_id": token for name, token in special.items()}, num_beams=1, max_new_tokens=24
+    )
+    return model
+
+
+def grow(small: MuEForConditionalGeneration, layers: int) -> MuEForConditionalGeneration:
+    """The same function with more layers: after each layer come copies of it whose branches are silent at first."""
+    config = deepcopy(small.config)
+    config.encoder_layers = config.decoder_layers = layers
+    model = MuEForConditionalGeneration._from_config(config, attn_implementation="eager")
+    model.generation_config = small.generation_config
+    state, old = model.state_dict(), small.state_dict()
+    sources = [layer * small.config.decoder_layers // layers for layer in range(layers)]
+    for name, tensor in state.items():
+        parts = LAYER.match(name)
+        source = name if parts is None else f"{parts[1]}{sources[int(parts[2])]}{parts[3]}"
+        tensor.copy_(old[source])
+        if parts is not None and int(parts[2]) and sources[int(parts[2])] == sources[int(parts[2]) - 1]:
+            if "mid_layer_norm" in name or ".fc2." in name:
+                tensor.zero_()
+    return model
+
+
+def save(model: MuEForConditionalGeneration, processor: MuEProcessor, folder: str) -> None:
+    """Writes the checkpoint in half precision: on disk only, CPUs are slow in it."""
+    model.half().save_pretrained(folder)
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def make_trainer(
+    model: MuEForConditionalGeneration, processor: MuEProcessor, data: DataArguments, args: Any, count: int
+) -> Trainer:
+    """The trainer of a lesson on `count` scenes."""
+    if data.lesson == "seeing":
+        cells = Cells(data.first_scene, count, data.scene_seed, "train", processor)
+        dev = Cells(0, data.dev_scenes, data.scene_seed, "dev", processor)
+        return Trainer(model=CellReader(model), args=args, train_dataset=cells, eval_dataset=dev)
+    dev = {
+        kind: SceneDataset(data.dev_scenes, split="dev", captions=False, statements=4, kinds=[kind])
+        for kind in data.kinds
+    }
+    return MuETrainer(
+        model=model,
+        args=args,
+        train_dataset=Scenes(data, count, args.train_batch_size),
+        eval_dataset=dev | {"captions": SceneDataset(data.dev_scenes, split="dev", statements=0)},
+        data_collator=SceneCollator(
+            processor,
+            captions_per_image=data.captions_per_image,
+            random_captions=False,
+            telling=data.lesson == "telling",
+        ),
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains and saves; returns, and writes beside the checkpoint, steps, seconds and accuracy by kind on dev."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, SceneTrainingArguments), description=__doc__)
+    sizes, data, args = parser.parse_args_into_dataclasses(argv)
+    if args.max_steps < 1:
+        parser.error("--max_steps must be given: scenes have no end.")
+    args.train_sampling_strategy, args.label_names, args.prediction_loss_only = "sequential", ["labels"], True
+    if args.resume_from_checkpoint == "last":
+        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
+    set_seed(args.seed)
+    if sizes.start_from is None:
+        processor = build_processor(Path(args.output_dir) / "tokenizer")
+        model = build_model(sizes, len(processor.tokenizer))
+        if sizes.trunk_from is not None:
+            seen = MuEForConditionalGeneration.from_pretrained(sizes.trunk_from).model.encoder.embed_images
+            model.model.encoder.embed_images.load_state_dict(seen.state_dict())
+    else:
+        processor = MuEProcessor.from_pretrained(sizes.start_from)
+        model = MuEForConditionalGeneration.from_pretrained(sizes.start_from, attn_implementation="eager")
+        if sizes.layers != model.config.decoder_layers:
+            model = grow(model, sizes.layers)
+    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    trainer = make_trainer(model, processor, data, args, count)
+    if args.max_minutes is not None:
+        trainer.add_callback(TimeLimit(args.max_minutes))
+    seconds = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics["train_runtime"]
+    metrics = trainer.evaluate()
+    last = f"accuracy_layer_{model.config.decoder_layers}"
+    accuracy = {name.removeprefix("eval_").removesuffix(f"_{last}"): x for name, x in metrics.items() if last in name}
+    report = {"steps": trainer.state.global_step, "seconds": seconds, "accuracy": accuracy}
+    save(model, processor, args.output_dir)
+    Path(args.output_dir, "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+if __name__ == "__main__":
+    main()
