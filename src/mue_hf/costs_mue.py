@@ -1,6 +1,6 @@
 """Whether it pays to take rows that left out of a batch, by what layer calls take on a device."""
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +43,7 @@ def check_costs(costs: Any) -> None:
             if (
                 not isinstance(entry, Mapping)
                 or set(entry) != set(COSTS)
-                or not all(isinstance(x, int | float) and math.isfinite(x) for x in entry.values())
+                or not all(isinstance(x, int | float) and abs(x) <= sys.float_info.max for x in entry.values())
             ):
                 raise ValueError(
                     "`exit_costs` must hold finite seconds, as {device: {stream: {'fixed': ..., 'per_row': ..., "

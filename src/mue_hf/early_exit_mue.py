@@ -5,6 +5,7 @@ Encoder streams and decoder call `run_stack`; nothing else in the package decide
 
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -563,7 +564,7 @@ def _preset(name: Any, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, An
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _checked_threshold(name: str, value: Any, num_layers: int) -> Threshold:

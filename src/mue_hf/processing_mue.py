@@ -358,6 +358,12 @@ class MuEImageMixin:
             sides = [side for side in dict(kwargs.get(name) or {}).values() if side is not None]
             if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in sides):
                 raise ValueError(f"`{name}` must be of 1 to {MAX_SIDE} pixels a side, got {sides}; change it.")
+        resample = kwargs.get("resample")
+        if resample is not None and (not isinstance(resample, int) or resample not in list(PILImageResampling)):
+            raise ValueError(
+                f"`resample` must be one of PIL's filters, {', '.join(PILImageResampling.__members__)}, got "
+                f"{resample!r}; leave it out for OFA's."
+            )
         super()._validate_preprocess_kwargs(**kwargs)
         if kwargs.get("do_normalize") and not kwargs.get("do_rescale"):
             raise ValueError(
