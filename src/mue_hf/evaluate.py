@@ -548,6 +548,7 @@ def run(args: argparse.Namespace) -> int:
     """
     evaluation = Evaluation(args)
     records = evaluation.run()
+    evaluation.processes.finish()
     if not evaluation.processes.is_main:
         return 0
     table = make_table(records) + "\n"

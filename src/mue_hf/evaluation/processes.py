@@ -38,6 +38,13 @@ class Processes:
             dist.init_process_group("gloo", timeout=timedelta(days=7))
         return cls(dist.get_rank(), count, f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
 
+    def finish(self) -> None:
+        """Waits for the others and parts from them: a process that just ends leaves threads of the connection behind,
+        and may be aborted for it."""
+        if self.count > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
     @property
     def is_main(self) -> bool:
         """Whether it is the one that writes and prints."""
