@@ -187,8 +187,6 @@ def main(argv: list[str] | None = None) -> None:
             write_whole(Path(args.output_dir, "predictions.jsonl"), "".join(lines))
     if args.push_to_hub:
         trainer.push_to_hub()
-    # parts from the other processes, if any
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -79,8 +79,6 @@ def main(argv: list[str] | None = None) -> list[float]:
     if accelerator.is_main_process:
         inner.save_pretrained(args.output)
         processor.save_pretrained(args.output)
-    # parts from the other processes, if any
-    accelerator.end_training()
     return losses
 
 
