@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -52,7 +52,7 @@ class HubStandIn:
         self.sent: dict[str, int] = defaultdict(int)
         # From this number of LFS files on, sending blocks until `released`; `blocked` says that it does.
         self.most_files: int | None = None
-        self.blocked, self.released = Event(), Event()
+        self.blocked, self.released, self.storing = Event(), Event(), Lock()
         # What paths begin with -> status with which they are answered
         self.failures: dict[str, int] = {}
         handler = type("Handler", (Handler,), {"hub": self})
@@ -281,14 +281,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def store(self, body: bytes, oid: str) -> None:
         hub = self.hub
-        if hub.most_files is not None and len(hub.stored) >= hub.most_files:
+        if sha256(body).hexdigest() != oid:
+            return self.reply(400, {"error": "the content is another"})
+        # files come side by side: counting and storing are one step
+        with hub.storing:
+            full = hub.most_files is not None and len(hub.stored) >= hub.most_files
+            if not full:
+                hub.stored[oid] = body
+                hub.sent[oid] += 1
+        if full:
             hub.blocked.set()
             hub.released.wait()
             return
-        if sha256(body).hexdigest() != oid:
-            return self.reply(400, {"error": "the content is another"})
-        hub.stored[oid] = body
-        hub.sent[oid] += 1
         self.reply(200, {})
 
 
