@@ -118,6 +118,12 @@ class Journal:
                 "name another file, or pass --overwrite (`overwrite=True`)."
             )
 
+    @property
+    def _rows(self) -> BinaryIO:
+        if self._file is None:
+            raise ValueError("a `Journal` must be open for this, got one that is not; use it in a `with` statement.")
+        return self._file
+
     def remaining(self, rows: Iterable[Row]) -> Iterator[Row]:
         """
         The rows that are not done yet.
@@ -128,10 +134,9 @@ class Journal:
             ValueError: if what is done is of another source.
         """
         rows = iter(rows)
-        assert self._file is not None
-        self._file.seek(0)
+        self._rows.seek(0)
         end = 0
-        for line in self._file:
+        for line in self._rows:
             record = _whole(line)
             if record is None or record.get("row") != self.counts["rows"]:
                 break
@@ -144,8 +149,8 @@ class Journal:
                 )
             end += len(line)
             self._count(record)
-        self._file.truncate(end)
-        self._file.seek(end)
+        self._rows.truncate(end)
+        self._rows.seek(end)
         return rows
 
     def _count(self, record: Mapping[str, Any]) -> None:
@@ -154,18 +159,16 @@ class Journal:
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows; when it returns they outlive a loss of power."""
-        assert self._file is not None
         lines = (json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records)
-        self._file.write(printable("".join(lines)).encode("utf-8"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._rows.write(printable("".join(lines)).encode("utf-8"))
+        self._rows.flush()
+        os.fsync(self._rows.fileno())
         for record in records:
             self._count(record)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Makes `out` of the rows. `summary` is kept with the counts."""
-        assert self._file is not None
-        self._file.close()
+        self._rows.close()
         run = {"settings": self.settings, "counts": self.counts, **summary}
         # Before the result, so that a result that is there has its counts.
         write_whole(self.run, json.dumps(run, indent=2, default=str))
