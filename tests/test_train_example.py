@@ -42,7 +42,13 @@ def data_dir(tmp_path_factory) -> Path:
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / name)
         captions = [f"Picture {index} , number {n} ." for n in range(5)]
         rows.append({"image": name, "split": split, "captions": captions})
-    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    pairs = [
+        {"image": row["image"], "split": row["split"], "premise": "Not read .", "hypothesis": text, "label": label}
+        for row in rows
+        for text, label in (("A statement .", "entailment"), ("Another one .", "neutral"))
+    ]
+    for name, table in {"captions": rows, "pairs": pairs}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, table)), encoding="utf-8")
     return folder
 
 
@@ -95,3 +101,53 @@ def test_split_without_images_is_refused(example, data_dir, tmp_path):
     other.write_text(rows, encoding="utf-8")
     with pytest.raises(ValueError, match="`split`"):
         example.main([f"--data={other}", *arguments(data_dir, tmp_path)[1:], *SIZES])
+
+
+class TestMixture:
+    @pytest.fixture
+    def parts(self):
+        class Captions(list):
+            @property
+            def rows(self):
+                return self
+
+        captions = [{"image_features": [index], "references": [f"caption {index}"]} for index in range(6)]
+        pairs = [{"image_features": [index], "hypothesis": f"pair {index}", "label": "neutral"} for index in range(5)]
+        return Captions(captions), pairs
+
+    def make(self, example, parts, entailment_share, matching_share, steps=40):
+        data = example.DataArguments("data", "cache", entailment_share=entailment_share, matching_share=matching_share)
+        args = example.MuETrainingArguments("out", max_steps=steps, per_device_train_batch_size=3, use_cpu=True)
+        return example.Mixture(*parts, data, args)
+
+    def test_batches_are_of_one_kind_and_every_row_comes_in_turn(self, example, parts):
+        mixture = self.make(example, parts, 0.25, 0.0)
+        rows = [mixture[index] for index in range(len(mixture))]
+        kinds = [["references" in row for row in rows[start : start + 3]] for start in range(0, 120, 3)]
+        assert all(len(set(kind)) == 1 for kind in kinds)
+        assert sum(kind[0] for kind in kinds) == 30
+        for name, size in (("references", 6), ("hypothesis", 5)):
+            seen = [str(row[name]) for row in rows if name in row]
+            epochs = [seen[start : start + size] for start in range(0, len(seen) - size + 1, size)]
+            assert all(len(set(epoch)) == size for epoch in epochs) and epochs[0] != epochs[1]
+        assert rows == [self.make(example, parts, 0.25, 0.0)[index] for index in range(120)]
+
+    def test_captions_match_their_own_images_alone(self, example, parts):
+        mixture = self.make(example, parts, 1.0, 1.0, steps=100)
+        rows = [mixture[index] for index in range(len(mixture))]
+        own = [row["hypothesis"] == f"caption {row['image_features'][0]}" for row in rows]
+        labels = [row["label"] == "entailment" for row in rows]
+        assert 100 < sum(labels) < 200
+        assert own == labels
+
+    def test_statements_are_trained_beside_captions(self, example, trained, data_dir, tmp_path):
+        options = [f"--start_from={trained}", f"--entailment={data_dir / 'pairs.jsonl'}", *SIZES]
+        example.main(arguments(data_dir, tmp_path) + options)
+        first, second = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path))
+        assert not torch.equal(first["model.shared.weight"], second["model.shared.weight"])
+
+    @pytest.mark.parametrize("options", [["--scst_samples=2"], ["--max_steps=0"], ["--entailment_share=1.5"]], ids=str)
+    def test_what_cannot_be_is_refused(self, example, trained, data_dir, tmp_path, options):
+        options = [f"--start_from={trained}", f"--entailment={data_dir / 'pairs.jsonl'}", *SIZES, *options]
+        with pytest.raises(SystemExit):
+            example.main(arguments(data_dir, tmp_path) + options)
