@@ -27,7 +27,7 @@ demo: $(VENV)/timm.installed ## Caption the bundled photos with the small checkp
 
 # Each step is done once: what is there is kept, and an interrupted lesson goes on from its last checkpoint.
 REPRODUCED ?= runs/reproduce
-LESSON = OMP_NUM_THREADS=2 $(BIN)/python examples/train_scenes.py --output_dir $(@D) --resume_from_checkpoint last \
+LESSON = OMP_NUM_THREADS=2 $(BIN)/python examples/train_scenes.py --output_dir $(@D) \
 	--use_cpu --bf16 --adam_beta2 0.98 --save_steps 100 --save_total_limit 1 --logging_steps 50 --report_to none \
 	--per_device_eval_batch_size 64
 READING = --freeze_trunk --learning_rate 2e-3 --muon_learning_rate 6e-3 --weight_decay 0.01 --warmup_steps 100 \
@@ -44,12 +44,32 @@ $(REPRODUCED)/seeing/report.json: | $(VENV)/dev.installed
 	$(LESSON) --lesson seeing --max_steps 450 --learning_rate 3e-3 --warmup_steps 80 --lr_scheduler_type cosine \
 		--per_device_train_batch_size 32
 
-$(REPRODUCED)/telling/report.json: $(REPRODUCED)/seeing/report.json
-	$(LESSON) --lesson telling --max_steps 2000 --trunk_from $(<D) --layers 3 --told_share 0.25 \
-		$(READING) --lr_scheduler_type constant_with_warmup
+# The lessons of examples/train_scenes.py: each starts from the one before, with scenes of its own.
+TELLING = $(LESSON) $(READING) --lesson telling --lr_scheduler_type constant_with_warmup
+COMPARING = $(TELLING) --start_from $(<D) --layers 3 --told_share 0 --captions_per_image 1 --kinds relation
 
-$(REPRODUCED)/judging/report.json: $(REPRODUCED)/telling/report.json
-	$(LESSON) --lesson judging --max_steps 500 --start_from $(<D) --first_scene 1000000 $(READING) \
+$(REPRODUCED)/telling/report.json: $(REPRODUCED)/seeing/report.json
+	$(TELLING) --max_steps 1000 --trunk_from $(<D) --layers 3 --told_share 0.25 \
+		--kinds existence counting relation --relations "left of"
+
+$(REPRODUCED)/left/report.json: $(REPRODUCED)/telling/report.json
+	$(COMPARING) --max_steps 600 --first_scene 100000 --relations "left of"
+
+$(REPRODUCED)/sides/report.json: $(REPRODUCED)/left/report.json
+	$(COMPARING) --max_steps 300 --first_scene 200000 --relations "left of" "right of"
+
+$(REPRODUCED)/above/report.json: $(REPRODUCED)/sides/report.json
+	$(COMPARING) --max_steps 500 --first_scene 300000 --relations "left of" "right of" above
+
+$(REPRODUCED)/relations/report.json: $(REPRODUCED)/above/report.json
+	$(COMPARING) --max_steps 600 --first_scene 400000
+
+$(REPRODUCED)/all/report.json: $(REPRODUCED)/relations/report.json
+	$(TELLING) --max_steps 1000 --start_from $(<D) --layers 6 --told_share 0.1 --captions_per_image 1 \
+		--first_scene 500000
+
+$(REPRODUCED)/judging/report.json: $(REPRODUCED)/all/report.json
+	$(LESSON) $(READING) --lesson judging --max_steps 800 --start_from $(<D) --first_scene 1000000 \
 		--lr_scheduler_type cosine --random_exit_depth --self_distillation 1
 
 # Where no preset keeps the budget (exit code 1), the table goes without it.

@@ -13,9 +13,9 @@ Further arguments are those of examples/train_scenes.py and hold for all variant
 
 import argparse
 import json
-import os
 import sys
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mue_hf import MuEForConditionalGeneration, MuEProcessor
 from mue_hf.evaluate import add_arguments, read_records, run
 from mue_hf.evaluation.measure import similarity_curves
 from mue_hf.evaluation.rows import load_rows
+from mue_hf.files import write_whole
 from mue_hf.predict import predict
 from mue_hf.signals import SignalRecorder
 
@@ -58,13 +59,6 @@ def load_example() -> Any:
     return import_module("train_scenes")
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def train(example: Any, folder: Path, name: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     """The lessons of a variant after that of the trunk: what `train_scenes.main` returned for them."""
     telling = round(args.telling_share * steps)
@@ -85,7 +79,7 @@ def run_lesson(example: Any, output: Path, lesson: str, steps: int, options: lis
     path = output / "report.json"
     if not path.exists():
         options = [*options, f"--lesson={lesson}", f"--output_dir={output}", f"--max_steps={steps}"]
-        example.main([*options, "--resume_from_checkpoint=last"])
+        example.main(options)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -93,10 +87,9 @@ def seconds_per_step(example: Any, folder: Path, name: str, args: argparse.Names
     """Measured on a few steps of judging; kept in the folder."""
     path = folder / "timing" / f"{name}.json"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         options = [f"--output_dir={folder / 'timing' / name}", f"--max_steps={args.timing_steps}"]
         report = example.main([*options, *TRAINING, *args.training, *VARIANTS[name], "--save_strategy", "no"])
-        write(path, json.dumps(report["seconds"] / args.timing_steps))
+        write_whole(path, json.dumps(report["seconds"] / args.timing_steps))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -143,7 +136,7 @@ def make_record(example: Any, folder: Path, name: str, args: argparse.Namespace)
         "environment": points[0]["environment"],
         "points": [{key: point[key] for key in (*kept, "time")} for point in points],
     }
-    write(path, json.dumps(record, indent=1) + "\n")
+    write_whole(path, json.dumps(record, indent=1) + "\n")
     return record
 
 
@@ -198,9 +191,9 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
             label = record["variant"] if style == "o-" else None
             axes.plot(*zip(*pairs, strict=True), style, color=f"C{index % 10}", label=label, markersize=4)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    part = path.with_suffix(".part")
-    figure.savefig(part, format="png", dpi=150)
-    os.replace(part, path)
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write_whole(path, content.getvalue())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -222,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     run_lesson(example, args.output_dir / "seeing", "seeing", args.seeing_steps, [*SEEING, *args.training])
     records = [make_record(example, args.output_dir, name, args) for name in args.variants]
     table = make_table(records)
-    write(args.output_dir / "table.md", table)
+    write_whole(args.output_dir / "table.md", table)
     draw(records, args.output_dir / "accuracy.png")
     print(table)
 

@@ -10,16 +10,22 @@ lessons, each a run of its own that starts from the one before:
 * telling: every picture is encoded once, with the captioning prompt, and its captions and all of its statements are
   decoded from that. Of true statements (--told_share of them) every word is learnt, not the answer alone, and after
   the name of an object the place of it, as a location bin in place of the next word.
+* comparing is telling about one relation, then two, three and all four (--relations). Of all four at once nothing is
+  learnt: what a place says for "left of" it says against "right of", so that no object's place alone tells anything.
+  With one relation it does, and the others then need little more than the right sign and axis.
 * judging: statements stand in the encoder's prompt too, as OFA has it, and their answers are learnt.
 
     python examples/train_scenes.py --lesson seeing --output_dir RUNS/seeing --max_steps 450 $OPTIONS
     python examples/train_scenes.py --lesson telling --trunk_from RUNS/seeing --layers 3 --output_dir RUNS/telling \\
-        --max_steps 2000 $OPTIONS
-    python examples/train_scenes.py --lesson judging --start_from RUNS/telling --layers 6 --output_dir RUNS/judging \\
+        --max_steps 1000 --kinds existence counting relation --relations "left of" $OPTIONS
+    python examples/train_scenes.py --lesson telling --start_from RUNS/telling --layers 3 --output_dir RUNS/left \\
+        --max_steps 600 --kinds relation --relations "left of" --told_share 0 $OPTIONS
+    ...
+    python examples/train_scenes.py --lesson judging --start_from RUNS/all --layers 6 --output_dir RUNS/judging \\
         --max_steps 500 $OPTIONS
 
-`make reproduce` runs these with all of their options. With --resume_from_checkpoint last, a run goes on where it was
-interrupted, if it was. `mue-hf evaluate entailment --model RUNS/judging --data scenes:0:1250` measures the result.
+`make reproduce` runs these with all of their options; given again, it goes on where it was interrupted.
+`mue-hf evaluate entailment --model RUNS/judging --data scenes:0:1250` measures the result.
 """
 
 import json
@@ -38,12 +44,11 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, HfArgumentParser, ResNetConfig, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
 from mue_hf.data import MuEDataCollator
 from mue_hf.processing_mue import CAPTION_PROMPT, ENTAILMENT_PROMPT
-from mue_hf.scenes import COLORS, FORMS, GRID, RADIUS, SHAPES, Scene, SceneDataset, draw_scene, make_scene
+from mue_hf.scenes import COLORS, FORMS, GRID, RADIUS, RELATIONS, SHAPES, Scene, SceneDataset, draw_scene, make_scene
 from mue_hf.trainer import MuETrainer
 from mue_hf.training_args import MuETrainingArguments
 
@@ -81,6 +86,9 @@ class DataArguments:
     statements: int = field(default=8, metadata={"help": "Statements per picture, which share its encoding."})
     captions_per_image: int = field(default=2, metadata={"help": "Captions per picture."})
     kinds: list[str] = field(default_factory=lambda: list(FORMS), metadata={"help": "Kinds of statements."})
+    relations: list[str] = field(
+        default_factory=lambda: list(RELATIONS), metadata={"help": "What statements of relations are about."}
+    )
     lesson: Literal["seeing", "telling", "judging"] = field(
         default="judging", metadata={"help": "What is learnt; see above."}
     )
@@ -103,7 +111,9 @@ class Scenes(Dataset):
     def __init__(self, data: DataArguments, count: int, batch: int):
         self.first, self.count, self.batch, self.data = data.first_scene, count, batch, data
         kinds = [kind for kind in data.kinds if kind in SHORT], [kind for kind in data.kinds if kind not in SHORT]
-        options = {"statements": data.statements, "seed": data.scene_seed}
+        # Statements are drawn evenly from all relations: enough of them, that some have the wanted ones.
+        drawn = data.statements * (4 if len(data.relations) < len(RELATIONS) else 1)
+        options = {"statements": drawn, "seed": data.scene_seed}
         self.parts = [
             SceneDataset(self.first + count, captions=some is kinds[1], kinds=some, **options)
             for some in kinds
@@ -119,10 +129,22 @@ class Scenes(Dataset):
         rng = random.Random(self.first + index)
         rng.shuffle(row.get("references", []))
         scene = make_scene(self.first + index, self.data.scene_seed)
+        if "hypothesis" in row:
+            self._keep_wanted(row)
         texts = row.get("hypothesis", ())
         row["told"] = [rng.random() < self.data.told_share for _ in texts]
         row["places"] = [places(scene, text, rng) for text in texts]
         return row
+
+    def _keep_wanted(self, row: dict[str, Any]) -> None:
+        """Leaves the first statements about wanted relations, over again where there are too few."""
+        unwanted = set(RELATIONS) - set(self.data.relations)
+        wanted = [
+            place for place, text in enumerate(row["hypothesis"]) if not any(one in text for one in unwanted)
+        ] or [0]
+        chosen = [wanted[place % len(wanted)] for place in range(self.data.statements)]
+        for name in ("hypothesis", "label", "kind"):
+            row[name] = [row[name][place] for place in chosen]
 
 
 def places(scene: Scene, text: str, rng: random.Random) -> dict[int, str]:
@@ -274,6 +296,7 @@ def build_model(sizes: ModelArguments, vocab_size: int) -> MuEForConditionalGene
         token_bucket_size=32,
         image_bucket_size=8,
         modality_decomposition=not sizes.joint,
+        add_position_embedding=True,
         backbone_config=ResNetConfig(
             embedding_size=32, hidden_sizes=[64, 128], depths=[2, 2], layer_type="basic", out_features=["stage2"]
         ),
@@ -345,10 +368,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     sizes, data, args = parser.parse_args_into_dataclasses(argv)
     if args.max_steps < 1:
         parser.error("--max_steps must be given: scenes have no end.")
+    if not data.relations or not set(data.relations) <= set(RELATIONS):
+        parser.error(f"--relations must be some of {list(RELATIONS)}, got {data.relations}: check the spelling.")
     args.train_sampling_strategy, args.label_names, args.prediction_loss_only = "sequential", ["labels"], True
-    if args.resume_from_checkpoint == "last":
-        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
     set_seed(args.seed)
+    checkpoint = args.checkpoint_to_resume()
     if sizes.start_from is None:
         processor = build_processor(Path(args.output_dir) / "tokenizer")
         model = build_model(sizes, len(processor.tokenizer))
@@ -364,7 +388,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     trainer = make_trainer(model, processor, data, args, count)
     if args.max_minutes is not None:
         trainer.add_callback(TimeLimit(args.max_minutes))
-    seconds = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics["train_runtime"]
+    seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
     metrics = trainer.evaluate()
     last = f"accuracy_layer_{model.config.decoder_layers}"
     accuracy = {name.removeprefix("eval_").removesuffix(f"_{last}"): x for name, x in metrics.items() if last in name}

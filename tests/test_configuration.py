@@ -163,9 +163,10 @@ class TestSaving:
         [
             {},
             {"modality_decomposition": False, "image_relative_bias": False, "eos_token_id": [2, 3], "dropout": 0},
+            {"add_position_embedding": True},
             {"backbone_config": SWIN, "attn_scale_factor": 3, "activation_function": "relu"},
         ],
-        ids=["defaults", "other values", "swin"],
+        ids=["defaults", "other values", "added positions", "swin"],
     )
     def test_round_trip(self, fields, tmp_path):
         config = tiny_config(**fields)

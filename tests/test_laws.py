@@ -301,6 +301,28 @@ class TestEncoder:
         )
         torch.testing.assert_close(similarity(a, b, mask), expected, rtol=0, atol=1e-14)
 
+    @pytest.mark.parametrize("decompose", [True, False], ids=["decomposed", "joint"])
+    def test_added_positions_are_in_the_states(self, decompose):
+        plain, model = (
+            tiny_model(std=0.3, modality_decomposition=decompose, add_position_embedding=add) for add in (False, True)
+        )
+        inputs, encoder = tiny_inputs(), model.get_encoder()
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        without, states = (
+            one.get_encoder()(**inputs, output_hidden_states=True).hidden_states[0] for one in (plain, model)
+        )
+        assert not torch.allclose(states, without)
+        features = encoder.image_proj(model.trunk_features(inputs["pixel_values"]).flatten(2).transpose(1, 2))
+        bucket = model.config.image_bucket_size
+        places = torch.tensor([row * bucket + column + 1 for row in range(4) for column in range(4)])
+        patches = (
+            features + encoder.type_embedding.weight[1] + encoder.image_pos_ln(encoder.embed_image_positions(places))
+        )
+        words = encoder.embed_tokens(inputs["input_ids"]) + encoder.type_embedding.weight[0]
+        words = words + encoder.pos_ln(encoder.embed_positions.weight[:7])
+        expected = [encoder.patch_layernorm_embedding(patches), encoder.layernorm_embedding(words)]
+        torch.testing.assert_close(states, torch.cat(expected, dim=1), rtol=0, atol=1e-12)
+
     def test_features_are_pixels(self, model):
         inputs = tiny_inputs()
         with torch.no_grad():

@@ -10,6 +10,8 @@ from conftest import randomize, tiny_inputs, tiny_model
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from test_laws import EXITS, count_calls, generate
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from mue_hf import MuEForConditionalGeneration
 from mue_hf import early_exit_mue as exits
@@ -50,9 +52,13 @@ class TestPatchBias:
             assert torch.equal(out, relative_bias(table, index) + scores)
 
     @pytest.mark.parametrize("decompose", [True, False], ids=["decomposed", "joint"])
-    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-    def test_encoder_is_the_differentiable_one(self, decompose, bias):
-        model = tiny_model(std=0.3, modality_decomposition=decompose, image_relative_bias=bias)
+    @pytest.mark.parametrize(
+        "flags",
+        [{}, {"image_relative_bias": False}, {"add_position_embedding": True}],
+        ids=["bias", "no bias", "added positions"],
+    )
+    def test_encoder_is_the_differentiable_one(self, decompose, flags):
+        model = tiny_model(std=0.3, modality_decomposition=decompose, **flags)
         inputs = tiny_inputs() | {"patch_mask": torch.tensor([True, False, True])}
         inputs["image_features"] = model.trunk_features(inputs.pop("pixel_values")[:, :, :48]).detach()
         slow = model.get_encoder()(**inputs)
@@ -108,6 +114,26 @@ class TestTrunk:
                 convolution.weight[0, 0, 0, 0] += 3
             expected = trunk(pixels).feature_maps[-1]
             torch.testing.assert_close(trunk_features(trunk, pixels), expected, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("how", ["whole", "in place", "a part"])
+    def test_compiled_ones_are_run(self, pixels, how):
+        model, runs = tiny_model(), []
+
+        def backend(graph, inputs):
+            return lambda *args: runs.append(1) or graph.forward(*args)
+
+        trunk = model.model.encoder.embed_images
+        expected = model.trunk_features(pixels).detach()
+        try:
+            if how == "whole":
+                model.model.encoder.embed_images = torch.compile(trunk, backend=backend)
+            else:
+                (trunk if how == "in place" else trunk.embedder).compile(backend=backend)
+            with torch.no_grad():
+                torch.testing.assert_close(model.trunk_features(pixels), expected, rtol=1e-12, atol=1e-12)
+        finally:
+            torch._dynamo.reset()
+        assert runs
 
     def test_trains_and_differentiates_as_itself(self, trunk, pixels):
         assert inference_trunk(trunk, pixels) is trunk
@@ -291,6 +317,33 @@ class TestMemo:
         memo.clear()
         assert len(memo) == 0 and memo.get("a", None, lambda: 1) is None
 
+    def test_every_weight_is_watched(self):
+        """Fused optimizers and merged adapters write without counting."""
+        weights = [nn.Parameter(torch.randn(2, 3, dtype=dtype)) for dtype in (torch.float32, torch.float64) * 29]
+        weights += [torch.tensor(3), nn.Parameter(torch.empty(0)), nn.Parameter(torch.randn(()))]
+        memo, made = WeightMemo(1), []
+
+        def ask():
+            memo.get("a", weights, lambda: made.append(1))
+            return len(made)
+
+        assert (ask(), ask()) == (1, 1)
+        for number, weight in enumerate(weight for weight in weights if weight.numel()):
+            weight.data.add_(1)
+            assert ask() == number + 2
+
+    def test_double_precision_is_not_asked_of_the_device(self):
+        """Apple's GPUs have none."""
+
+        class Refuse(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                output = func(*args, **kwargs or {})
+                assert not isinstance(output, torch.Tensor) or output.dtype != torch.float64, func
+                return output
+
+        with Refuse():
+            WeightMemo(1).get("a", [nn.Parameter(torch.randn(2)), torch.tensor(3)], lambda: 1)
+
 
 class TestHead:
     @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (5, 1), (1, 4), (9, 1), (0, 1)], ids=str)
@@ -374,6 +427,19 @@ class TestHead:
         if mode.get("num_beams"):
             torch.testing.assert_close(fast.sequences_scores, slow.sequences_scores, rtol=0, atol=1e-6)
 
+    def test_a_constraint_of_the_user_stays_as_it_is(self):
+        model, inputs, tokens = tiny_model(std=0.3), tiny_inputs(), []
+
+        def allowed(batch_id, ids):
+            return tokens
+
+        constraint = PrefixConstrainedLogitsProcessor(allowed, 1)
+        for token in (7, 9):
+            tokens[:] = [token]
+            output = generate(model, inputs, logits_processor=LogitsProcessorList([constraint]), max_new_tokens=1)
+            assert output.sequences[:, -1].tolist() == [token] * 3
+        assert constraint._prefix_allowed_tokens_fn is allowed
+
     def test_all_logits_where_they_are_asked_for(self):
         model, inputs = tiny_model(std=0.3), tiny_inputs()
         options = {"prefix_allowed_tokens_fn": lambda batch_id, ids: [7, 9]}
@@ -434,6 +500,15 @@ class TestShrinking:
             options = dict.fromkeys(EXITS, threshold)
             output = generate(model, tiny_inputs(), **options, **slow_batches)
             assert torch.equal(output.sequences, generate(model, tiny_inputs(), **options).sequences)
+
+    def test_saved_costs_hold_for_presets(self, model):
+        """They are the device's."""
+        model.generation_config.exit_presets = {"mine": EXITS}
+        at_once = generate(model, tiny_inputs(5), exit_preset="mine")
+        model.generation_config.exit_costs = never_shrink()
+        kept = generate(model, tiny_inputs(5), exit_preset="mine")
+        assert torch.equal(kept.sequences, at_once.sequences)
+        assert kept.executed_layers["text"] > at_once.executed_layers["text"]
 
     def test_what_pays(self):
         cpu, gpu = torch.device("cpu"), torch.device("meta")

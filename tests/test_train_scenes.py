@@ -95,6 +95,28 @@ def test_judging_goes_on_from_telling(example, told, tmp_path):
     assert torch.equal(second["model.decoder.layers.2.fc1.weight"], first["model.decoder.layers.1.fc1.weight"])
 
 
+def test_lesson_about_some_relations_has_no_others(example):
+    data = example.DataArguments(kinds=["existence", "relation", "two_relations"], relations=["left of", "above"])
+    rows = [example.Scenes(data, count=40, batch=4)[index] for index in range(40)]
+    texts = [text for row in rows for text in row["hypothesis"]]
+    assert all(len(row[name]) == data.statements for row in rows for name in ("hypothesis", "label", "kind", "told"))
+    for relation, expected in {"left of": True, "above": True, "right of": False, "below": False}.items():
+        assert any(relation in text for text in texts) == expected
+    whole = SceneDataset(40, statements=32, kinds=["relation", "two_relations"])
+    labels, drawn = (
+        {
+            (row["image_id"], text): label
+            for row in some
+            for text, label in zip(row["hypothesis"], row["label"], strict=True)
+        }
+        for some in (rows, whole)
+    )
+    shared = labels.keys() & drawn.keys()
+    assert len(shared) > 50 and all(labels[key] == drawn[key] for key in shared)
+    with pytest.raises(SystemExit):
+        example.main(["--output_dir=none", "--max_steps=1", "--relations", "beside"])
+
+
 def test_telling_learns_words_of_true_statements_and_places_of_objects(example, told):
     processor = MuEProcessor.from_pretrained(told)
     row = example.Scenes(example.DataArguments(told_share=0.5), count=20, batch=1)[3]

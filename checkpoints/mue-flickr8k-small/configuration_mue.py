@@ -109,6 +109,9 @@ class MuEConfig(PreTrainedConfig):
     image_relative_bias (`bool`, *optional*, defaults to `True`):
         False drops the relative position bias between patches. The authors' released code overwrites that bias
         unintentionally; False reproduces checkpoints trained with it.
+    add_position_embedding (`bool`, *optional*, defaults to `False`):
+        Whether the encoder's (normalised) positions are also added to its embeddings, so that states say where they
+        are. OFA lets positions act on the attention scores alone; False is OFA.
     text_vocab_size (`int`, *optional*):
         Token ids from here on stand for image codes and location bins: `generate` neither computes nor emits them,
         unless `prefix_allowed_tokens_fn` says what may follow. Default: 50265 if `vocab_size` is OFA's 59457, else
@@ -162,6 +165,7 @@ class MuEConfig(PreTrainedConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     modality_decomposition: bool = True
     image_relative_bias: bool = True
+    add_position_embedding: bool = False
     use_cache: bool = True
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True

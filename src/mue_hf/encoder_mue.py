@@ -165,7 +165,11 @@ class MuEEncoder(nn.Module):
         config = self.config
         check_features(features, self.image_proj.in_features, config.image_bucket_size)
         rows, columns = features.shape[2:]
+        ids = patch_positions(rows, columns, config.image_bucket_size, features.device)
+        positions = self.image_pos_ln(self.embed_image_positions(ids))
         states = self.image_proj(features.flatten(2).transpose(1, 2)) + self.type_embedding.weight[1]
+        if config.add_position_embedding:
+            states = states + positions
         states = nn.functional.dropout(self.patch_layernorm_embedding(states), config.dropout, self.training)
         mask = None
         if patch_mask is not None:
@@ -175,8 +179,6 @@ class MuEEncoder(nn.Module):
                 )
             mask = patch_mask.bool().unsqueeze(1).expand(states.shape[:2])
             mask = None if bool(mask.all()) else mask
-        ids = patch_positions(rows, columns, config.image_bucket_size, states.device)
-        positions = self.image_pos_ln(self.embed_image_positions(ids))
         source = _Source(states, mask, positions, grid=(rows, columns))
         if config.image_relative_bias:
             source.tables = self.image_rel_pos_table_list
@@ -210,9 +212,11 @@ class MuEEncoder(nn.Module):
                 )
             mask = mask.bool()
             mask = None if bool(mask.all()) else mask
-        states = self.layernorm_embedding(embeds + self.type_embedding.weight[0])
-        states = nn.functional.dropout(states, config.dropout, self.training)
         positions = self.pos_ln(self.embed_positions.weight[:length])
+        states = embeds + self.type_embedding.weight[0]
+        if config.add_position_embedding:
+            states = states + positions
+        states = nn.functional.dropout(self.layernorm_embedding(states), config.dropout, self.training)
         index = text_relative_index(length, config.token_bucket_size, config.max_position_embeddings, states.device)
         prompt, alone = None, self.training or _recorded()
         if ids is not None and mask is None and not alone and bool((ids == ids[:1]).all()):
