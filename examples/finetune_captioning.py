@@ -43,6 +43,7 @@ from mue_hf import (
     cache_trunk_features,
 )
 from mue_hf.caption import setting
+from mue_hf.evaluation.processes import finish_processes
 from mue_hf.evaluation.rows import load_rows, row_fields
 from mue_hf.files import write_whole
 from mue_hf.metrics import caption_metrics, caption_scores
@@ -216,3 +217,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    finish_processes()

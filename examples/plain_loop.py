@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mue_hf import CaptionPairs, MuEDataCollator, MuEForConditionalGeneration, MuEProcessor
+from mue_hf.evaluation.processes import finish_processes
 from mue_hf.evaluation.rows import load_rows, row_fields
 from mue_hf.losses import layerwise_loss
 
@@ -84,3 +85,4 @@ def main(argv: list[str] | None = None) -> list[float]:
 
 if __name__ == "__main__":
     main()
+    finish_processes()

@@ -49,6 +49,7 @@ from transformers import GenerationConfig, HfArgumentParser, TimmBackboneConfig,
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
 from mue_hf.data import MuEDataCollator, load_captioning, load_entailment
+from mue_hf.evaluation.processes import finish_processes
 from mue_hf.features import cache_trunk_features
 from mue_hf.rewards import CiderDReward
 from mue_hf.trainer import MuETrainer
@@ -232,6 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     model.config.dtype = torch.float32
     model.config.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
+    finish_processes()
 
 
 if __name__ == "__main__":

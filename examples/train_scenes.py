@@ -47,6 +47,7 @@ from transformers import GenerationConfig, HfArgumentParser, ResNetConfig, Train
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
 from mue_hf.data import MuEDataCollator
+from mue_hf.evaluation.processes import finish_processes
 from mue_hf.processing_mue import CAPTION_PROMPT, ENTAILMENT_PROMPT
 from mue_hf.scenes import COLORS, FORMS, GRID, RADIUS, RELATIONS, SHAPES, Scene, SceneDataset, draw_scene, make_scene
 from mue_hf.trainer import MuETrainer
@@ -395,6 +396,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report = {"steps": trainer.state.global_step, "seconds": seconds, "accuracy": accuracy}
     save(model, processor, args.output_dir)
     Path(args.output_dir, "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    finish_processes()
     return report
 
 

@@ -25,6 +25,7 @@ from mue_hf.benchmarking.record import Record
 from mue_hf.benchmarking.stock import StockModel
 from mue_hf.benchmarking.tables import draw_plot, markdown
 from mue_hf.flops import caption_flops, trunk_flops
+from mue_hf.vision_mue import inference_trunk
 
 STEPS = 6
 
@@ -110,8 +111,12 @@ def test_plain_paths_say_the_same_and_are_left(model, inputs):
     assert (encoder.prompts, encoder.grids, encoder.embed_images.folded) == kept
     # Only the first run of the package's own way counts its text.
     _, again = (count_flops(lambda arm=arms[name]: arm.run(decoding())) for name in ("plain", "lossless"))
-    with plain_paths(model):
+    trunk, pixels = encoder.embed_images, inputs["pixel_values"]
+    with plain_paths(model), torch.no_grad():
         assert count_flops(lambda: arms["lossless"].run(decoding()))[1] > again[1]
+        assert inference_trunk(trunk, pixels) is trunk
+    with torch.no_grad():
+        assert inference_trunk(trunk, pixels) is not trunk
 
 
 @pytest.mark.parametrize(("name", "beams"), [("stock", 3), ("lossless", 3), ("spread", 1), ("spread", 3)])
@@ -179,14 +184,19 @@ def test_stock_takes_more_memory_for_beams(model, inputs):
 def test_components(name, decomposed, inputs, monkeypatch):
     model = tiny_model(modality_decomposition=decomposed)
     arm = arms_of(model, inputs)[name]
-    head, forward = arm.model.lm_head, arm.model.lm_head.forward
-    monkeypatch.setattr(head, "forward", lambda *args: (time.sleep(0.02), forward(*args))[1])
+    # The final norm of the decoder is no component: it comes between the layers and the head.
+    for slow, pause in ((arm.model.lm_head, 0.02), (model.get_decoder().layer_norm, 0.05)):
+        forward = slow.forward
+        monkeypatch.setattr(
+            slow, "forward", lambda *args, call=forward, pause=pause: (time.sleep(pause), call(*args))[1]
+        )
     start = time.perf_counter()
     seconds = component_seconds(arm.model, lambda: arm.run(decoding()))
     assert sum(seconds.values()) <= time.perf_counter() - start
     streams = {"image_encoder", "text_encoder"} if decomposed else {"encoder"}
     assert seconds.keys() == streams | {"trunk", "cross_keys", "decoder_layers", "head", "bookkeeping"}
     assert seconds["head"] >= STEPS * 0.02
+    assert seconds["bookkeeping"] >= STEPS * 0.05
     assert min(seconds.values()) > 0
     assert hooks(arm.model) == 0
 

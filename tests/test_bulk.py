@@ -1,9 +1,12 @@
 """Bulk work: rows in order, each once, alike for all batch sizes and numbers of workers; files that survive kills."""
 
 import csv
+import io
 import json
 import os
+import sys
 from collections import Counter
+from contextlib import redirect_stdout
 from itertools import count, islice
 
 import pyarrow as pa
@@ -109,6 +112,15 @@ class TestRows:
             assert (row["image_exit_layers"], row["text_exit_layers"]) == (output.image_exit_layers[0], 3)
             assert row["seconds"] > 0 and 0 <= row["flops_skipped"] < 1 and row["error"] is None
         assert totals["rows"] == 3 and totals["bad"] == 0 and 0 < totals["ran"] <= totals["full"]
+
+    def test_one_caption_for_each_row_whatever_is_saved(self, model, processor, images, monkeypatch):
+        folder, made = images
+        rows = [Row(n, folder / name) for n, name in enumerate(name for name, bad in made.items() if bad is None)][:4]
+        expected = list(bulk_rows(model, processor, rows, options={"num_beams": 2}, workers=0))
+        for name in ("num_beams", "num_return_sequences"):
+            monkeypatch.setattr(model.generation_config, name, 2)
+        assert list(bulk_rows(model, processor, rows, workers=0)) == expected
+        assert len({row["caption"] for row in expected}) > 2
 
     def test_shapes_wait_for_each_other(self, checkpoint, model):
         """Images of two sizes run in batches of their own, and no row waits for ever."""
@@ -240,6 +252,38 @@ class TestFiles:
         code, rows, _ = caption(listed)
         assert (code, rows) == (1, expected)
 
+    def test_killed_between_result_and_tidying(self, caption, listed, tmp_path, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr("mue_hf.journal.Path.unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("mue_hf.journal.write_whole", lambda path, content: path.write_text(content))
+            assert caption(listed, out="out.parquet")[0] == 130
+        assert (tmp_path / "out.parquet").exists() and (tmp_path / "out.parquet.part").exists()
+        assert caption(listed, out="out.parquet")[0] == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "out.parquet.run.json"]
+
+    @pytest.mark.parametrize("content", ["{}", "[]", '{"settings": 1}', "{", ""])
+    def test_a_damaged_record_of_the_run(self, caption, listed, tmp_path, content):
+        (tmp_path / "out.jsonl.run.json").write_text(content)
+        code, _, output = caption(listed)
+        assert code == 2 and "must hold the settings of a run as JSON" in output.err
+
+    def test_a_file_that_the_run_has_not_made(self, caption, listed, tmp_path, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert caption(listed)[0] == 130
+        (tmp_path / "out.jsonl").write_text("precious\n")
+        code, _, output = caption(listed)
+        assert code == 2 and "`out` must be new, or made by such a run" in output.err
+        assert (tmp_path / "out.jsonl").read_text() == "precious\n"
+
+    @pytest.mark.parametrize("name", ["row", "image", "caption", "error", "seconds"])
+    def test_kept_columns_take_no_name_of_a_result(self, caption, listed, tmp_path, name):
+        table = tmp_path / "table.jsonl"
+        table.write_text(json.dumps({"image": "a.png", "row": 9, "caption": "b", "error": "c", "seconds": "d"}))
+        code, _, output = caption(table, "--keep", name, out="out.parquet")
+        assert code == 2 and f"must not name columns that results have of their own, got ['{name}']" in output.err
+        assert not (tmp_path / "out.parquet.part").exists()
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -284,6 +328,11 @@ class TestFiles:
         code, _, output = caption(listed, out=out)
         assert code == 2 and message in output.err
         assert (tmp_path / "there.jsonl").read_text() == "precious\n"
+
+    def test_parquet_without_its_extra(self, caption, listed, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+        code, _, output = caption(listed, out="out.parquet")
+        assert code == 2 and "parquet needs the extra `train`" in output.err
 
     def test_two_runs_do_not_share_a_file(self, caption, listed, tmp_path):
         with FileLock(tmp_path / "out.jsonl.lock"):
@@ -362,6 +411,12 @@ class TestSources:
         assert [row.fields["id"] for row in rows] == [1, None, None, None, 2, None, None]
         assert [row.fault is None for row in rows] == [True, *[False] * 6]
         assert "line 3 must be JSON" in rows[1].fault and "line 4 must be a JSON object" in rows[2].fault
+
+    @pytest.mark.parametrize("name", ["list.txt", "table.jsonl", "table.csv"])
+    def test_a_byte_order_mark_is_no_part_of_the_first_name(self, place, name):
+        first = {"list.txt": "a.png\n", "table.jsonl": '{"image": "a.png"}\n', "table.csv": "image\na.png\n"}[name]
+        (place / name).write_text(first, encoding="utf-8-sig")
+        assert self.names(name) == ["a.png"]
 
     def test_csv(self, place):
         with open("table.csv", "w", newline="", encoding="utf-8") as file:
@@ -471,6 +526,14 @@ class TestAnswers:
                 assert row["scores"] == pytest.approx(scores.tolist(), abs=1e-9)
                 assert row["answer"] == answers[scores.argmax()] and row["hypothesis"] == given["hypothesis"]
                 assert row["decoder_exit_layers"] == [1] and row["layers_skipped"] > 0
+
+    def test_names_that_are_no_text(self, answer, tmp_path):
+        path = tmp_path / "table.jsonl"
+        path.write_text(json.dumps({"image": "\udcff.png", "hypothesis": "a"}))
+        with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")) as out:
+            assert answer(path)[0] == 1
+            out.flush()
+        assert b"udcff.png" in out.buffer.getvalue()
 
     def test_questions(self, answer, images, model, processor, tmp_path):
         folder, made = images

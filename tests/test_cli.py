@@ -1,8 +1,12 @@
 """The command line: dispatch, and `mue-hf caption` on a tiny checkpoint and real image files."""
 
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -157,10 +161,44 @@ def test_batches_and_pictures(beams, caption_json, photos, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in pictures)
 
 
+def test_one_caption_for_each_image(caption_json, checkpoint, photos, capsys):
+    _, expected = caption_json(*photos, "--num-beams", 2, "--batch-size", 2)
+    path = checkpoint / "generation_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"num_beams": 2, "num_return_sequences": 2}))
+    try:
+        _, records = caption_json(*photos, "--batch-size", 2)
+    finally:
+        path.write_text(before)
+    for name in ("caption", "full_depth_caption", "tokens"):
+        assert [record[name] for record in records] == [record[name] for record in expected]
+    command = ["caption", photos[0], "--model", str(checkpoint), "--generate", "num_return_sequences=2"]
+    assert cli.main(command) == 2
+    assert "`num_return_sequences` must be 1, got 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argument", ["--overwrite", "--columns=seconds", "--keep=id", "--image-column=url", "--image-root=.", "--ray"]
+)
+def test_options_of_files_need_one(argument, checkpoint, photos, capsys):
+    assert cli.main(["caption", photos[0], "--model", str(checkpoint), argument]) == 2
+    assert f"`--out` must be given with `{argument.partition('=')[0]}`" in capsys.readouterr().err
+
+
 def test_unreadable_images_do_not_stop_the_others(caption_json, photos, tmp_path):
     code, records = caption_json(tmp_path / "broken.jpg", photos[0], tmp_path / "absent.jpg", photos[1])
     assert code == 1
     assert [record["image"] for record in records] == photos[:2]
+
+
+def test_names_that_are_no_text(checkpoint, photos, capsys, tmp_path):
+    name = os.fsdecode(b"\xff.png")
+    shutil.copyfile(photos[0], tmp_path / name)
+    command = ["caption", str(tmp_path / name), "--model", str(checkpoint), "--repeats", "1", "--png", str(tmp_path)]
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")) as out:
+        assert cli.main(command) == 0
+        out.flush()
+    assert b"udcff.png" in out.buffer.getvalue()
 
 
 def test_text_for_a_person(checkpoint, photos, capsys, tmp_path):

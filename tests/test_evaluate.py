@@ -295,11 +295,30 @@ def test_bad_sweeps_are_usage_errors(sweep, evaluate):
     assert stop.value.code == 2
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"key": "a"}\n[1]\n', "line 2"),
+        ('{"key": "a"}\n[1]\n{"key": "b', "line 2"),
+        ('{"key": "a"}\n{"image": "a.png"}', "at the end of"),
+        ("no newline", "at the end of"),
+    ],
+    ids=["line", "line and cut", "last line", "text"],
+)
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content, message):
     path = tmp_path / "points.jsonl"
-    path.write_text('{"key": "a"}\n[1]\n')
-    with pytest.raises(ValueError, match="line 2"):
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
         read_records(path)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("cut", ["{", '{"key', '{"key": "b", "name": "fu'])
+def test_a_record_that_was_cut_is_dropped(tmp_path, cut):
+    path = tmp_path / "points.jsonl"
+    path.write_text('{"key": "a"}\n' + cut)
+    assert read_records(path) == [{"key": "a"}]
+    assert path.read_text() == '{"key": "a"}\n'
 
 
 def test_reduction_by_hand():

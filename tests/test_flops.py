@@ -102,6 +102,25 @@ def test_counts_tokens_of_different_depths(policy, criterion, threshold):
     assert ours == pytest.approx(theirs, rel=1e-3 if policy == "exact" else 0)
 
 
+@pytest.mark.parametrize("criterion", ["similarity", "confidence"])
+def test_counts_the_rows_of_the_head_that_are_computed(criterion):
+    config = make_config(text_vocab_size=30)
+    options = {"exit_criterion": criterion, "decoder_exit_threshold": 0.99, "max_new_tokens": 4}
+    _, ours, theirs = count(config, make_model(config), **options)
+    assert ours == theirs
+
+
+def test_fused_attention_of_a_trunk_counts():
+    trunk = {"model_type": "dinov2", "image_size": 64, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2}
+    trunk |= {"num_attention_heads": 4, "out_features": ["stage2"]}
+    model = make_model(make_config(backbone_config=trunk))
+    found = {}
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation({"backbone_config": attention})
+        found[attention] = trunk_flops(model, (3, 64, 64))
+    assert found["sdpa"] == found["eager"]
+
+
 SIZES = {"image_tokens": 16, "text_tokens": 6, "channels": 8, "max_tokens": 12}
 DEPTHS = st.lists(st.integers(1, 4), min_size=1, max_size=12)
 

@@ -26,6 +26,14 @@ def generate(model, inputs, **kwargs):
     return model.generate(**inputs, **{"max_new_tokens": 6, "return_dict_in_generate": True} | kwargs)
 
 
+@pytest.mark.parametrize("stream", ["image", "text"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_depths_of_other_rows_are_refused(model, stream, count):
+    depths = torch.ones(count, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"must hold one depth per row of its stream, 3, got {count}; pass as many"):
+        generate(model, tiny_inputs(), exit_criterion="fixed", **{f"{stream}_exit_layer": depths})
+
+
 class TestModes:
     @pytest.mark.parametrize(
         "mode",
@@ -378,9 +386,12 @@ class TestInputs:
             (lambda x: {"pixel_values": None, "image_features": torch.zeros(3, 5, 4, 4)}, r"\[batch, 16, rows"),
             (lambda x: {"input_ids": None, "attention_mask": None, "pixel_values": None}, "nothing to encode"),
             (lambda x: {"decoder_input_ids": torch.zeros(2, 4, dtype=torch.long)}, "2 rows for 3 encoded samples"),
-            (
-                lambda x: {"decoder_input_ids": torch.full((3, 4), 99)},
-                "`decoder_input_ids` must lie in the vocabulary",
+            *(
+                (
+                    lambda x, length=length: {"decoder_input_ids": torch.full((3, length), 99)},
+                    "`decoder_input_ids` must lie in the vocabulary",
+                )
+                for length in (1, 4)
             ),
             (lambda x: {"decoder_input_ids": torch.zeros(3, 70, dtype=torch.long)}, "decoder sequence has 70 tokens"),
             (lambda x: {"decoder_input_ids": torch.zeros(3, 0, dtype=torch.long)}, "holds no token"),

@@ -123,6 +123,13 @@ def test_a_depth_for_each_row(size, parts, statements):
     assert [one.text_depth for one in predictions] == options["text_exit_layer"].tolist()
 
 
+def test_one_caption_for_each_row_whatever_is_saved(parts, statements, monkeypatch):
+    expected = untimed(predict(*parts, statements, "captioning", {"num_beams": 2}, progress=False))
+    for name in ("num_beams", "num_return_sequences"):
+        monkeypatch.setattr(parts[0].generation_config, name, 2)
+    assert untimed(predict(*parts, statements, "captioning", progress=False)) == expected
+
+
 def test_training_mode_is_restored(parts, statements):
     model, processor = parts
     model.train()

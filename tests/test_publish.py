@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import hub_client
 import numpy as np
@@ -26,7 +27,7 @@ from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor,
 from mue_hf.calibration import write_preset
 from mue_hf.generation_mue import weights_fingerprint
 from mue_hf.model_card import About, public_record, read_about, read_evaluation
-from mue_hf.publish import _explain
+from mue_hf.publish import upload
 from mue_hf.trainer import MuETrainer
 from mue_hf.training_args import MuETrainingArguments
 
@@ -412,6 +413,12 @@ class TestBadInput:
         write_other_weights(copy)
         assert "must hold records of the weights" in refused(copy, "org/name", "--evaluation", evaluation)
 
+    def test_costs_of_a_device_are_no_thresholds(self, copy, evaluation):
+        path = copy / "generation_config.json"
+        costs = {"cpu": {"text": {"fixed": 0.0, "per_row": 1.0, "shrink": 1.0}}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"exit_costs": costs}))
+        assert cli.main(["publish", str(copy), "org/name", "--evaluation", str(evaluation), "--dry-run"]) == 0
+
     def test_records_of_other_thresholds(self, copy, refused, evaluation):
         write_preset(copy, "first", {"image_exit_threshold": 0.5})
         assert "'first' was evaluated with other thresholds" in refused(copy, "org/name", "--evaluation", evaluation)
@@ -453,10 +460,16 @@ def test_dry_run_lists_and_sends_nothing(checkpoint, capsys):
     assert out.endswith("Nothing was sent.\n")
 
 
-def test_interruptions_by_the_network_say_what_to_do():
-    for error in (httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), RuntimeError("lost")):
-        message = _explain(error, "org/name")
-        assert str(error) in message and "Run the same command again" in message
+@pytest.mark.parametrize(
+    "error",
+    [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), RuntimeError("lost"), ConnectionError("Xet")],
+    ids=lambda error: type(error).__name__,
+)
+def test_interruptions_by_the_network_say_what_to_do(error, monkeypatch, tmp_path):
+    monkeypatch.setattr("mue_hf.publish.HfApi.create_repo", lambda *args, **options: None)
+    monkeypatch.setattr("mue_hf.publish.HfApi.upload_folder", MagicMock(side_effect=error))
+    with pytest.raises(OSError, match=f"{error}.*Run the same command again"):
+        upload(tmp_path, "org/name")
 
 
 def test_trainer_writes_its_card(tmp_path):

@@ -22,6 +22,7 @@ pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate
 
 from mue_hf import MuEImageProcessor, MuEProcessor, MuETokenizer
 from mue_hf.data import MuEDataCollator
+from mue_hf.evaluation.processes import finish_processes
 from mue_hf.losses import movement_loss
 from mue_hf.metrics import entailment_metrics
 from mue_hf.predict import predict
@@ -613,7 +614,7 @@ def run_one_of_two_processes(folder: Path) -> None:
         weights = {name: t for name, t in run.model.state_dict().items() if name not in tied}
         save_file(weights, folder / "weights.safetensors")
         (folder / "found.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    finish_processes()
 
 
 if __name__ == "__main__":

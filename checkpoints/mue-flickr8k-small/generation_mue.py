@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from itertools import chain
 from typing import Any
@@ -33,6 +34,7 @@ from transformers.modeling_outputs import ModelOutput
 from .answers_mue import answer_contexts, answer_scores, answer_tree
 from .cache_mue import MuECache
 from .early_exit_mue import CONFIG_NAMES, ExitSchedule, check_names, chosen_preset, resolve_options
+from .memo_mue import WeightMemo
 
 # Processors that do not look at the scores of tokens that a prefix constraint forbids.
 MASKING = (
@@ -128,15 +130,17 @@ class _ExitRun:
     def follow_constraint(self, processors: LogitsProcessorList, config: GenerationConfig) -> None:
         """Lets a prefix constraint among the processors say which logits are computed, where no processor and no user
         looks at the others."""
-        constraint = next((x for x in processors if isinstance(x, PrefixConstrainedLogitsProcessor)), None)
+        places = [i for i, x in enumerate(processors) if isinstance(x, PrefixConstrainedLogitsProcessor)]
         # beams compare sums of log-probabilities, which depend on what else is computed unless they are renormalised
         comparable = config.num_beams == 1 or config.renormalize_logits
-        if constraint is None or config.output_logits or not comparable:
+        if not places or config.output_logits or not comparable:
             return
         if all(type(processor) in MASKING for processor in processors):
-            # asked by the output head and then by the processor
-            constraint._prefix_allowed_tokens_fn = _asked_once(constraint._prefix_allowed_tokens_fn)
-            self.constraint = constraint
+            given = processors[places[0]]
+            # asked by the output head and then by the processor; the given one may be the user's, for other calls too
+            allowed = _asked_once(given._prefix_allowed_tokens_fn)
+            self.constraint = PrefixConstrainedLogitsProcessor(allowed, given._num_beams)
+            processors[places[0]] = self.constraint
 
     def emitted_ids(self, input_ids: Tensor) -> slice | Tensor | None:
         """Token ids that may follow one of input_ids [rows, length]; None for all."""
@@ -150,9 +154,8 @@ class _ExitRun:
 class MuEGenerationMixin(GenerationMixin):
     """`generate` with exit options, per-token thresholds, and exit depths in its output."""
 
-    # Weights whose fingerprint is known, their state then, and the fingerprint; replaced as a whole, so that threads
-    # see the old or the new one.
-    _fingerprinted: tuple[list[Tensor], tuple, str | None] | None = None
+    # the fingerprint of the weights
+    fingerprints: WeightMemo
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
@@ -184,12 +187,9 @@ class MuEGenerationMixin(GenerationMixin):
         expected = preset.get("weights_fingerprint")
         if expected is None:
             return
-        known = self._fingerprinted
-        if known is None or known[1] != _weights_state(self, known[0]):
-            tensors = list(self.parameters())
-            known = (tensors, _weights_state(self, tensors), weights_fingerprint(self))
-            self._fingerprinted = known
-        if known[2] not in (None, expected):
+        make, weights = partial(weights_fingerprint, self), [*self.parameters(), *self.buffers()]
+        # the memo says None where changes would go unseen
+        if (self.fingerprints.get("weights", weights, make) or make()) not in (None, expected):
             warnings.warn(
                 "the exit preset of this call was calibrated on other weights, or in another dtype: what it promises "
                 "does not hold for this model; run `mue-hf calibrate` again.",
@@ -472,14 +472,6 @@ def weights_fingerprint(model: nn.Module) -> str | None:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(values.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _weights_state(model: nn.Module, tensors: list[Tensor]) -> tuple:
-    """What changes where weights are replaced, cast, or written to: cheap to ask at every call."""
-    head = model.lm_head.weight
-    # Tensors made in inference mode count no writes.
-    versions = 0 if head.is_inference() else sum(tensor._version for tensor in tensors)
-    return id(head), head.dtype, head.device, versions
 
 
 def _callers_level() -> int:

@@ -6,10 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Values that a look at the weights reads: writes through `.data`, as of averaged weights, count in no version.
-PROBES = 8
 # Where modules come from that compute the same of the same weights.
 PLAIN = ("torch.nn.modules.", "transformers.", "timm.")
+
+
+class _Seen:
+    """Weights as they were. Their versions do not count all writes: not those through `.data`, of merged adapters, nor
+    those of fused optimizers. So the first value of each weight is looked at too."""
+
+    def __init__(self, weights: list[Tensor]):
+        # the addresses of what is held here no others may take
+        self.weights = weights
+        self.first: dict[torch.device, list[Tensor]] = {}
+        for weight in weights:
+            if weight.numel():
+                self.first.setdefault(weight.device, []).append(weight.detach()[(0,) * weight.dim()])
+        self.state = self._state(weights)
+
+    def still(self, weights: list[Tensor]) -> bool:
+        """Whether these are the same weights, and nobody has replaced, moved, cast or written to one."""
+        return self.state == self._state(weights)
+
+    def _state(self, weights: list[Tensor]) -> tuple:
+        values = [torch.stack(some).tolist() for some in self.first.values()]
+        return values, [(weight.data_ptr(), weight._version, weight.dtype, weight.device) for weight in weights]
 
 
 class WeightMemo:
@@ -24,8 +44,8 @@ class WeightMemo:
 
     def __init__(self, size: int):
         self.size = size
-        # by key: the state of the weights, what was made of them, and the weights, whose addresses no others may take
-        self._entries: dict[Hashable, tuple[tuple, Any, list[Tensor]]] = {}
+        # by key: the weights as they were, and what was made of them
+        self._entries: dict[Hashable, tuple[_Seen, Any]] = {}
 
     def __reduce__(self) -> tuple:
         return type(self), (self.size,)
@@ -40,12 +60,12 @@ class WeightMemo:
     def get(self, key: Hashable, weights: list[Tensor] | None, make: Callable[[], Any]) -> Any:
         """The value of `key`: the kept one if it was made of `weights` as they are now, else what `make` returns.
         None where changes of the weights would go unseen."""
-        state = None if weights is None else weights_state(weights)
-        if state is None:
+        # tensors made in inference mode count no writes
+        if weights is None or any(weight.is_inference() or weight.is_meta for weight in weights):
             return None
         entry = self._entries.get(key)
-        if entry is None or entry[0] != state:
-            entry = (state, make(), weights)
+        if entry is None or not entry[0].still(weights):
+            entry = (_Seen(weights), make())
             kept = {name: value for name, value in self._entries.items() if name != key}
             self._entries = dict([*kept.items(), (key, entry)][-self.size :])
         return entry[1]
@@ -66,14 +86,4 @@ def plain_weights(modules: Iterable[nn.Module]) -> list[Tensor] | None:
     return [weight for weight in weights if weight is not None]
 
 
-def weights_state(weights: list[Tensor]) -> tuple | None:
-    """What changes where weights are replaced, moved, cast or written to; None where nobody could tell."""
-    if any(weight.is_inference() or weight.is_meta for weight in weights):
-        # tensors made in inference mode count no writes
-        return None
-    probed = weights[:: max(1, len(weights) // PROBES)]
-    values = torch.stack([weight.detach().reshape(-1)[-1].double() for weight in probed]).tolist()
-    return (*values, *((weight.data_ptr(), weight._version, weight.dtype, weight.device) for weight in weights))
-
-
-__all__ = ["WeightMemo", "plain_weights", "weights_state"]
+__all__ = ["WeightMemo", "plain_weights"]

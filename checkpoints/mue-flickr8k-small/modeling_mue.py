@@ -18,6 +18,7 @@ from .early_exit_mue import OPTION_NAMES, ExitOptions, ExitPolicy, check_names
 from .encoder_mue import MuEEncoder, MuEEncoderOutput
 from .generation_mue import MuEGenerationMixin
 from .layers_mue import MuEAttention, MuEOutputHead
+from .memo_mue import WeightMemo
 from .vision_mue import trunk_features
 
 
@@ -138,10 +139,10 @@ class MuEModel(MuEPreTrainedModel):
         self.encoder.embed_tokens = value
         self.decoder.embed_tokens = value
 
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
+    def get_encoder(self, modality: str | None = None) -> MuEEncoder:
         return self.encoder
 
-    def get_decoder(self) -> nn.Module:
+    def get_decoder(self) -> MuEDecoder:
         return self.decoder
 
     def trunk_features(self, pixel_values: Tensor) -> Tensor:
@@ -308,6 +309,7 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
         super().__init__(config)
         self.model = MuEModel(config)
         self.lm_head = MuEOutputHead(config.d_model, config.vocab_size, bias=False)
+        self.fingerprints = WeightMemo(1)
         # A generation config marked as made from a model config would lose exit options and presets on loading.
         self.generation_config._from_model_config = False
         self.post_init()
@@ -318,10 +320,10 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
+    def get_encoder(self, modality: str | None = None) -> MuEEncoder:
         return self.model.get_encoder()
 
-    def get_decoder(self) -> nn.Module:
+    def get_decoder(self) -> MuEDecoder:
         return self.model.get_decoder()
 
     def trunk_features(self, pixel_values: Tensor) -> Tensor:

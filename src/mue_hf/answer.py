@@ -18,7 +18,7 @@ from .caption import (
     run_bulk,
 )
 from .early_exit_mue import CONFIG_NAMES
-from .sources import Source
+from .sources import Source, printable
 
 # The first that a table has.
 HYPOTHESIS_COLUMNS = ("hypothesis", "sentence2")
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         return run_bulk(args, source, rows, process, settings)
     totals: Counter = Counter()
     for record in process(rows, totals):
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        print(printable(json.dumps(record, ensure_ascii=False)), flush=True)
     if totals["bad"]:
         print(f"mue-hf answer: {totals['bad']} of {totals['rows']} rows could not be used", file=sys.stderr)
     return 1 if totals["bad"] else 0

@@ -61,9 +61,10 @@ def answer_scores(
     Args:
         log_probs (dict prefix -> `Tensor` [batch, allowed tokens]): at the prefixes where answers part.
     """
-    scores = []
+    scores: list[Tensor | float] = []
     for answer in answers:
-        path, total = tuple(int(token) for token in answer), 0.0
+        path = tuple(int(token) for token in answer)
+        total: Tensor | float = 0.0
         for i, token in enumerate((*path, eos)):
             if path[:i] in log_probs:
                 total = total + log_probs[path[:i]][:, tree[path[:i]].index(token)]

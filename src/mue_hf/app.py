@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
 
 from .caption import DEFAULT_PRESET, Captioner, add_model_arguments, at_least, in_turns, load_checkpoint
 from .early_exit_mue import SHIPPED_PRESETS, ExitOptions, resolve_options
 from .explain import depth_map, draw_signals, record_signals
 from .flops import layers_skipped
-from .processing_mue import load_image
+from .modeling_mue import MuEForConditionalGeneration
+from .processing_mue import MuEProcessor, load_image
 
 PHOTOS = Path("examples/photos")
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
@@ -90,13 +90,13 @@ def find_photos(folder: str | Path | None) -> list[Path]:
     return found
 
 
-def resolved_preset(model: PreTrainedModel, preset: str) -> ExitOptions:
+def resolved_preset(model: MuEForConditionalGeneration, preset: str) -> ExitOptions:
     """The options of a preset, or of `FULL_DEPTH`."""
     call = {"exit_criterion": "never"} if preset == FULL_DEPTH else {"exit_preset": preset}
     return resolve_options(call, {}, model.generation_config.to_dict(), model.config)
 
 
-def preset_names(model: PreTrainedModel) -> list[str]:
+def preset_names(model: MuEForConditionalGeneration) -> list[str]:
     """`FULL_DEPTH`, the presets of the checkpoint, and the shipped ones that its encoder can follow."""
     own = getattr(model.generation_config, "exit_presets", None) or {}
     fitting = []
@@ -109,7 +109,7 @@ def preset_names(model: PreTrainedModel) -> list[str]:
     return [FULL_DEPTH, *fitting]
 
 
-def slider_values(model: PreTrainedModel, preset: str) -> dict[str, float]:
+def slider_values(model: MuEForConditionalGeneration, preset: str) -> dict[str, float]:
     """Where the sliders stand for a preset, in their steps: option -> value, for the options of this model."""
     options = resolved_preset(model, preset)
     other_mode = ("encoder",) if model.config.modality_decomposition else ("image", "text")
@@ -125,7 +125,7 @@ def slider_values(model: PreTrainedModel, preset: str) -> dict[str, float]:
     return values
 
 
-def exit_choice(model: PreTrainedModel, preset: str, values: Mapping[str, float]) -> dict[str, Any]:
+def exit_choice(model: MuEForConditionalGeneration, preset: str, values: Mapping[str, float]) -> dict[str, Any]:
     """The exit options of `generate`: the preset's, but for sliders that do not stand where it puts them."""
     shown = slider_values(model, preset)
     moved = {name: float(values[name]) for name in shown if not math.isclose(values[name], shown[name], abs_tol=1e-6)}
@@ -136,7 +136,11 @@ def exit_choice(model: PreTrainedModel, preset: str, values: Mapping[str, float]
 
 
 def caption_photo(
-    model: PreTrainedModel, processor: ProcessorMixin, photo: Image.Image, exits: Mapping[str, Any], repeats: int
+    model: MuEForConditionalGeneration,
+    processor: MuEProcessor,
+    photo: Image.Image,
+    exits: Mapping[str, Any],
+    repeats: int,
 ) -> tuple[dict[str, Any], Any]:
     """The record of `mue-hf caption --json` for a photo, and the figure of [`draw_signals`].
 
@@ -153,8 +157,8 @@ def caption_photo(
 
 
 def judge_statement(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
+    model: MuEForConditionalGeneration,
+    processor: MuEProcessor,
     photo: Image.Image,
     hypothesis: str,
     exits: Mapping[str, Any],
@@ -188,7 +192,9 @@ def judge_statement(
     }
 
 
-def show_figures(model: PreTrainedModel, record: Mapping[str, Any], exits: Mapping[str, Any], repeats: int) -> str:
+def show_figures(
+    model: MuEForConditionalGeneration, record: Mapping[str, Any], exits: Mapping[str, Any], repeats: int
+) -> str:
     """HTML of what was saved and measured, and on what."""
     tiles = {"layers skipped": f"{record['layers_skipped']:.0%}"}
     if "flops_skipped" in record:
@@ -207,7 +213,7 @@ def show_figures(model: PreTrainedModel, record: Mapping[str, Any], exits: Mappi
 
 
 def build_page(
-    model: PreTrainedModel, processor: ProcessorMixin, photos: Sequence[str | Path] = (), repeats: int = 3
+    model: MuEForConditionalGeneration, processor: MuEProcessor, photos: Sequence[str | Path] = (), repeats: int = 3
 ) -> Any:
     """
     The page, to be shown by [`serve`].

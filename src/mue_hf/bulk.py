@@ -21,12 +21,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from .early_exit_mue import CONFIG_NAMES, check_names, resolve_options
 from .flops import caption_flops, full_depth_flops, layers_skipped, trunk_flops
 from .generation_mue import weights_fingerprint
 from .journal import Journal
+from .modeling_mue import MuEForConditionalGeneration
+from .predict import one_caption
 from .processing_mue import CAPTION_PROMPT, MuEProcessor, load_image
 from .sources import Row
 
@@ -68,7 +69,9 @@ class CaptionCost:
         exits, decoding (`dict`): options of `generate`, exits and others.
     """
 
-    def __init__(self, model: PreTrainedModel, exits: Mapping[str, Any], decoding: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: MuEForConditionalGeneration, exits: Mapping[str, Any], decoding: Mapping[str, Any]
+    ) -> None:
         saved = model.generation_config.to_dict()
         settings = saved | dict(decoding)
         options = resolve_options(exits, {}, saved, model.config)
@@ -102,7 +105,7 @@ class CaptionCost:
 
 
 def bulk_rows(
-    model: PreTrainedModel,
+    model: MuEForConditionalGeneration,
     processor: MuEProcessor,
     rows: Iterable[Row],
     *,
@@ -159,7 +162,7 @@ class _Work:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: MuEForConditionalGeneration,
         processor: MuEProcessor,
         task: str,
         answers: Sequence[str] | None,
@@ -181,13 +184,11 @@ class _Work:
             raise ValueError(
                 f"`options` of {task} must be exit options, got {sorted(decoding)}; answers are not generated."
             )
-        if decoding.get("num_return_sequences", 1) != 1:
-            raise ValueError("`num_return_sequences` must be 1, got more; a row has one caption.")
         self.model, self.processor, self.task, self.options = model, processor, task, options
         self.columns, self.batch_size = columns, batch_size
         self.cost = CaptionCost(model, exits, decoding)
         if task == "captioning":
-            self.result = "caption"
+            self.result, self.options = "caption", one_caption(options)
             return
         if answers is None and task == "vqa":
             raise ValueError("`answers` must be given for vqa, got None; pass those to choose from.")
@@ -295,7 +296,7 @@ class _Work:
         for index, row in enumerate(rows):
             depths = [depth for depth in output.decoder_exit_layers[index].tolist() if depth]
             image_depth, text_depth = int(output.image_exit_layers[index]), int(output.text_exit_layers[index])
-            facts = {
+            facts: dict[str, Any] = {
                 "image_exit_layers": image_depth,
                 "text_exit_layers": text_depth,
                 "decoder_exit_layers": depths,
@@ -303,6 +304,8 @@ class _Work:
                 "seconds": seconds / len(rows),
                 "batch_size": len(rows),
             }
+            ran: float
+            full: float
             if self.task == "captioning":
                 parts = self.cost(shape, text_tokens[index], depths, image_depth, text_depth)
                 ran, full = (sum(part.values()) for part in parts)
@@ -422,7 +425,7 @@ def _end_with_parent() -> None:
 
 
 def bulk_settings(
-    model: PreTrainedModel,
+    model: MuEForConditionalGeneration,
     *,
     task: str,
     answers: Sequence[str] | None,

@@ -32,7 +32,8 @@ class _Actor:
         self.model, self.processor = load_checkpoint(args)
         self.source, self.arguments, self.work = Source(**source), rows, work
         self.first, self.share = first, share
-        self.position, self.rows = 0, iter(())
+        self.position = 0
+        self.rows: Iterator[Row] = iter(())
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list]:
         """The results of one share as JSON, which needs no common type; and what was run, beside the first."""

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig
 
 from .bulk import CAPTION_COLUMNS, COLUMNS, CaptionCost, bulk_rows, bulk_settings, bulk_to_file, timed
 from .early_exit_mue import CONFIG_NAMES
 from .flops import layers_skipped
 from .journal import Journal
 from .modeling_mue import MuEForConditionalGeneration
+from .predict import one_caption
 from .processing_mue import MuEProcessor, load_image
 from .report import draw_report, save_png
-from .sources import LIST_SUFFIXES, TABLE_SUFFIXES, Row, Source
+from .sources import LIST_SUFFIXES, TABLE_SUFFIXES, Row, Source, printable
 
 SMALL_CHECKPOINT = Path("checkpoints/mue-flickr8k-small")
 DEFAULT_PRESET = "balanced"
@@ -175,7 +176,7 @@ def check_device(device: str) -> None:
         raise ValueError(f"`--device` must be one that torch can use here, got {device!r}: {reason}") from error
 
 
-def load_checkpoint(args: argparse.Namespace) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load_checkpoint(args: argparse.Namespace) -> tuple[MuEForConditionalGeneration, MuEProcessor]:
     """Model and processor that the arguments name.
 
     Raises:
@@ -239,7 +240,7 @@ def decoding_options(args: argparse.Namespace, exits: Mapping[str, Any]) -> dict
 
 
 def in_turns(
-    model: PreTrainedModel, ways: Mapping[str, Callable[[], Any]], repeats: int
+    model: MuEForConditionalGeneration, ways: Mapping[str, Callable[[], Any]], repeats: int
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Runs each way once to warm up and then `repeats` times, in turns; results and median seconds by way."""
     results = {way: call() for way, call in ways.items()}
@@ -262,14 +263,14 @@ class Captioner:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        processor: ProcessorMixin,
+        model: MuEForConditionalGeneration,
+        processor: MuEProcessor,
         exits: Mapping[str, Any],
         options: Mapping[str, Any],
         repeats: int,
     ) -> None:
         self.model, self.processor = model, processor
-        self.exits, self.options, self.repeats = dict(exits), dict(options), repeats
+        self.exits, self.options, self.repeats = dict(exits), one_caption(options), repeats
         self.cost = CaptionCost(model, exits, options)
 
     def caption(self, images: list[Image.Image]) -> list[dict[str, Any]]:
@@ -377,11 +378,18 @@ def bulk_process(
     args: argparse.Namespace,
     source: Source,
     row_arguments: Mapping[str, Any],
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
+    model: MuEForConditionalGeneration,
+    processor: MuEProcessor,
     **work: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """What turns rows into results (see [`bulk_to_file`]), and the settings that the results depend on."""
+    """What turns rows into results (see [`bulk_to_file`]), and the settings that the results depend on.
+
+    Raises:
+        `ValueError`: a column that is to be kept is named as one that results have.
+    """
+    own = {"row", "image", "error", "caption" if work["task"] == "captioning" else "answer", *COLUMNS}
+    if taken := [name for name in args.keep if name in own]:
+        raise ValueError(f"`--keep` must not name columns that results have of their own, got {taken}; rename them.")
     settings = {name: getattr(args, name) for name in ("image_root", "split")} | dict(row_arguments)
     # Settings of the checkpoint that decide too, too long to be compared word by word.
     saved = [model.generation_config.to_dict(), processor.image_processor.to_dict()]
@@ -452,6 +460,9 @@ def _say_without_exits(exits: Mapping[str, Any]) -> None:
 
 def run_report(args: argparse.Namespace) -> int:
     """Captions a few images both ways and shows what the exits skipped; exit codes as of `run`."""
+    for name in ("columns", "image_column", "image_root", "keep", "overwrite", "ray"):
+        if getattr(args, name):
+            raise ValueError(f"`--out` must be given with `--{name.replace('_', '-')}`, got none; pass a file name.")
     for name in args.images:
         if Path(name).is_dir() or Path(name).suffix.lower() in TABLE_SUFFIXES | LIST_SUFFIXES:
             raise ValueError(f"`--out` must be given for a folder, a list or a table, got {name}; pass a file name.")
@@ -471,7 +482,7 @@ def run_report(args: argparse.Namespace) -> int:
                 if png is not None:
                     save_png(draw_report(image, record), png)
                 with progress.external_write_mode():
-                    print(json.dumps(record) if args.json else describe(record), flush=True)
+                    print(json.dumps(record) if args.json else printable(describe(record)), flush=True)
             progress.update(len(batch))
     return 1 if failed else 0
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,8 @@ def _encoder_runs(model: PreTrainedModel, stream: str, inputs: dict[str, Tensor]
         batch = {name: x[:rows] if len(x) > 1 else x.expand(rows, *x.shape[1:]) for name, x in inputs.items()}
         options = ExitOptions()
         if depths is not None:
-            options = ExitOptions(exit_criterion="fixed", **{f"{stream}_exit_layer": depths})
+            chosen: dict[str, Any] = {f"{stream}_exit_layer": depths}
+            options = ExitOptions(exit_criterion="fixed", **chosen)
         return lambda: model.get_encoder()(**batch, exit_options=options)
 
     return prepare

@@ -161,7 +161,8 @@ class MuEDecoder(nn.Module):
             Exit states (rows, d_model), normalised -> logits; needed by all criteria but similarity and fixed.
         """
         policy = policy or ExitPolicy()
-        states = self._embed(input_ids, inputs_embeds)
+        # later tokens come from `generate`, which cannot leave the vocabulary
+        states = self._embed(input_ids, inputs_embeds, check=cache is None or cache.length == 0)
         num_rows, num_tokens = states.shape[:2]
         images = encoder_outputs.last_hidden_state.shape[0]
         if num_rows % images:
@@ -246,12 +247,11 @@ class MuEDecoder(nn.Module):
             executed_layers=result.executed + caught_up,
         )
 
-    def _embed(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+    def _embed(self, ids: Tensor | None, embeds: Tensor | None, check: bool) -> Tensor:
         if (ids is None) == (embeds is None):
             raise ValueError("pass exactly one of `decoder_input_ids` and `decoder_inputs_embeds`.")
         if ids is not None:
-            # single tokens come from `generate`, which cannot leave the vocabulary
-            if ids.dim() != 2 or ids.shape[1] != 1:
+            if check or ids.dim() != 2 or ids.shape[1] != 1:
                 check_token_ids("decoder_input_ids", ids, self.config.vocab_size)
             embeds = self.embed_tokens(ids)
         if embeds.shape[1] == 0:

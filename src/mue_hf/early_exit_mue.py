@@ -370,7 +370,16 @@ def run_stack(
             have depth 0.
         output_hidden_states (`bool`): return input and output of all layers; a row that left repeats its exit state.
         at_once (`bool`): read every decision at once, and take rows that left out at once.
+
+    Raises:
+        ValueError: if the policy has depths for another number of rows.
     """
+    depths = decider.policy.depth
+    if isinstance(depths, Tensor) and len(depths) != len(states):
+        raise ValueError(
+            f"an exit layer that is a tensor must hold one depth per row of its stream, {len(states)}, got "
+            f"{len(depths)}; pass as many, or one number for all."
+        )
     at_once = at_once or output_hidden_states
     late = not at_once and reads_late(states.device)
     history = [states] if output_hidden_states else None
@@ -513,9 +522,9 @@ def resolve_options(
 ) -> ExitOptions:
     """Merges the exit options of a `generate` call, its GenerationConfig and the model's own, the earlier winning.
 
-    A preset takes the place of what is saved. A criterion other than the saved one sets aside the saved options that
-    it does not use, so that `exit_criterion="never"` or "fixed" can be asked for on any checkpoint. In a
-    GenerationConfig, "never" is the off switch: the thresholds beside it rest.
+    A preset takes the place of what is saved, but for the costs of the device. A criterion other than the saved one
+    sets aside the saved options that it does not use, so that `exit_criterion="never"` or "fixed" can be asked for on
+    any checkpoint. In a GenerationConfig, "never" is the off switch: the thresholds beside it rest.
     """
     for source in (call, passed, saved):
         check_names(source, CONFIG_NAMES)
@@ -533,7 +542,8 @@ def resolve_options(
     saved_preset = saved.pop("exit_preset", None)
     asked = call.pop("exit_preset", None) or passed.pop("exit_preset", None)
     if asked or saved_preset:
-        saved = _preset(asked or saved_preset, presets) | ({} if asked else saved)
+        kept = {name: value for name, value in saved.items() if not asked or name == "exit_costs"}
+        saved = _preset(asked or saved_preset, presets) | kept
     for explicit in (passed, call):
         criterion = explicit.get("exit_criterion")
         if isinstance(criterion, str) and criterion in _USED_BY:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .caption import at_least, load_checkpoint, setting, thresholds
 from .early_exit_mue import CONFIG_NAMES, resolve_options
 from .evaluation.measure import Meter, environment, similarity_curves, token_oracle
-from .evaluation.processes import Processes
+from .evaluation.processes import Processes, finish_processes
 from .evaluation.rows import ChosenRows, ControlledRows, EvaluationData, describe_rows, donors, load_rows
 from .evaluation.settings import SWEEPS, Setting, make_settings, similarity_levels
 from .evaluation.store import content_key, read_predictions, write_predictions
@@ -181,14 +181,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a results file; a last line that an interruption cut is dropped.
 
     Raises:
-        ValueError: if a line is no record.
+        ValueError: if a line is no record; nothing is dropped then.
     """
     if not path.exists():
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
     records = []
     for number, line in enumerate(whole.decode().splitlines(), 1):
         try:
@@ -196,6 +194,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             records[-1]["key"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"`--output` must hold records, got in line {number} of {path}: {error}.") from error
+    cut, start = content[len(whole) :], b'{"key"'
+    if cut and not start.startswith(cut[: len(start)]):
+        raise ValueError(f"`--output` must hold records, got something else at the end of {path}; name another file.")
+    if cut:
+        os.truncate(path, len(whole))
     return records
 
 
@@ -548,7 +551,7 @@ def run(args: argparse.Namespace) -> int:
     """
     evaluation = Evaluation(args)
     records = evaluation.run()
-    evaluation.processes.finish()
+    finish_processes()
     if not evaluation.processes.is_main:
         return 0
     table = make_table(records) + "\n"

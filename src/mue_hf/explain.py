@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .early_exit_mue import ExitOptions
+from .modeling_mue import MuEForConditionalGeneration
 from .signals import SignalRecorder
 
 # From the shallowest to the deepest exit.
@@ -47,7 +47,7 @@ def depth_map(columns: Sequence[tuple[str, int, int]]) -> str:
 
 
 def record_signals(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], tokens: Sequence[int], exits: Mapping[str, Any]
+    model: MuEForConditionalGeneration, inputs: Mapping[str, Tensor], tokens: Sequence[int], exits: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """
     The cosines that decided about a caption, from reading it again with the same exits, token by token without beams.

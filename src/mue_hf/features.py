@@ -13,16 +13,18 @@ from datasets import Image
 from PIL import Image as PilImage
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from .modeling_mue import MuEForConditionalGeneration, MuEModel
 from .processing_mue import MuEProcessor
 
 SHARD = 256
 
 
-def trunk_fingerprint(trunk: nn.Module) -> str:
+def trunk_fingerprint(trunk: PreTrainedModel) -> str:
     """SHA-256 of the trunk's settings, weights and buffers: other weights, another fingerprint."""
     settings = trunk.config.to_dict()
     # They say where the trunk came from, not what it computes.
@@ -90,7 +92,7 @@ class TrunkFeatureDataset(Dataset):
 
 def _read_index(folder: Path) -> dict[str, tuple[Path, int]]:
     """What the shards of a folder hold: key to (file, row)."""
-    index = {}
+    index: dict[str, tuple[Path, int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as shard:
@@ -113,7 +115,13 @@ def _write_shard(folder: Path, keys: list[str], features: Tensor) -> None:
 
 
 @torch.inference_mode()
-def _compute(model: nn.Module, processor: MuEProcessor, images: list[Any], mirror: bool, dtype: torch.dtype) -> Tensor:
+def _compute(
+    model: MuEForConditionalGeneration | MuEModel,
+    processor: MuEProcessor,
+    images: list[Any],
+    mirror: bool,
+    dtype: torch.dtype,
+) -> Tensor:
     """Features [images * (1 + mirror), channels, rows, columns], each image followed by its mirror image."""
     weight = next(model.parameters())
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(weight.device, weight.dtype)
@@ -126,7 +134,7 @@ def _compute(model: nn.Module, processor: MuEProcessor, images: list[Any], mirro
 
 
 def cache_trunk_features(
-    model: nn.Module,
+    model: MuEForConditionalGeneration | MuEModel,
     processor: MuEProcessor,
     dataset: HubDataset | Dataset,
     folder: str | os.PathLike,

@@ -5,12 +5,23 @@ look-ups are left out, as `torch.utils.flop_counter` leaves them out.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 LOOKING = ("confidence", "margin", "entropy", "patience")
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """[rows, heads, tokens, head dim] each; scores and their products with the values, masked places included."""
+    rows, heads, queries, width = query
+    return 2 * rows * heads * queries * key[2] * (width + value[3])
+
+
+# torch's counter knows the fused attention of GPUs and not that of CPUs.
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def trunk_flops(model: PreTrainedModel, pixel_shape: Sequence[int]) -> tuple[int, int, int]:
@@ -29,7 +40,7 @@ def trunk_flops(model: PreTrainedModel, pixel_shape: Sequence[int]) -> tuple[int
     training = trunk.training
     trunk.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             # Not the folded copy, which takes as many: making it would be counted too.
             features = trunk(pixels).feature_maps[-1]
     finally:
@@ -96,8 +107,8 @@ def caption_flops(
         exit_kv (`str`, *optional*, defaults to `"project"`): what a skipped layer costs when it is needed later: its
             key and value projections ("project"), nothing ("copy") or the layer itself ("exact").
         criterion (`str`, *optional*, defaults to `"similarity"`): one that looks at the output ("confidence",
-            "margin", "entropy", "patience") runs the output head once more after every layer but the last; layers
-            that it may not leave from are counted with the others.
+            "margin", "entropy", "patience") runs the whole output head after every layer but the last; layers that it
+            may not leave from are counted with the others. What `generate` emits takes the rows of text alone.
 
     Returns:
         `dict[str, int]`: "trunk", "image_encoder", "text_encoder" ("encoder" in the joint mode), "cross_keys",
@@ -130,7 +141,7 @@ def caption_flops(
     parts["decoder"] = beams * layers + positions
     parts["fill"] = beams * fill
     looks = sum(min(depth, config.decoder_layers - 1) for depth in token_depths) if criterion in LOOKING else 0
-    parts["head"] = beams * (len(token_depths) + looks) * 2 * width * config.vocab_size
+    parts["head"] = beams * 2 * width * (len(token_depths) * config.num_text_tokens + looks * config.vocab_size)
     return parts
 
 
@@ -153,6 +164,7 @@ def layers_skipped(config: PreTrainedConfig, token_depths: Sequence[int], image_
 
 
 __all__ = [
+    "CPU_ATTENTION",
     "caption_flops",
     "decoder_layer_flops",
     "encoder_flops",

@@ -47,7 +47,10 @@ class Journal:
             raise ValueError(f"`out` must be in a folder that exists, got {str(out)!r}; make the folder.")
         if self.out.suffix == ".parquet":
             # Not after hours of work.
-            import pyarrow.parquet  # noqa: F401
+            try:
+                import pyarrow.parquet  # noqa: F401
+            except ImportError as error:
+                raise ImportError(f"parquet needs the extra `train` ({error}): pip install 'mue-hf[train]'") from error
         # As it reads when it comes back from the file.
         self.settings = json.loads(json.dumps(settings, default=str))
         self.part, self.run, lock = (
@@ -86,28 +89,35 @@ class Journal:
             for path in (self.out, self.part, self.run):
                 path.unlink(missing_ok=True)
         known = self._known()
-        for path in (self.out, self.part):
-            if known is None and path.exists():
+        for path, named in ((self.out, "counts"), (self.part, "settings")):
+            if named not in known and path.exists():
                 raise ValueError(
-                    f"`out` must be new, or made by such a run, but {path} exists without {self.run.name}; name "
-                    "another file, or pass --overwrite (`overwrite=True`)."
+                    f"`out` must be new, or made by such a run, but {path} exists and {self.run.name} has no {named}; "
+                    "name another file, or pass --overwrite (`overwrite=True`)."
                 )
-        if known is not None:
+        if known:
             self._compare(known["settings"])
             self.complete = self.out.exists()
             if self.complete:
                 self.counts = known["counts"]
+                # left behind by a kill
+                self.part.unlink(missing_ok=True)
                 return
         write_whole(self.run, json.dumps({"settings": self.settings}, indent=2))
         self._file = open(self.part, "a+b")
 
-    def _known(self) -> dict[str, Any] | None:
+    def _known(self) -> dict[str, Any]:
         if not self.run.exists():
-            return None
+            return {}
         try:
-            return json.loads(self.run.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{self.run} must be JSON, got an error: {error}; delete it and {self.part}.") from error
+            known = json.loads(self.run.read_bytes())
+            known["settings"].keys()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.run} must hold the settings of a run as JSON, got an error: {error!r}; delete it and "
+                f"{self.part}."
+            ) from error
+        return known
 
     def _compare(self, known: dict[str, Any]) -> None:
         names = [name for name in known | self.settings if known.get(name) != self.settings.get(name)]

@@ -163,7 +163,8 @@ def movement_loss(states: Sequence[Tensor], mask: Tensor | None = None) -> Tenso
     """
     layers = len(states) - 1
     distances = [_chord(similarity(previous, state, mask)).mean() for previous, state in pairwise(states[1:])]
-    return sum((i + 2) / layers * distance for i, distance in enumerate(distances))
+    weighted = ((i + 2) / layers * distance for i, distance in enumerate(distances))
+    return sum(weighted, start=states[0].new_zeros(()))
 
 
 def _chord(cosine: Tensor) -> Tensor:
@@ -207,20 +208,22 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=weight.device)
         loss_sums = torch.zeros(len(hidden), dtype=wide, device=weight.device)
         predictions = targets.new_full((len(hidden), len(targets)), -1)
-        weight_grad, hidden_grads = None, [None] * len(hidden)
+        weight_grad: Tensor | None = None
+        hidden_grads: list[Tensor] = []
         if plan.with_grad:
             hidden_grads = [torch.zeros_like(states) for states in hidden]
             if ctx.needs_input_grad[0]:
                 weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device)
         for start in range(0, len(targets), plan.piece):
-            teacher = None
+            teacher: _Teacher | None = None
             # the last layer first: it teaches the others
             for layer in reversed(range(len(hidden))):
                 states = hidden[layer][start : start + plan.piece].to(plan.dtype)
                 if len(states) == 0:
                     continue
                 rows, scale = slice(start, start + len(states)), plan.scales[layer]
-                target, factor = targets[rows].unsqueeze(1), plan.factors[layer]
+                target = targets[rows].unsqueeze(1)
+                factor: float | Tensor = plan.factors[layer]
                 if row_weights is not None:
                     factor = factor * row_weights[rows]
                 logits = states @ head.t()
@@ -230,8 +233,8 @@ class _HeadLoss(torch.autograd.Function):
                 losses = _cross_entropy(log_probs, target, plan.smoothing)
                 loss_sums[layer] += losses.sum()
                 total += scale * (factor * losses).sum()
-                lesson = teacher
-                if lesson is not None:
+                lesson: _Teacher | None = None
+                if teacher is not None:
                     lesson = _Teacher(*(part[: len(states)] for part in teacher))
                     divergences = lesson.negative_entropy - _dot(lesson.probs, log_probs)
                     total += scale * plan.distillation * divergences.sum()

@@ -72,9 +72,10 @@ def read_about(path: str | os.PathLike) -> About:
     types = {one.name: one.type for one in fields(About)}
     if unknown := sorted(content.keys() - types.keys()):
         raise ValueError(f"`--about` has {unknown} in {path}, which no card shows; it may have {sorted(types)}.")
+    containers: dict[Any, type] = {list[str]: list, dict[str, str]: dict}
     for name, value in content.items():
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        container = {list[str]: list, dict[str, str]: dict}.get(types[name], str)
+        container = containers.get(types[name], str)
         if not isinstance(value, container) or not all(isinstance(item, str) for item in items):
             raise ValueError(f"`{name}` must be a {types[name]} of text in {path}, got {value!r}; see `About`.")
     return About(**content)
@@ -234,7 +235,7 @@ def _data_name(record: Mapping[str, Any], about: About) -> str:
     return about.data_names.get(data) or about.data_names.get(PurePath(data).name) or data
 
 
-def _describe_group(group: Sequence[Mapping[str, Any]], about: About) -> dict[str, str]:
+def _describe_group(group: Sequence[Mapping[str, Any]], about: About) -> dict[str, str | None]:
     try:
         # Here, since an installation that does not evaluate lacks what it imports.
         from .evaluate import make_table

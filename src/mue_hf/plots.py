@@ -59,7 +59,7 @@ def draw_plots(
         axes = figure.add_subplot(title=title, xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
         if x in ("layer", "token"):
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.locator_params("x", integer=True)
         drawn.append((folder / f"{name}.png", figure))
         return axes
 

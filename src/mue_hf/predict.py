@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from .early_exit_mue import CONFIG_NAMES, check_names, resolve_options
+from .modeling_mue import MuEForConditionalGeneration
 from .processing_mue import CAPTION_PROMPT, MuEProcessor
 
 TASKS = ("captioning", "entailment")
@@ -46,7 +46,7 @@ class Prediction:
 
 
 def predict(
-    model: PreTrainedModel,
+    model: MuEForConditionalGeneration,
     processor: MuEProcessor,
     rows: Sequence[Mapping[str, Any]],
     task: str,
@@ -86,6 +86,8 @@ def predict(
     options = dict(options or {})
     _check(model, rows, task, options, batch_size, prompt_type)
     run = _caption if task == "captioning" else _answer
+    if task == "captioning":
+        options = one_caption(options)
     training = model.training
     model.eval()
     predictions: list[Prediction] = []
@@ -109,8 +111,20 @@ def predict(
     return predictions
 
 
+def one_caption(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `generate`, by which each image has one caption whatever is saved with the model.
+
+    Raises:
+        ValueError: if they ask for more.
+    """
+    count = options.get("num_return_sequences", 1)
+    if count != 1:
+        raise ValueError(f"`num_return_sequences` must be 1, got {count}; a row has one caption.")
+    return {**options, "num_return_sequences": 1}
+
+
 def _check(
-    model: PreTrainedModel,
+    model: MuEForConditionalGeneration,
     rows: Sequence[Mapping[str, Any]],
     task: str,
     options: dict[str, Any],
@@ -129,10 +143,6 @@ def _check(
     foreign = sorted(options.keys() - CONFIG_NAMES)
     if task == "entailment" and foreign:
         raise ValueError(f"`options` of entailment must be exit options, got {foreign}; answers are not generated.")
-    if options.get("num_return_sequences", 1) != 1:
-        raise ValueError(
-            f"`num_return_sequences` must be 1, got {options['num_return_sequences']}; a row has one caption."
-        )
     missing = {"image_id", *(("hypothesis",) if task == "entailment" else ())} - rows[0].keys()
     if missing or not {"image", "image_features"} & rows[0].keys():
         raise ValueError(
@@ -146,7 +156,11 @@ def _check(
 
 
 def model_inputs(
-    model: PreTrainedModel, processor: MuEProcessor, batch: list[Mapping[str, Any]], task: str, prompt_type: str
+    model: MuEForConditionalGeneration,
+    processor: MuEProcessor,
+    batch: list[Mapping[str, Any]],
+    task: str,
+    prompt_type: str,
 ) -> dict[str, Tensor]:
     """The model's inputs for a batch of rows, on its device and in its dtype: texts by row, and pictures by image, of
     which neighbours with one image_id share one. The other arguments are those of [`predict`]."""
@@ -172,7 +186,9 @@ def model_inputs(
     return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
-def _spread(model: PreTrainedModel, inputs: dict[str, Tensor], counts: list[int], options: dict[str, Any]) -> None:
+def _spread(
+    model: MuEForConditionalGeneration, inputs: dict[str, Tensor], counts: list[int], options: dict[str, Any]
+) -> None:
     """Lets images and their depths fit the texts: one image for as many texts each, or else one per text."""
     first = torch.tensor([0, *counts]).cumsum(0)[:-1]
     if len(set(counts)) > 1:
@@ -190,7 +206,7 @@ def _spread(model: PreTrainedModel, inputs: dict[str, Tensor], counts: list[int]
 class _Clock:
     """Seconds of a block, the device's work included."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: MuEForConditionalGeneration) -> None:
         self.synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
 
     def __enter__(self) -> "_Clock":
@@ -204,7 +220,7 @@ class _Clock:
 
 
 def _caption(
-    model: PreTrainedModel,
+    model: MuEForConditionalGeneration,
     processor: MuEProcessor,
     batch: list[Mapping[str, Any]],
     inputs: dict[str, Tensor],
@@ -223,7 +239,7 @@ def _caption(
 
 
 def _answer(
-    model: PreTrainedModel,
+    model: MuEForConditionalGeneration,
     processor: MuEProcessor,
     batch: list[Mapping[str, Any]],
     inputs: dict[str, Tensor],
@@ -266,4 +282,4 @@ def _predictions(
     ]
 
 
-__all__ = ["TASKS", "Prediction", "model_inputs", "predict"]
+__all__ = ["TASKS", "Prediction", "model_inputs", "one_caption", "predict"]

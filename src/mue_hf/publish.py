@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .configuration_mue import MuEConfig
 from .early_exit_mue import resolve_options
 from .files import write_whole
 from .generation_mue import weights_fingerprint
@@ -128,7 +129,7 @@ def check_folder(folder: Path) -> None:
     weight_files(folder)
 
 
-def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+def load_model(folder: Path, dtype: str = "float32") -> MuEForConditionalGeneration:
     """
     The model of a checkpoint folder.
 
@@ -136,9 +137,11 @@ def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
         ValueError: if the weights are damaged or are not all that the configuration asks for.
     """
     try:
-        model, info = MuEForConditionalGeneration.from_pretrained(
+        # The annotation of `from_pretrained` does not know that it may return two things.
+        loaded: Any = MuEForConditionalGeneration.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True
         )
+        model, info = loaded
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder} cannot be loaded: {error}; save the model again.") from error
     if info["missing_keys"]:
@@ -180,8 +183,10 @@ def matching_records(
     saved = model.generation_config.to_dict()
     for record in kept:
         if record["criterion"] == "presets" and "options" in record:
-            now = resolve_options(record["exits"], {}, saved, model.config)
-            if json.loads(json.dumps(asdict(now))) != record["options"]:
+            now = asdict(resolve_options(record["exits"], {}, saved, model.config))
+            # those say what is run, not what comes out
+            costs = {"exit_costs": None}
+            if json.loads(json.dumps(now | costs)) != record["options"] | costs:
                 raise ValueError(
                     f"the preset {record['name']!r} was evaluated with other thresholds than it has now; run `mue-hf "
                     "evaluate` again."
@@ -285,7 +290,7 @@ def stage(
     """
     check_folder(checkpoint)
     write_card(checkpoint, folder / "README.md", repo_id, about, evaluation)
-    MuEForConditionalGeneration.config_class.from_pretrained(checkpoint).save_pretrained(folder)
+    MuEConfig.from_pretrained(checkpoint).save_pretrained(str(folder))
     MuEProcessor.from_pretrained(checkpoint).save_pretrained(folder)
     shutil.copyfile(checkpoint / "generation_config.json", folder / "generation_config.json")
     for path in weight_files(checkpoint):
@@ -342,8 +347,8 @@ def upload(
             create_pr=create_pr,
             delete_patterns=REPLACED,
         )
-    # RuntimeError: what huggingface_hub makes of a file that did not arrive.
-    except (HfHubHTTPError, httpx.HTTPError, RuntimeError) as error:
+    # What huggingface_hub makes of a file that did not arrive: RuntimeError, and where it uses Xet the other two.
+    except (HfHubHTTPError, httpx.HTTPError, RuntimeError, ConnectionError, TimeoutError) as error:
         raise OSError(_explain(error, repo_id)) from error
     return commit.pr_url or commit.commit_url
 

@@ -8,11 +8,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .files import write_whole
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 WIDTH, MARGIN, PHOTO, COLUMN = 1040, 24, 360, 62
 INK, QUIET, RAN, SKIPPED = "#1d2733", "#66717d", "#1f7a8c", "#e4e8eb"
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+def wrap(text: str, font: Font, width: float) -> list[str]:
     """Breaks `text` at spaces into lines of at most `width` pixels; a word that is longer has a line of its own."""
     lines: list[str] = []
     for word in text.split():
@@ -23,7 +25,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
     return lines or ["(nothing)"]
 
 
-def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def shorten(text: str, font: Font, width: float) -> str:
     """`text` cut to `width` pixels, with two dots where something is missing."""
     if font.getlength(text) <= width:
         return text
@@ -52,22 +54,22 @@ def draw_report(image: Image.Image, record: dict[str, Any]) -> Image.Image:
     row_height = depth * (cell + 2) + 56
     left = MARGIN + PHOTO + MARGIN
     captions = [
-        ("with exits", large, wrap(record["caption"], large, WIDTH - left - MARGIN)),
-        ("at full depth", normal, wrap(record["full_depth_caption"], normal, WIDTH - left - MARGIN)),
+        ("with exits", large, 31, wrap(record["caption"], large, WIDTH - left - MARGIN)),
+        ("at full depth", normal, 20, wrap(record["full_depth_caption"], normal, WIDTH - left - MARGIN)),
     ]
-    beside = 102 + sum(30 + int(font.size * 1.3) * len(lines) for _, font, lines in captions)
+    beside = 102 + sum(30 + height * len(lines) for _, _, height, lines in captions)
     bars_top = MARGIN + max(photo.height, beside) + 44
     canvas = Image.new("RGB", (WIDTH, bars_top + -(-len(tokens) // per_row) * row_height + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
     canvas.paste(photo, (MARGIN, MARGIN))
 
     top = MARGIN
-    for label, font, lines in captions:
+    for label, font, height, lines in captions:
         draw.text((left, top), label, QUIET, small)
         top += 18
         for line in lines:
             draw.text((left, top), line, INK, font)
-            top += int(font.size * 1.3)
+            top += height
         top += 12
     for name in ("image", "text"):
         ran, layers = record[f"{name}_exit_layers"], record["encoder_layers"]

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .decoder_mue import MuEDecoder
 from .early_exit_mue import last_valid, similarity
+from .encoder_mue import MuEEncoder
 
 # How finely thresholds are tried before a few of them are kept.
 GRID = 64
@@ -95,7 +97,7 @@ class SignalRecorder:
             torch.cat(self.samples),
         )
 
-    def _record_encoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _record_encoder(self, module: MuEEncoder, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         mask, states = output.attention_mask, output.hidden_states
         parts = {"encoder": slice(None)}
         if "encoder" not in self.encoder:
@@ -115,7 +117,7 @@ class SignalRecorder:
         self.first_sample, self.num_samples = self.num_samples, self.num_samples + mask.shape[0]
         self.step = 0
 
-    def _record_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _record_decoder(self, module: MuEDecoder, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         states = output.hidden_states
         count, tokens = states[0].shape[:2]
         if self.step == 0:
@@ -233,7 +235,11 @@ def threshold_levels(
     levels = list(reached.values())
     least = min(depth for depth, _ in levels)
     targets = [layers - (layers - least) * (step + 1) / count for step in range(count)]
-    kept = {min(range(len(levels)), key=lambda i, t=t: abs(levels[i][0] - t)) for t in targets}
+
+    def nearest(target: float) -> int:
+        return min(range(len(levels)), key=lambda i: abs(levels[i][0] - target))
+
+    kept = {nearest(target) for target in targets}
     return [levels[i][1] for i in sorted(kept, key=lambda i: -levels[i][0])]
 
 

@@ -223,14 +223,14 @@ def _walk(folder: str) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     # File names need not be UTF-8.
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for line in file:
             if line := line.rstrip("\r\n"):
                 yield {"image": line}
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any] | str]:
-    with open(path, encoding="utf-8", errors="backslashreplace") as file:
+    with open(path, encoding="utf-8-sig", errors="backslashreplace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -256,7 +256,10 @@ def _csv(path: Path) -> Iterator[dict[str, Any] | str]:
 
 def _parquet(path: Path, root: Path) -> _Part:
     # An extra; only those who have such files need it.
-    from pyarrow.parquet import ParquetFile
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ImportError(f"parquet needs the extra `train` ({error}): pip install 'mue-hf[train]'") from error
 
     def read(needed: Sequence[str]) -> Iterator[dict[str, Any]]:
         with ParquetFile(path) as file:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from transformers import AutoBackbone
+from transformers import AutoBackbone, PreTrainedModel
 
 from .memo_mue import WeightMemo, plain_weights
 
@@ -20,7 +20,7 @@ HOOKS = (
 )
 
 
-def load_trunk(config: Any) -> nn.Module:
+def load_trunk(config: Any) -> PreTrainedModel:
     """The backbone of a `MuEConfig`, randomly initialised. Its last feature map holds the image tokens."""
     trunk_config = config.backbone_config
     if trunk_config._attn_implementation == "sdpa":
@@ -54,14 +54,18 @@ def trunk_features(trunk: nn.Module, pixel_values: Tensor) -> Tensor:
 
 def inference_trunk(trunk: nn.Module, pixel_values: Tensor) -> nn.Module:
     """What `trunk_features` runs on these pixels: in inference the folded copy, which calls the hooks of the trunk;
-    else the trunk itself, as it does where modules inside it have hooks."""
-    memo = getattr(trunk, "folded", None)
+    else the trunk itself, as it does where modules inside it have hooks, or are compiled."""
+    # what `torch.compile` returns has none of its own
+    memo = vars(trunk).get("folded")
     if memo is None or trunk.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return trunk
     if pixel_values.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(pixel_values.device.type):
         # in half precision the folded weights would be rounded once more
         return trunk
-    weights = plain_weights(module for module in trunk.modules() if module is not trunk)
+    whole, *modules = trunk.modules()
+    if any(module._compiled_call_impl is not None for module in (whole, *modules)):
+        return trunk
+    weights = plain_weights(modules)
     return memo.get("trunk", weights, lambda: _folded(trunk, pixel_values[:1])) or trunk
 
 

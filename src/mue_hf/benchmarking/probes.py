@@ -4,8 +4,8 @@ Everything is done by hooks that are gone afterwards; the passes that are timed 
 """
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,20 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
+from ..flops import CPU_ATTENTION
 from .stock import StockModel
 
 DECODE_STARTS = "mue_hf: decode starts"
-
-
-def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """[rows, heads, tokens, head dim] each; scores and their products with the values, masked places included."""
-    rows, heads, queries, width = query
-    return 2 * rows * heads * queries * key[2] * (width + value[3])
-
-
-# torch's counter knows the fused attention of GPUs and not that of CPUs.
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def count_flops(run: Callable[[], Any]) -> tuple[Any, int]:
@@ -116,7 +108,7 @@ class _Stopwatch:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.names = ["bookkeeping"]
         self.last = self._now()
 
@@ -180,7 +172,8 @@ def component_seconds(model: Any, run: Callable[[], Any]) -> dict[str, float]:
 
     # With hooks at its layers the encoder would not use what it has kept of its prompt: while it runs, hooks of all
     # modules stand in for them.
-    in_encoder, streams = set(encoder.layers), []
+    in_encoder = set(encoder.layers)
+    streams: list[RemovableHandle] = []
 
     def watch_streams(*_: Any) -> None:
         enter = register_module_forward_pre_hook(

@@ -175,7 +175,7 @@ class Meter:
             "beams": settings.get("num_beams") or 1,
         }
         count = self._answer_flops if self.task == "entailment" else caption_flops
-        totals = Counter()
+        totals: Counter[str] = Counter()
         for one in predictions:
             image = bool(one.image_depth)
             sizes = common | {
@@ -299,7 +299,8 @@ def expected_time_reduction(config: Any, predictions: Sequence[Prediction]) -> d
         has no image).
     """
     encoder, decoder = config.encoder_layers, config.decoder_layers
-    ran, full = Counter(), Counter()
+    ran: Counter[str] = Counter()
+    full: Counter[str] = Counter()
     for one in predictions:
         words, tokens = len(one.token_depths), sum(one.token_depths)
         streams = [depth for depth in (one.image_depth, one.text_depth) if depth]

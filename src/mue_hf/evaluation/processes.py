@@ -38,13 +38,6 @@ class Processes:
             dist.init_process_group("gloo", timeout=timedelta(days=7))
         return cls(dist.get_rank(), count, f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
 
-    def finish(self) -> None:
-        """Waits for the others and parts from them: a process that just ends leaves threads of the connection behind,
-        and may be aborted for it."""
-        if self.count > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-
     @property
     def is_main(self) -> bool:
         """Whether it is the one that writes and prints."""
@@ -52,7 +45,7 @@ class Processes:
 
     def share(self, make: Callable[[], T]) -> T:
         """What `make` gives in the main process, where alone it is called; in all of them."""
-        made = [make() if self.is_main else None]
+        made: list[Any] = [make() if self.is_main else None]
         if self.count > 1:
             dist.broadcast_object_list(made, src=0)
         return made[0]
@@ -79,4 +72,15 @@ class Processes:
             dist.barrier()
 
 
-__all__ = ["Processes"]
+def finish_processes() -> None:
+    """Waits for the other processes of the run, if there are any, and parts from them: the last call of a program.
+
+    A process that just ends leaves threads of the connection behind, and may be aborted for it; one that parts without
+    waiting may leave the others hanging. After an error it must not be called, since nobody else comes.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+__all__ = ["Processes", "finish_processes"]

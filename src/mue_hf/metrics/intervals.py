@@ -19,7 +19,7 @@ def resampling_weights(units: int, resamples: int, seed: int) -> NDArray:
 
 def percentile_interval(resampled: ArrayLike, confidence: float) -> tuple[float, float]:
     """The middle `confidence` of the values [resamples]."""
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(np.asarray(resampled), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
