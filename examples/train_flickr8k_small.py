@@ -209,8 +209,9 @@ def main(argv: list[str] | None = None) -> None:
         model = build_model(sizes, len(processor.tokenizer), data.image_size)
     else:
         processor = MuEProcessor.from_pretrained(data.start_from)
+        config = MuEConfig.from_pretrained(data.start_from, dropout=sizes.dropout)
         model = MuEForConditionalGeneration.from_pretrained(
-            data.start_from, dtype=torch.float32, dropout=sizes.dropout, attn_implementation="eager"
+            data.start_from, config=config, dtype=torch.float32, attn_implementation="eager"
         )
     dataset = cache_trunk_features(model, processor, rows, data.cache_dir, mirror=True)
     if data.entailment is not None:

@@ -145,6 +145,8 @@ class TestMixture:
         example.main(arguments(data_dir, tmp_path) + options)
         first, second = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path))
         assert not torch.equal(first["model.shared.weight"], second["model.shared.weight"])
+        configs = [json.loads((folder / "generation_config.json").read_text()) for folder in (trained, tmp_path)]
+        assert configs[0] == configs[1]
 
     @pytest.mark.parametrize("options", [["--scst_samples=2"], ["--max_steps=0"], ["--entailment_share=1.5"]], ids=str)
     def test_what_cannot_be_is_refused(self, example, trained, data_dir, tmp_path, options):
