@@ -1,0 +1,380 @@
+"""The decoder's memory: self-attention keys and values that stay complete when tokens skip layers, and cross-attention
+keys and values that exist once per image."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+
+@dataclass(frozen=True)
+class SelfView:
+    """Which decoder tokens a layer call is about.
+
+    Args:
+        rows (`LongTensor` [rows] on the CPU, *optional*): rows of the batch in ascending order; all by default.
+        slots (`slice` or `LongTensor` [rows, tokens]): their places in the sequence, one range for all or a list each.
+    """
+
+    rows: Tensor | None
+    slots: slice | Tensor
+
+
+class CrossView:
+    """Which image each decoder row belongs to, and how rows of one image are folded into its query length.
+
+    Args:
+        rows (`LongTensor` [rows] on the CPU, *optional*): rows of the batch in ascending order; all by default.
+        num_rows, num_images (`int`): rows of the whole batch and images; row r belongs to image
+            r // (num_rows // num_images).
+
+    Attributes:
+        images (`LongTensor`, *optional*): the images that still have rows; None for all.
+        runs (list of (query slice, image slice)): neighbouring images, so that their keys are sliced, not copied.
+    """
+
+    def __init__(self, rows: Tensor | None, num_rows: int, num_images: int):
+        group = num_rows // num_images
+        if rows is None:
+            self.images, self.index, self.slots = None, None, group
+            self.runs = [(slice(None), slice(None))]
+        else:
+            self.images, inverse, counts = torch.unique_consecutive(
+                rows // group, return_inverse=True, return_counts=True
+            )
+            self.slots = int(counts.max())
+            place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[inverse]
+            self.index = None if len(rows) == len(self.images) * self.slots else (inverse, place)
+            self.runs = self._neighbours(self.images)
+        self.count = num_images if self.images is None else len(self.images)
+
+    @staticmethod
+    def _neighbours(images: Tensor) -> list[tuple[slice, slice]]:
+        cuts = [0, *((images[1:] - images[:-1] != 1).nonzero().flatten() + 1).tolist(), len(images)]
+        first = images.tolist()
+        return [(slice(a, b), slice(first[a], first[a] + b - a)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+    def fold_bias(self, bias: Tensor, mask: Tensor | None) -> Tensor:
+        """An additive bias [heads, tokens, source] or [rows, heads, tokens, source] as the folded queries need it,
+        [images or 1, heads, slots * tokens or 1, source], with what mask [all images, source] hides filled in."""
+        if bias.dim() == 4:
+            bias = self.fold(bias)
+        elif bias.shape[1] > 1:
+            bias = bias.unsqueeze(1).expand(-1, self.slots, -1, -1).flatten(1, 2).unsqueeze(0)
+        else:
+            # one token: the singleton broadcasts over the folded rows
+            bias = bias.unsqueeze(0)
+        if mask is None:
+            return bias
+        mask = mask if self.images is None else mask[self.images]
+        return bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)
+
+    def fold(self, states: Tensor) -> Tensor:
+        """[rows, heads, tokens, x] -> [images, heads, slots * tokens, x]; a missing row is a place of zeros."""
+        rows, heads, tokens, width = states.shape
+        if self.index is not None:
+            places = states.new_zeros(self.count, self.slots, heads, tokens, width)
+            states = places.index_put(self.index, states)
+        states = states.reshape(self.count, self.slots, heads, tokens, width)
+        return states.transpose(1, 2).flatten(2, 3)
+
+    def unfold(self, states: Tensor) -> Tensor:
+        """[images, slots * tokens, d] -> [rows, tokens, d]."""
+        states = states.unflatten(1, (self.slots, -1))
+        return states.flatten(0, 1) if self.index is None else states[self.index]
+
+    def unfold_weights(self, weights: tuple[Tensor | None, ...]) -> Tensor | None:
+        """[images, heads, slots * tokens, source] of all runs -> [rows, heads, tokens, source]."""
+        if weights[0] is None:
+            return None
+        states = torch.cat(weights) if len(weights) > 1 else weights[0]
+        if self.slots == 1:
+            return states
+        states = states.unflatten(2, (self.slots, -1)).transpose(1, 2)
+        return states.flatten(0, 1) if self.index is None else states[self.index]
+
+
+@dataclass
+class _Layer:
+    """Keys and values of one layer. `filled` [rows]: how many leading positions of each row have them."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    filled: Tensor | None = None
+    cross_keys: Tensor | None = None
+    cross_values: Tensor | None = None
+    ready: Tensor | None = None
+
+
+class MuECache(Cache):
+    """Cache of a `MuEForConditionalGeneration`'s decoder, static or growing.
+
+    A token that left at depth l has keys and values in layers 1..l. A deeper layer makes up for them when a row first
+    reaches it, by one of three policies, so that no layer ever attends to holes:
+
+    * "project": the exit state goes through the layer's own norm and projections (state propagation as in CALM);
+    * "copy": the exit layer's keys and values are reused;
+    * "exact": the layer runs on all tokens that miss it, in one batch; the numbers are those of full depth.
+
+    Gradients flow through the tokens of the current call, not into earlier calls.
+
+    Args:
+        config (`MuEConfig`): the model's configuration.
+        max_length (`int`, *optional*): positions to allocate at once; more are added when needed.
+        kv_policy (`str`, defaults to "project"): see above.
+    """
+
+    def __init__(self, config: Any, max_length: int | None = None, kv_policy: str = "project"):
+        self.kv_policy = kv_policy
+        self.capacity = max_length or 32
+        self.num_layers = config.decoder_layers
+        # what the decoder keeps across steps: position biases that no row owns
+        self.tables: dict[Any, Tensor] = {}
+        self.layers = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all tokens and images."""
+        self.length = 0
+        self.num_rows: int | None = None
+        self.blocks = [_Layer() for _ in range(self.num_layers)]
+        self.states: Tensor | None = None
+        self.depths: Tensor | None = None
+        self.tables.clear()
+
+    def begin(self, num_rows: int, num_tokens: int) -> None:
+        """Makes room for `num_tokens` more positions of each of `num_rows` rows.
+
+        Raises:
+            ValueError: if the cache holds another number of rows.
+        """
+        if self.num_rows is not None and self.num_rows != num_rows:
+            raise ValueError(
+                f"`cache` holds {self.num_rows} rows, but `decoder_input_ids` has {num_rows}; "
+                "pass the rows the cache was filled with, or a new cache."
+            )
+        self.num_rows = num_rows
+        if self.length + num_tokens > self.capacity:
+            self.capacity = max(self.length + num_tokens, 2 * self.capacity)
+            self.tables.clear()
+            for block in self.blocks:
+                if block.keys is not None:
+                    block.keys, block.values = self._grown(block.keys, 2), self._grown(block.values, 2)
+            if self.states is not None:
+                self.states, self.depths = self._grown(self.states, 1), self._grown(self.depths, 1)
+
+    def _grown(self, old: Tensor, dim: int) -> Tensor:
+        shape = list(old.shape)
+        shape[dim] = self.capacity
+        new = old.new_zeros(shape)
+        new.narrow(dim, 0, old.shape[dim]).copy_(old)
+        return new
+
+    def _with_room(self, layer: int, keys: Tensor) -> _Layer:
+        """The layer's block, allocated like keys [any, heads, ..., head dim] if nobody has reached it yet."""
+        block = self.blocks[layer]
+        if block.keys is None:
+            shape = (self.num_rows, keys.shape[1], self.capacity, keys.shape[-1])
+            block.keys, block.values = keys.new_zeros(shape), keys.new_zeros(shape)
+            block.filled = torch.zeros(self.num_rows, dtype=torch.long)
+        return block
+
+    def update_self(self, layer: int, keys: Tensor, values: Tensor, view: SelfView) -> tuple[Tensor, Tensor]:
+        """Stores keys and values [rows, heads, tokens, head dim]; returns those of the rows' whole prefix."""
+        block, rows = self._with_room(layer, keys), view.rows
+        index = slice(None) if rows is None else rows
+        if isinstance(view.slots, slice):
+            end = view.slots.stop
+            block.keys[index, :, view.slots] = keys.detach()
+            block.values[index, :, view.slots] = values.detach()
+        else:
+            end = self.length
+            block.keys[rows[:, None], :, view.slots] = keys.detach().transpose(1, 2)
+            block.values[rows[:, None], :, view.slots] = values.detach().transpose(1, 2)
+        if isinstance(view.slots, slice) and view.slots.start == 0:
+            return keys, values
+        return block.keys[index, :, :end], block.values[index, :, :end]
+
+    def cross(
+        self, layer: int, project: Callable[[Tensor], tuple[Tensor, Tensor]], states: Tensor, images: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-attention keys and values [all images, heads, source, head dim] of a layer, made for an image when one
+        of its rows first gets there."""
+        block, count = self.blocks[layer], states.shape[0]
+        if block.ready is None:
+            if images is None:
+                block.cross_keys, block.cross_values = (x.contiguous() for x in project(states))
+                block.ready = torch.ones(count, dtype=torch.bool)
+                return block.cross_keys, block.cross_values
+            block.ready = torch.zeros(count, dtype=torch.bool)
+        wanted = torch.arange(count) if images is None else images
+        missing = wanted[~block.ready[wanted]]
+        if len(missing):
+            keys, values = project(states[missing])
+            if block.cross_keys is None:
+                block.cross_keys = keys.new_zeros(count, *keys.shape[1:])
+                block.cross_values = values.new_zeros(count, *values.shape[1:])
+            block.cross_keys[missing], block.cross_values[missing] = keys, values
+            block.ready[missing] = True
+        return block.cross_keys, block.cross_values
+
+    def record(self, states: Tensor, depths: Tensor) -> None:
+        """Ends a call: its tokens' exit states [rows, tokens, d] and the layers that each row ran [rows]."""
+        start, self.length = self.length, self.length + states.shape[1]
+        for layer, block in enumerate(self.blocks):
+            if block.filled is not None:
+                # what a row left behind in a layer after it had left does not count
+                block.filled[depths > layer] = self.length
+        early = (depths < self.num_layers).nonzero().flatten()
+        if not len(early):
+            return
+        if self.states is None:
+            self.states = states.new_zeros(self.num_rows, self.capacity, states.shape[2])
+            self.depths = torch.full((self.num_rows, self.capacity), self.num_layers)
+        self.states[early, start : self.length] = states[early].detach()
+        self.depths[early, start : self.length] = depths[early].unsqueeze(1)
+
+    def fill(
+        self,
+        layer: int,
+        rows: Tensor | None,
+        project: Callable[[Tensor], tuple[Tensor, Tensor]],
+        run: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> int:
+        """Completes a layer for the tokens that skipped it, before rows enter it.
+
+        Args:
+            rows (`LongTensor`, *optional*): the rows that enter; all by default.
+            project (`Callable`): states [rows, tokens, d] -> the layer's self-attention keys and values.
+            run (`Callable`): (states, rows, slots [rows, tokens]) -> the layer's output; it updates this cache.
+
+        Returns:
+            `int`: how often the layer ran (rows x tokens), 0 but for "exact".
+        """
+        block = self.blocks[layer]
+        if self.states is None or self.length == 0:
+            return 0
+        rows = torch.arange(self.num_rows) if rows is None else rows
+        # a layer that nobody has reached yet holds nothing
+        filled = torch.zeros(len(rows), dtype=torch.long) if block.filled is None else block.filled[rows]
+        rows, filled = rows[filled < self.length], filled[filled < self.length]
+        if not len(rows):
+            return 0
+        if self.kv_policy == "exact":
+            # Rows miss different numbers of tokens: shorter lists repeat their last token, which changes nothing.
+            span = torch.arange(int(self.length - filled.min()))
+            slots = (filled.unsqueeze(1) + span).clamp(max=self.length - 1)
+            states = run(self.states[rows.unsqueeze(1), slots], rows, slots)
+            self.states[rows.unsqueeze(1), slots] = states.detach()
+            self.depths[rows.unsqueeze(1), slots] = layer + 1
+            block.filled[rows] = self.length
+            return slots.numel()
+        missing = (torch.arange(self.length) >= filled.unsqueeze(1)).nonzero()
+        row, slot = rows[missing[:, 0]], missing[:, 1]
+        if self.kv_policy == "copy":
+            source = self.depths[row, slot] - 1
+            keys = torch.stack([self.blocks[s].keys[r, :, t] for s, r, t in zip(source, row, slot, strict=True)])
+            values = torch.stack([self.blocks[s].values[r, :, t] for s, r, t in zip(source, row, slot, strict=True)])
+        else:
+            keys, values = (x.squeeze(0).transpose(0, 1) for x in project(self.states[row, slot].unsqueeze(0)))
+        block = self._with_room(layer, keys)
+        block.keys[row, :, slot], block.values[row, :, slot] = keys.detach(), values.detach()
+        block.filled[rows] = self.length
+        return 0
+
+    # --- what `generate` asks of a cache ---------------------------------------------------------------------------
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row r continues as row beam_idx[r] did. Beams stay with their image, so cross-attention keys stay put."""
+        self._select(beam_idx.cpu())
+
+    def _select(self, index: Tensor) -> None:
+        if self.num_rows is None or torch.equal(index, torch.arange(self.num_rows)):
+            return
+        same_size = len(index) == self.num_rows
+        for block in self.blocks:
+            if block.keys is not None:
+                block.keys, block.values = (self._selected(x, index, 2, same_size) for x in (block.keys, block.values))
+                block.filled = block.filled[index]
+        if self.states is not None:
+            self.states = self._selected(self.states, index, 1, same_size)
+            self.depths = self.depths[index]
+        self.num_rows = len(index)
+
+    def _selected(self, old: Tensor, index: Tensor, dim: int, same_size: bool) -> Tensor:
+        # only the positions in use are moved
+        used = old.narrow(dim, 0, self.length)[index]
+        new = old if same_size else old.new_zeros(len(index), *old.shape[1:])
+        new.narrow(dim, 0, self.length).copy_(used)
+        return new
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row, as many times for each image."""
+        if self.num_rows is not None:
+            self._select(torch.arange(self.num_rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise ValueError("MuECache keeps the rows of an image together; select rows before the first call instead.")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` positions of every row."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`tokens_to_remove` must be negative or 0 (how many to cut off), got {tokens_to_remove}; negate it."
+            )
+        self.length = max(self.length + tokens_to_remove, 0)
+        for block in self.blocks:
+            if block.filled is not None:
+                block.filled.clamp_(max=self.length)
+        if self.depths is not None:
+            self.depths[:, self.length :] = self.num_layers
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of decoder positions held."""
+        return self.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: the cache grows."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def __len__(self) -> int:
+        return self.num_layers
+
+    def __repr__(self) -> str:
+        return f"MuECache(layers={self.num_layers}, rows={self.num_rows}, length={self.length}, kv={self.kv_policy})"
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.num_rows is not None
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * self.num_layers
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * self.num_layers
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * self.num_layers
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: positions that are cropped can always be recomputed."""
+
+
+__all__ = ["CrossView", "MuECache", "SelfView"]

@@ -1,0 +1,718 @@
+"""Turns images and texts into what the model reads, and token ids back into text: OFA's preprocessing and prompts."""
+
+import os
+import re
+import string
+import time
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from threading import Timer
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.utils import httpx
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from tokenizers import AddedToken
+from transformers import BatchFeature, ProcessorMixin, RobertaTokenizer
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_utils import ChannelDimension, PILImageResampling, infer_channel_dimension_format
+from transformers.processing_utils import ProcessingKwargs, TextKwargs
+from transformers.utils import TensorType
+
+from .answers_mue import answer_tree
+
+CAPTION_PROMPT = " what does the image describe?"
+ENTAILMENT_PROMPT = ' does the image describe " {hypothesis} "?'
+ENTAILMENT_PROMPT_WITH_PREMISE = ' can image and text1 " {premise} " imply text2 " {hypothesis} "?'
+TASKS = ("captioning", "entailment", "vqa")
+
+# A chat becomes its user's words, or the captioning prompt where the user only sent an image.
+CHAT_TEMPLATE = (
+    "{%- set words = namespace(text='') -%}"
+    "{%- for message in messages if message['role'] == 'user' -%}"
+    "{%- if message['content'] is string -%}"
+    "{%- set words.text = words.text + ' ' + message['content'] | trim -%}"
+    "{%- else -%}"
+    "{%- for part in message['content'] if part['type'] == 'text' -%}"
+    "{%- set words.text = words.text + ' ' + part['text'] | trim -%}"
+    "{%- endfor -%}{%- endif -%}{%- endfor -%}"
+    "{{- words.text or '" + CAPTION_PROMPT + "' -}}"
+)
+
+REMEDY = "pass a PIL image, a path, an http(s) URL, or an array of 1, 3 or 4 channels"
+
+#: Pixels that an image file may have: a small file can claim far more than fit in memory.
+MAX_PIXELS = 2**27
+#: Pixels that a side of what the model reads may have.
+MAX_SIDE = 8192
+#: Bytes that a download may have.
+MAX_DOWNLOAD_BYTES = 64 * 2**20
+#: Seconds that a download may take, from the first byte sent to the last one received.
+DOWNLOAD_SECONDS = 20.0
+MAX_REDIRECTS = 5
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
+    # Rounds to the nearest of 256 levels: 65535 / 255 is exactly 257.
+    return ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _array_to_pil(array: np.ndarray, name: str) -> Image.Image:
+    """An array of one image, as a PIL image of 8 bits per channel: mode L, RGB or RGBA."""
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{name} must hold numbers, got an array of {array.dtype}; {REMEDY}.")
+    if 0 in array.shape:
+        raise ValueError(f"{name} must not be empty, got an array of shape {array.shape}; {REMEDY}.")
+    if array.ndim not in (2, 3):
+        raise ValueError(f"{name} must have 2 or 3 dimensions, got shape {array.shape}; {REMEDY}.")
+    if array.ndim == 3:
+        try:
+            layout = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+        except ValueError as error:
+            raise ValueError(f"{name} must have 1, 3 or 4 channels, got shape {array.shape}; {REMEDY}.") from error
+        if layout == ChannelDimension.FIRST:
+            array = np.moveaxis(array, 0, -1)
+        if array.shape[-1] == 1:
+            array = array[..., 0]
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype == np.uint16:
+        array = _sixteen_to_eight_bits(array)
+    elif np.issubdtype(array.dtype, np.floating):
+        # A comparison with NaN is false, so NaN is refused too.
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise ValueError(
+                f"{name} must hold floats in [0, 1], got values in [{array.min()}, {array.max()}]; "
+                f"divide by the largest level, or pass integers in 0..255."
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        if not (np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 255):
+            raise ValueError(
+                f"{name} must hold levels in 0..255, got {array.dtype} values in [{array.min()}, {array.max()}]; "
+                f"pass uint16 for 16-bit levels."
+            )
+        array = array.astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def to_rgb(image: Image.Image, name: str = "`image`") -> Image.Image:
+    """
+    Any PIL image as upright 8-bit RGB.
+
+    The camera's EXIF orientation is applied. 16-bit greys (modes I;16 and I) are scaled to 8 bits, not clipped.
+    Transparent pixels are shown on white, as viewers do; OFA dropped the transparency, which reveals whatever colour
+    lies below, and equals this where the image is opaque. Of an animation the current frame counts, the first one
+    unless the caller moved on.
+
+    Args:
+        image (`PIL.Image.Image`):
+            An image of any mode, not changed.
+        name (`str`, *optional*, defaults to `` "`image`" ``):
+            What error messages call it.
+
+    Returns:
+        `PIL.Image.Image`: mode RGB.
+
+    Raises:
+        ValueError: if the image has no pixels, cannot be decoded, or has a mode without a meaning as colour.
+    """
+    if 0 in image.size:
+        raise ValueError(f"{name} must have pixels, got size {image.size[0]}x{image.size[1]}; pass another image.")
+    try:
+        image.load()
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = _array_to_pil(np.asarray(image).astype(np.uint16), name)
+        elif image.mode == "I":
+            levels = np.asarray(image)
+            # Files open in this mode when they hold 16-bit levels; deeper ones have no known range.
+            if levels.min() >= 0 and levels.max() <= 65535:
+                levels = levels.astype(np.uint16)
+            image = _array_to_pil(levels, name)
+        elif image.mode == "F":
+            image = _array_to_pil(np.asarray(image), name)
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    # Pillow's decoders raise a dozen kinds of errors on damaged files.
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise
+        raise ValueError(
+            f"{name} must be a complete image that Pillow can decode, got an error: {error}; "
+            f"save it again as PNG or JPEG."
+        ) from error
+
+
+def _read_url(url: str, name: str, timeout: float) -> bytes:
+    if not timeout > 0:
+        raise ValueError(
+            f"`timeout` must be a number of seconds above 0, got {timeout}; leave it out for the default."
+        )
+    received, deadline = bytearray(), time.monotonic() + timeout
+    # What comes packed may unpack to any size.
+    headers = {"Accept-Encoding": "identity"}
+    client = httpx.Client(timeout=timeout, follow_redirects=True, max_redirects=MAX_REDIRECTS, headers=headers)
+    # The client's own timeout starts anew with every byte; without a connection the transfer ends.
+    timer = Timer(timeout, client.close)
+    timer.daemon = True
+    timer.start()
+    try:
+        with client, client.stream("GET", url) as response:
+            response.raise_for_status()
+            for part in response.iter_raw():
+                received += part
+                if len(received) > MAX_DOWNLOAD_BYTES:
+                    break
+    # What a closed connection raises depends on where it was closed.
+    except Exception as error:
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"{name} must be downloaded within {timeout:g} seconds, got {len(received)} bytes by then; "
+                "pass a greater `timeout`, or download it and pass the file."
+            ) from error
+        raise ValueError(
+            f"{name} must be a URL that answers, got an error: {error}; check it, or pass a file."
+        ) from error
+    finally:
+        timer.cancel()
+    if len(received) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(
+            f"{name} must have at most {MAX_DOWNLOAD_BYTES >> 20} MB to be downloaded, got more; shrink it, or "
+            "download it and pass the file."
+        )
+    return bytes(received)
+
+
+def _check_file(opened: Image.Image, name: str) -> None:
+    """Refuses, before anything is decoded, what would take all memory or run a program."""
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ValueError(
+            f"{name} must have at most {MAX_PIXELS:,} pixels, got {opened.width} x {opened.height}; shrink it."
+        )
+    # PostScript is a program, which Pillow would hand to Ghostscript.
+    if opened.format == "EPS":
+        raise ValueError(f"{name} must hold pixels, got PostScript; save it as PNG or JPEG.")
+
+
+def load_image(image: Any, name: str = "image", timeout: float | None = None) -> Image.Image:
+    """
+    One image from wherever it is, as upright 8-bit RGB (see `to_rgb`).
+
+    Args:
+        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            A path, an http(s) URL, the bytes of an image file, an image, or an array [height, width],
+            [height, width, channels] or [channels, height, width] of levels: uint8, uint16, bool, or floats in
+            [0, 1].
+        name (`str`, *optional*, defaults to `"image"`):
+            What error messages call it, such as "images[3]".
+        timeout (`float`, *optional*):
+            Seconds for a URL, `DOWNLOAD_SECONDS` without it. A server that stalls is left after at most twice as long.
+
+    Returns:
+        `PIL.Image.Image`: mode RGB.
+
+    Raises:
+        ValueError: if it cannot be found, fetched, decoded, or has no pixels; if a file has more than `MAX_PIXELS`
+            pixels, or a URL more than `MAX_DOWNLOAD_BYTES` bytes.
+    """
+    name = f"`{name}`"
+    if isinstance(image, torch.Tensor):
+        try:
+            image = image.detach().cpu()
+            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+        # Sparse, quantised and meta tensors, and dtypes that NumPy lacks.
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{name} must be a tensor that NumPy can hold, got an error: {error}; {REMEDY}."
+            ) from error
+    if isinstance(image, np.ndarray):
+        return to_rgb(_array_to_pil(image, name), name)
+    if isinstance(image, Image.Image):
+        return to_rgb(image, name)
+    if isinstance(image, bytes):
+        return _open(BytesIO(image), name)
+    if not isinstance(image, str | os.PathLike):
+        raise ValueError(f"{name} must be an image, got {type(image).__name__}; {REMEDY}.")
+    source = os.fsdecode(image)
+    name = f"{name} ({source if len(source) <= 200 else source[:200] + '...'})"
+    if source.startswith(("http://", "https://")):
+        return _open(BytesIO(_read_url(source, name, DOWNLOAD_SECONDS if timeout is None else timeout)), name)
+    # Reading a pipe or a device might never end.
+    if os.path.exists(source) and not os.path.isfile(source):
+        raise ValueError(f"{name} must be a file, got a folder, a pipe or a device; {REMEDY}.")
+    return _open(source, name)
+
+
+def _open(file: Any, name: str) -> Image.Image:
+    try:
+        opened = Image.open(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"{name} must exist, got no such file; check the path.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} must have at most {MAX_PIXELS:,} pixels: {error}; shrink it.") from error
+    except Exception as error:
+        # Pillow's own message holds the address of the object that it read from.
+        reason = "it has no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(
+            f"{name} must be an image that Pillow can read, got an error: {reason}; save it again as PNG or JPEG."
+        ) from error
+    with opened:
+        _check_file(opened, name)
+        return to_rgb(opened, name)
+
+
+def normalize_text(text: str, max_words: int = 80) -> str:
+    """
+    OFA's normalisation of hypotheses, premises and questions (its `pre_caption`).
+
+    Lower case, no leading punctuation, "-" and "/" become spaces, "<person>" becomes "person", runs of white space
+    one space, and only the first `max_words` words stay.
+    """
+    text = text.lower().lstrip(",.!?*#:;~").replace("-", " ").replace("/", " ").replace("<person>", "person")
+    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+    return " ".join(text.split(" ")[:max_words])
+
+
+def _require_text(text: Any, name: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"`{name}` must be a string or a list of strings, got {type(text).__name__}; pass str.")
+    if not text.strip():
+        raise ValueError(f"`{name}` must not be empty, got {text!r}; pass words, or leave it out.")
+    return text
+
+
+def _normalized(text: Any, name: str) -> str:
+    normalized = normalize_text(_require_text(text, name))
+    if not normalized:
+        raise ValueError(f"`{name}` must hold words, got {text!r}, of which normalisation leaves nothing.")
+    return normalized
+
+
+def _same_length(**fields: Any) -> list[list[Any]]:
+    """Each field as a list: a single value stands for every sample, lists must agree in length."""
+    lengths = {name: len(value) for name, value in fields.items() if isinstance(value, list)}
+    for name, length in lengths.items():
+        if length == 0:
+            raise ValueError(f"`{name}` must hold at least one sample, got an empty list; leave it out or fill it.")
+    if len(set(lengths.values())) > 1:
+        counts = " and ".join(f"{length} in `{name}`" for name, length in lengths.items())
+        raise ValueError(
+            f"Lists must have one entry per sample, got {counts}; make them equally long, "
+            f"or pass a single value (not a list) that holds for all samples."
+        )
+    count = next(iter(lengths.values()), 1)
+    return [value if isinstance(value, list) else [value] * count for value in fields.values()]
+
+
+class MuEImageMixin:
+    """What both image processors share: OFA's defaults, and reading images of any kind."""
+
+    # OFA: a square, whatever the shape of the image, and no crop; levels to [-1, 1].
+    resample = PILImageResampling.BICUBIC
+    size = {"height": 480, "width": 480}
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    _auto_class = "AutoImageProcessor"
+
+    def fetch_images(self, images: Any) -> Any:
+        """Loads every image (see `load_image`), nested lists included; names it by its index in errors."""
+        return self._fetch(images, "images")
+
+    def _fetch(self, images: Any, name: str) -> Any:
+        if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
+            return [self._fetch(image, f"{name}[{index}]") for index, image in enumerate(images)]
+        return load_image(images, name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings; where the source file is saved beside them, both classes by backend."""
+        output = super().to_dict()
+        if "AutoImageProcessor" in output.get("auto_map", {}):
+            classes = {"torchvision": "MuEImageProcessor", "pil": "MuEImageProcessorPil"}
+            references = {backend: f"processing_mue.{name}" for backend, name in classes.items()}
+            output["auto_map"] = {"AutoImageProcessor": references}
+        return output
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Pixels of images, see the base class; whatever an option breaks is a ValueError that names the options."""
+        try:
+            return super().preprocess(images, *args, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            options = {name: value for name, value in kwargs.items() if value is not None}
+            raise ValueError(
+                f"The options of the image processor must be such as `ImagesKwargs` describes, got {options}, which "
+                f"failed: {error}; change or leave out the one that is not."
+            ) from error
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        for name in ("size", "crop_size", "pad_size"):
+            sides = [side for side in dict(kwargs.get(name) or {}).values() if side is not None]
+            if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in sides):
+                raise ValueError(f"`{name}` must be of 1 to {MAX_SIDE} pixels a side, got {sides}; change it.")
+        resample = kwargs.get("resample")
+        if resample is not None and (not isinstance(resample, int) or resample not in list(PILImageResampling)):
+            raise ValueError(
+                f"`resample` must be one of PIL's filters, {', '.join(PILImageResampling.__members__)}, got "
+                f"{resample!r}; leave it out for OFA's."
+            )
+        super()._validate_preprocess_kwargs(**kwargs)
+        if kwargs.get("do_normalize") and not kwargs.get("do_rescale"):
+            raise ValueError(
+                "`do_rescale` must be True with `do_normalize`, got False: images are read as levels in 0..255, "
+                "floats in [0, 1] too; leave `do_rescale` on."
+            )
+
+
+class MuEImageProcessor(MuEImageMixin, TorchvisionBackend):
+    """
+    OFA's image preprocessing with torchvision, whose bicubic filter differs from Pillow's by at most two grey levels.
+
+    RGB, bicubic resize to `size` (480x480 unless told otherwise, aspect ratio not kept), levels to [-1, 1].
+    """
+
+
+class MuEImageProcessorPil(MuEImageMixin, PilBackend):
+    """OFA's image preprocessing with Pillow, equal to the original's in every bit."""
+
+    def rescale(self, image: np.ndarray, scale: float, **kwargs: Any) -> np.ndarray:
+        # A product in float32 would differ from OFA's division by 255 in the last bit.
+        return (image.astype(np.float64) * scale).astype(np.float32)
+
+
+class MuETokenizer(RobertaTokenizer):
+    """
+    OFA's byte-level BPE vocabulary: BART's, then image codes, then location bins.
+
+    Special tokens written in a text are read as plain text, as in OFA: only the tokenizer itself places them.
+
+    Args:
+        vocab (`str` or `dict[str, int]`, *optional*):
+            File or dictionary of token to id, with `<s>`, `<pad>`, `</s>`, `<unk>` as 0 to 3.
+        merges (`str` or `list`, *optional*):
+            File or list of the merges.
+        num_codes (`int`, *optional*, defaults to 8192):
+            Image codes `<code_0>`... that follow the vocabulary; 0 for a vocabulary without.
+        num_bins (`int`, *optional*, defaults to 1000):
+            Location bins `<bin_0>`... that follow the codes; 0 for a vocabulary without.
+        kwargs:
+            See `RobertaTokenizer`.
+
+    Raises:
+        ValueError: if there is no vocabulary, or the counts are negative.
+    """
+
+    _auto_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        vocab: str | dict[str, int] | None = None,
+        merges: str | list[str] | None = None,
+        num_codes: int = 8192,
+        num_bins: int = 1000,
+        **kwargs: Any,
+    ) -> None:
+        if vocab is None and kwargs.get("tokenizer_file") is None:
+            raise ValueError(
+                "`vocab` must be given, got None: no vocab.json or tokenizer.json was found; "
+                "pass both `vocab` and `merges`, or load from a folder that holds them."
+            )
+        for name, value in (("num_codes", num_codes), ("num_bins", num_bins)):
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"`{name}` must be an integer of at least 0, got {value!r}; pass 0 for none.")
+        kwargs.setdefault("split_special_tokens", True)
+        super().__init__(vocab=vocab, merges=merges, num_codes=num_codes, num_bins=num_bins, **kwargs)
+        names = [f"<code_{i}>" for i in range(num_codes)] + [f"<bin_{i}>" for i in range(num_bins)]
+        # Not special: grounding answers must survive decoding without special tokens.
+        self.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+
+
+class MuEProcessor(ProcessorMixin):
+    """
+    Images and texts to model inputs, with OFA's prompts.
+
+    Args:
+        image_processor (`MuEImageProcessor` or `MuEImageProcessorPil`):
+            Makes `pixel_values`.
+        tokenizer (`MuETokenizer`):
+            Makes `input_ids`.
+        chat_template (`str`, *optional*):
+            Jinja template for chats. The default joins the user's texts.
+
+    Example:
+
+    ```python
+    >>> inputs = processor(images="photo.jpg")
+    >>> inputs = processor(images="photo.jpg", task="entailment", hypothesis="two dogs play")
+    ```
+    """
+
+    text_kwargs = {"padding": True}
+    _auto_class = "AutoProcessor"
+
+    #: Classes of visual entailment and the answers that OFA gives for them.
+    entailment_answers = {"entailment": "yes", "contradiction": "no", "neutral": "maybe"}
+
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Every key that `__call__` can return."""
+        return [
+            "input_ids",
+            "attention_mask",
+            "pixel_values",
+            "patch_mask",
+            "decoder_input_ids",
+            "decoder_attention_mask",
+        ]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        *,
+        task: str = "captioning",
+        hypothesis: str | list[str] | None = None,
+        premise: str | list[str | None] | None = None,
+        return_tensors: str | TensorType | None = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Inputs for one batch. A single value stands for all samples; lists must have one entry per sample.
+
+        Args:
+            images (*optional*):
+                An image, or a list with one per sample (see `load_image` for what counts as one). None in the list
+                is a sample without image. A single image with several texts is kept once.
+            text (`str` or `list[str]`, *optional*):
+                The prompt, used as it is; it should start with a space, as OFA's do. Without it the captioning prompt
+                " what does the image describe?". With `task="vqa"` the question.
+            task (`str`, *optional*, defaults to `"captioning"`):
+                "captioning"; "entailment", for which `hypothesis` is put in OFA's prompt; or "vqa", for which the
+                question is normalised as in OFA and ends with "?".
+            hypothesis (`str` or `list[str]`, *optional*):
+                For entailment: the statement to judge, normalised as in OFA (at most 80 words).
+            premise (`str` or `list[str | None]`, *optional*):
+                For entailment: a caption of the image, judged together with it.
+            return_tensors (`str`, *optional*, defaults to `"pt"`):
+                "pt", "np", or None for lists.
+            kwargs:
+                Options of the tokenizer (padding to the longest text is the default) and of the image processor.
+
+        Returns:
+            [`BatchFeature`]:
+            - **input_ids**, **attention_mask** [samples, text tokens], padded on the right.
+            - **pixel_values** [images, 3, height, width], in [-1, 1]: one image if a single one was given.
+            - **patch_mask** [samples], False for a sample without image; only where some sample lacks one.
+            - **decoder_input_ids**, **decoder_attention_mask** [samples, prompt tokens], for entailment: `<s>` and the
+              text without `</s>`, which the answer follows, padded on the left.
+
+        Raises:
+            ValueError: for unreadable images, empty texts, lists of different lengths, arguments that the task does
+                not take, and unknown options.
+        """
+        self._check_options(kwargs)
+        prompts = self._prompts(images, text, task, hypothesis, premise)
+        images = _flatten_images(images)
+        if isinstance(images, list):
+            images, prompts = _same_length(images=images, text=prompts)
+        else:
+            (prompts,) = _same_length(text=prompts)
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        try:
+            data = dict(self.tokenizer(prompts, **options["text_kwargs"]))
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"The options of the tokenizer must be such as `TextKwargs` describes, got {options['text_kwargs']}, "
+                f"which failed: {error}; change or leave out the one that is not."
+            ) from error
+        if images is not None:
+            data |= self._encode_images(images, options["images_kwargs"])
+        if task == "entailment":
+            data |= self._decoder_prompts(data["input_ids"])
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        # The base class would only warn, once.
+        for name in ("videos", "audio"):
+            if options.pop(name, None) is not None:
+                raise ValueError(f"`{name}` must be None, got a value: the model reads images and text only.")
+        known = {*ProcessingKwargs.__annotations__, *TextKwargs.__annotations__}
+        known |= set(self.image_processor.valid_kwargs.__annotations__)
+        if unknown := sorted(options.keys() - known):
+            raise ValueError(
+                f"Options must be known to the tokenizer or the image processor, got {unknown}; check the spelling."
+            )
+
+    def _prompts(self, images: Any, text: Any, task: str, hypothesis: Any, premise: Any) -> str | list[str]:
+        if task not in TASKS:
+            raise ValueError(f"`task` must be one of {list(TASKS)}, got {task!r}; choose one of them.")
+        if task == "entailment":
+            if text is not None:
+                raise ValueError('`text` must be None with task="entailment"; pass `hypothesis` and `premise`.')
+            if hypothesis is None:
+                raise ValueError('`hypothesis` must be given with task="entailment", got None; pass a statement.')
+            pairs = zip(*_same_length(hypothesis=hypothesis, premise=premise), strict=True)
+            prompts = [self._entailment_prompt(*pair) for pair in pairs]
+            return prompts if isinstance(hypothesis, list) or isinstance(premise, list) else prompts[0]
+        if hypothesis is not None or premise is not None:
+            raise ValueError(
+                f'`hypothesis` and `premise` belong to task="entailment", got task={task!r}; pass `text`.'
+            )
+        if task == "vqa":
+            if text is None:
+                raise ValueError('`text` must be given with task="vqa", got None; pass a question.')
+            return [_question(one) for one in text] if isinstance(text, list) else _question(text)
+        if text is None:
+            if images is None:
+                raise ValueError("`images` or `text` must be given, got neither; pass an image, a text, or both.")
+            return CAPTION_PROMPT
+        return [_require_text(one, "text") for one in text] if isinstance(text, list) else _require_text(text, "text")
+
+    @staticmethod
+    def _entailment_prompt(hypothesis: str, premise: str | None) -> str:
+        hypothesis = _normalized(hypothesis, "hypothesis")
+        if premise is None:
+            return ENTAILMENT_PROMPT.format(hypothesis=hypothesis)
+        premise = _normalized(premise, "premise")
+        return ENTAILMENT_PROMPT_WITH_PREMISE.format(premise=premise, hypothesis=hypothesis)
+
+    def _encode_images(self, images: Any, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+        single = not isinstance(images, list)
+        named = [(images, "images")] if single else [(one, f"images[{i}]") for i, one in enumerate(images)]
+        loaded = [None if one is None else load_image(one, name) for one, name in named]
+        present = torch.tensor([one is not None for one in loaded])
+        if not present.any():
+            return {}
+        options = options | {"return_tensors": "pt"}
+        encoded = self.image_processor([one for one in loaded if one is not None], **options)["pixel_values"]
+        if present.all():
+            return {"pixel_values": encoded}
+        pixel_values = encoded.new_zeros(len(loaded), *encoded.shape[1:])
+        pixel_values[present] = encoded
+        return {"pixel_values": pixel_values, "patch_mask": present}
+
+    def _decoder_prompts(self, input_ids: list[list[int]]) -> dict[str, list[list[int]]]:
+        # New tokens must follow the prompt at once, so shorter prompts are padded on the left.
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        rows = [[token for token in row if token not in (pad, eos)] for row in input_ids]
+        width = max(map(len, rows))
+        return {
+            "decoder_input_ids": [[pad] * (width - len(row)) + row for row in rows],
+            "decoder_attention_mask": [[0] * (width - len(row)) + [1] * len(row) for row in rows],
+        }
+
+    def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
+        """
+        Token ids of a closed set of answers, without `<s>` and `</s>`, each with OFA's leading space.
+
+        Raises:
+            ValueError: if there are no answers, one is empty, or two are the same.
+        """
+        if not isinstance(answers, list | tuple) or not answers:
+            raise ValueError(f'`answers` must be a list of answers, got {answers!r}; pass such as ["yes", "no"].')
+        texts = [" " + _require_text(answer, "answers").strip() for answer in answers]
+        if repeated := sorted({text for text in texts if texts.count(text) > 1}):
+            raise ValueError(f"`answers` must differ from each other, got {repeated} more than once; drop the copies.")
+        return self.tokenizer(texts, add_special_tokens=False, padding=False)["input_ids"]
+
+    def answer_trie(self, answers: Sequence[str], prompt_length: int = 1) -> Callable[[int, torch.Tensor], list[int]]:
+        """
+        Restricts `generate` to a closed set of answers: its `prefix_allowed_tokens_fn`.
+
+        After a text that begins no answer only `</s>` is allowed, as in OFA.
+
+        Args:
+            answers (`list[str]`):
+                The answers.
+            prompt_length (`int`, *optional*, defaults to 1):
+                Decoder tokens before the answer: 1 for the start token alone, else
+                `inputs["decoder_input_ids"].shape[1]`, padding included. The trie does not restrict them.
+
+        Returns:
+            `Callable`: (batch index, ids of one row [tokens]) to the allowed next ids.
+        """
+        if prompt_length < 1:
+            raise ValueError(f"`prompt_length` must be at least 1, got {prompt_length}; count the start token.")
+        eos = self.tokenizer.eos_token_id
+        tree = answer_tree(self.encode_answers(answers), eos)
+
+        def allowed_tokens(batch_id: int, input_ids: torch.Tensor) -> list[int]:
+            return tree.get(tuple(input_ids[prompt_length:].tolist()), [eos])
+
+        return allowed_tokens
+
+    def encode_captions(self, captions: Sequence[str], max_words: int = 20) -> list[list[int]]:
+        """
+        Training targets as OFA makes them: no punctuation, at most `max_words` words, then `</s>`; lower case.
+
+        Returns:
+            `list[list[int]]`: labels of different lengths, without `<s>`; pad them with -100.
+
+        Raises:
+            ValueError: if nothing is left of a caption.
+        """
+        texts = []
+        for index, caption in enumerate(captions):
+            words = _require_text(caption, f"captions[{index}]").lower().translate(PUNCTUATION).split()
+            if not words:
+                raise ValueError(f"`captions[{index}]` must hold words, got {caption!r}; leave the sample out.")
+            texts.append(" " + " ".join(words[:max_words]))
+        encoded = self.tokenizer(texts, add_special_tokens=False, padding=False)["input_ids"]
+        return [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Generated ids [sequences, tokens] to texts without the leading space of OFA's vocabulary."""
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [text.strip() for text in texts]
+
+    def post_process_captions(self, generated_outputs: Any) -> list[str]:
+        """Generated ids [sequences, tokens] to captions as OFA evaluates them: without punctuation."""
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=True)
+        return [text.translate(PUNCTUATION).strip() for text in texts]
+
+
+def _question(text: Any) -> str:
+    question = _normalized(text, "text")
+    return f" {question}" if question.endswith("?") else f" {question}?"
+
+
+def _flatten_images(images: Any) -> Any:
+    """Batches of arrays become lists; a list of lists, as chats make it, loses its inner level."""
+    if getattr(images, "ndim", 0) == 4:
+        return list(images)
+    if not isinstance(images, list | tuple):
+        return images
+    flat = []
+    for index, sample in enumerate(images):
+        if isinstance(sample, list | tuple):
+            if len(sample) > 1:
+                raise ValueError(
+                    f"`images[{index}]` must be one image, got {len(sample)}; the model reads one image per sample."
+                )
+            sample = sample[0] if sample else None
+        flat.append(sample)
+    return flat
+
+
+__all__ = [
+    "MuEImageProcessor",
+    "MuEImageProcessorPil",
+    "MuEProcessor",
+    "MuETokenizer",
+    "load_image",
+    "normalize_text",
+    "to_rgb",
+]
