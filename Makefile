@@ -27,7 +27,11 @@ demo: $(VENV)/timm.installed ## Caption the bundled photos with the small checkp
 
 # Each step is done once: what is there is kept, and an interrupted lesson goes on from its last checkpoint.
 REPRODUCED ?= runs/reproduce
-LESSON = OMP_NUM_THREADS=2 $(BIN)/python examples/train_scenes.py --output_dir $(@D) \
+THREADS ?= 2
+# For another model than `make reproduce` makes: benchmarks/compare_training.py says which.
+LAYERS ?= 3
+LESSON_ARGS ?=
+LESSON = OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/train_scenes.py --output_dir $(@D) \
 	--use_cpu --bf16 --adam_beta2 0.98 --save_steps 100 --save_total_limit 1 --logging_steps 50 --report_to none \
 	--per_device_eval_batch_size 64
 READING = --freeze_trunk --learning_rate 2e-3 --muon_learning_rate 6e-3 --weight_decay 0.01 --warmup_steps 100 \
@@ -45,11 +49,11 @@ $(REPRODUCED)/seeing/report.json: | $(VENV)/dev.installed
 		--per_device_train_batch_size 32
 
 # The lessons of examples/train_scenes.py: each starts from the one before, with scenes of its own.
-TELLING = $(LESSON) $(READING) --lesson telling --lr_scheduler_type constant_with_warmup
-COMPARING = $(TELLING) --start_from $(<D) --layers 3 --told_share 0 --captions_per_image 1 --kinds relation
+TELLING = $(LESSON) $(READING) --lesson telling --lr_scheduler_type constant_with_warmup $(LESSON_ARGS)
+COMPARING = $(TELLING) --start_from $(<D) --layers $(LAYERS) --told_share 0 --captions_per_image 1 --kinds relation
 
 $(REPRODUCED)/telling/report.json: $(REPRODUCED)/seeing/report.json
-	$(TELLING) --max_steps 1000 --trunk_from $(<D) --layers 3 --told_share 0.25 \
+	$(TELLING) --max_steps 1000 --trunk_from $(<D) --layers $(LAYERS) --told_share 0.25 \
 		--kinds existence counting relation --relations "left of"
 
 $(REPRODUCED)/left/report.json: $(REPRODUCED)/telling/report.json
@@ -82,7 +86,7 @@ $(REPRODUCED)/calibrated: $(REPRODUCED)/judging/report.json $(REPRODUCED)/scenes
 
 $(REPRODUCED)/table.md: $(REPRODUCED)/calibrated
 	$(BIN)/mue-hf evaluate entailment --model $(REPRODUCED)/judging --data $(REPRODUCED)/scenes/entailment.jsonl \
-		--kind-column kind --batch-size 64 --sweep all --levels-split dev --oracle --time-rows 10 --threads 2 \
+		--kind-column kind --batch-size 64 --sweep all --levels-split dev --oracle --time-rows 10 --threads $(THREADS) \
 		$$(grep -oE '"(quality|balanced)": [{]' $(REPRODUCED)/judging/generation_config.json | sed 's/"\(.*\)".*/--preset \1/') \
 		--output $(REPRODUCED)/points.jsonl --plots $(REPRODUCED)/plots --table $@
 
