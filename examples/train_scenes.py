@@ -382,7 +382,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model.model.encoder.embed_images.load_state_dict(seen.state_dict())
     else:
         processor = MuEProcessor.from_pretrained(sizes.start_from)
-        model = MuEForConditionalGeneration.from_pretrained(sizes.start_from, attn_implementation="eager")
+        model = MuEForConditionalGeneration.from_pretrained(
+            sizes.start_from, attn_implementation="eager", modality_decomposition=not sizes.joint
+        )
         if sizes.layers != model.config.decoder_layers:
             model = grow(model, sizes.layers)
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
