@@ -2,24 +2,30 @@
 
 Every variant is trained by examples/train_scenes.py and measured as `mue-hf evaluate` does: the paper's recipe;
 without the layer-wise loss; without decomposition (a joint encoder); models of two and three layers, which take as
-many more steps as fit into the same time; and each option of MuETrainer on its own. All start from one trunk. A
-variant gets a folder with its checkpoint, its points and `record.json`; what is finished is kept, so an interrupted
-run goes on. `table.md` and `accuracy.png` show the records that there are.
+many more steps as fit into the same time; and each option of MuETrainer on its own. As in the paper, they fine-tune
+a model that is joint and was trained on its last layer alone, here of three layers, of two for the smallest:
 
-    python benchmarks/compare_training.py --output_dir runs/compare --steps 3000 --scenes 250
+    for layers in 2 3; do
+        make runs/plain-$layers/relations/report.json REPRODUCED=runs/plain-$layers LAYERS=$layers \\
+            LESSON_ARGS="--joint --layer_weights $(test $layers = 3 && echo 0) 0 1"
+    done
+    python benchmarks/compare_training.py --start_from runs/plain-*/relations --output_dir runs/compare --steps 1600
 
-Further arguments are those of examples/train_scenes.py and hold for all variants.
+A variant gets a folder with its checkpoint, its points and `record.json`; what is finished is kept, so an interrupted
+run goes on. `table.md` and `accuracy.png` show the records that there are. Further arguments are those of
+examples/train_scenes.py and hold for all variants.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from mue_hf import MuEForConditionalGeneration, MuEProcessor
+from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEProcessor
 from mue_hf.evaluate import add_arguments, read_records, run
 from mue_hf.evaluation.measure import similarity_curves
 from mue_hf.evaluation.rows import load_rows
@@ -43,12 +49,15 @@ VARIANTS: dict[str, list[str]] = {
 }
 # They take the time of "paper", not its steps.
 SMALLER = ("layers-2", "layers-3")
+LAYERS = 6
 TRAINING = """--use_cpu --bf16 --learning_rate 2e-3 --muon_learning_rate 6e-3 --warmup_steps 100 --weight_decay 0.01
---adam_beta2 0.98 --lr_scheduler_type cosine --freeze_trunk --told_share 0.25 --ema_decay 0.995
---per_device_train_batch_size 16 --per_device_eval_batch_size 64 --save_steps 200 --save_total_limit 1
---logging_steps 100 --report_to none""".split()
-SEEING = """--use_cpu --bf16 --learning_rate 3e-3 --warmup_steps 80 --adam_beta2 0.98 --lr_scheduler_type cosine
---per_device_train_batch_size 32 --save_steps 100 --save_total_limit 1 --report_to none""".split()
+--adam_beta2 0.98 --freeze_trunk --told_share 0.1 --captions_per_image 1 --ema_decay 0.995
+--saturation_warmup_steps 200 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --save_steps 200
+--save_total_limit 1 --logging_steps 100 --report_to none""".split()
+LESSONS = {
+    "telling": ["--first_scene=500000", "--lr_scheduler_type=constant_with_warmup"],
+    "judging": ["--first_scene=1000000", "--lr_scheduler_type=cosine"],
+}
 
 
 def load_example() -> Any:
@@ -59,18 +68,28 @@ def load_example() -> Any:
     return import_module("train_scenes")
 
 
+def deepest_start(name: str, folders: Sequence[Path]) -> str:
+    """The option for the deepest of the checkpoints that is no deeper than the variant."""
+    layers = int(VARIANTS[name][1]) if name in SMALLER else LAYERS
+    depths = {folder: MuEConfig.from_pretrained(folder).decoder_layers for folder in folders}
+    fitting = [folder for folder in folders if depths[folder] <= layers]
+    if not fitting:
+        raise ValueError(
+            f"`--start_from` must name a checkpoint of at most {layers} layers for {name!r}, got "
+            f"{ {str(folder): depth for folder, depth in depths.items()} }; add one, or leave the variant out."
+        )
+    return f"--start_from={max(fitting, key=depths.__getitem__)}"
+
+
 def train(example: Any, folder: Path, name: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The lessons of a variant after that of the trunk: what `train_scenes.main` returned for them."""
+    """What `train_scenes.main` returned for the lessons of a variant."""
     telling = round(args.telling_share * steps)
-    lessons = {"telling": telling, "judging": steps - telling}
-    reports, start = {}, [f"--trunk_from={folder.parent / 'seeing'}"]
-    for lesson, count in lessons.items():
-        output = folder / lesson
+    reports, start = {}, deepest_start(name, args.start_from)
+    for lesson, count in {"telling": telling, "judging": steps - telling}.items():
         if count:
-            first_scene = f"--first_scene={10**6 if lesson == 'judging' else 0}"
-            options = [*TRAINING, *args.training, *VARIANTS[name], *start, first_scene]
-            reports[lesson] = run_lesson(example, output, lesson, count, options)
-            start = [f"--start_from={output}"]
+            options = [*TRAINING, *LESSONS[lesson], *args.training, f"--layers={LAYERS}", *VARIANTS[name], start]
+            reports[lesson] = run_lesson(example, folder / lesson, lesson, count, options)
+            start = f"--start_from={folder / lesson}"
     return reports
 
 
@@ -88,7 +107,8 @@ def seconds_per_step(example: Any, folder: Path, name: str, args: argparse.Names
     path = folder / "timing" / f"{name}.json"
     if not path.exists():
         options = [f"--output_dir={folder / 'timing' / name}", f"--max_steps={args.timing_steps}"]
-        report = example.main([*options, *TRAINING, *args.training, *VARIANTS[name], "--save_strategy", "no"])
+        options += [*TRAINING, *args.training, f"--layers={LAYERS}", *VARIANTS[name], "--save_strategy", "no"]
+        report = example.main([*options, deepest_start(name, args.start_from)])
         write_whole(path, json.dumps(report["seconds"] / args.timing_steps))
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -126,6 +146,7 @@ def make_record(example: Any, folder: Path, name: str, args: argparse.Namespace)
         "variant": name,
         "options": VARIANTS[name],
         "training": [*TRAINING, *args.training],
+        "start": deepest_start(name, args.start_from),
         "steps": steps,
         "training_seconds": sum(report["seconds"] for report in reports.values()),
         "dev_accuracy": reports["judging"]["accuracy"],
@@ -149,16 +170,29 @@ def most_skipped(record: dict[str, Any], share: float = 0.99) -> dict[str, Any]:
     )
 
 
+def best_at(record: dict[str, Any], criterion: str, skipped: float = 0.5) -> str:
+    """The best accuracy of a criterion that skips at least that share of the layers."""
+    points = [one for one in record["points"] if one["criterion"].startswith(criterion)]
+    fitting = [one["quality"]["accuracy"] for one in points if one["layers_skipped"]["mean"] >= skipped]
+    return f"{max(fitting):.3f}" if fitting else "-"
+
+
+def mean_cosine(record: dict[str, Any], stream: str) -> str:
+    """How alike layers leave a stream: the mean cosine over layers but the first, whose input is an embedding."""
+    cosines = record["saturation"].get(stream, {"mean": []})["mean"][1:]
+    return f"{sum(cosines) / len(cosines):.3f}" if cosines else "-"
+
+
 def make_table(records: list[dict[str, Any]]) -> str:
     """The records as a table in markdown; accuracies with 95 % intervals by picture."""
     kinds = list(records[0]["by_kind"])
-    head = ["variant", "layers", "steps", "accuracy", *kinds, "a third of the layers", "R at 99 %", "identical there"]
+    head = ["variant", "layers", "steps", "accuracy", *kinds, "R at 99 %", "identical there"]
+    head += ["R >= 50 %: similarity", "R >= 50 %: fixed", "cosine of image layers", "of decoder layers"]
     lines = [head, ["---"] * len(head)]
     for record in records:
         full, best = record["points"][0], most_skipped(record)
         low, high = full["intervals"]["accuracy"]
-        third = f"fixed {max(1, record['layers']['decoder'] // 3)}"
-        shallow = next((one for one in record["points"] if one["name"] == third), None)
+        image = "image" if "image" in record["saturation"] else "encoder"
         lines.append(
             [
                 record["variant"],
@@ -169,9 +203,12 @@ def make_table(records: list[dict[str, Any]]) -> str:
                     f"{record['by_kind'][kind]['accuracy']:.3f}" if kind in record["by_kind"] else "-"
                     for kind in kinds
                 ),
-                "-" if shallow is None else f"{shallow['quality']['accuracy']:.3f}",
                 f"{best['layers_skipped']['mean']:.1%}",
                 f"{best['identical']:.3f}",
+                best_at(record, "similarity"),
+                best_at(record, "fixed"),
+                mean_cosine(record, image),
+                mean_cosine(record, "decoder"),
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -201,18 +238,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps of a variant (3000)")
-    parser.add_argument("--seeing_steps", type=int, default=450, help="training steps of the trunk (450)")
-    parser.add_argument("--telling_share", type=float, default=0.7, help="share of them for telling (0.7)")
+    parser.add_argument(
+        "--start_from", type=Path, nargs="+", required=True, metavar="FOLDER", help="what to fine-tune"
+    )
+    parser.add_argument("--steps", type=int, default=1600, help="training steps of a variant (1600)")
+    parser.add_argument("--telling_share", type=float, default=0.5, help="share of them for telling (0.5)")
     parser.add_argument("--timing_steps", type=int, default=20, help="steps by which smaller models are timed (20)")
-    parser.add_argument("--scenes", type=int, default=250, help="test scenes of eight statements (250)")
+    parser.add_argument("--scenes", type=int, default=200, help="test scenes of eight statements (200)")
     parser.add_argument("--seed", type=int, default=0, help="of the test scenes (0)")
-    parser.add_argument("--time_rows", type=int, default=20, help="statements to time (20)")
+    parser.add_argument("--time_rows", type=int, default=0, help="statements to time (0)")
     args, args.training = parser.parse_known_args(argv)
     if not 0 <= args.telling_share < 1 or round(args.telling_share * args.steps) >= args.steps:
         parser.error(f"--telling_share must leave steps for judging, got {args.telling_share}.")
     example = load_example()
-    run_lesson(example, args.output_dir / "seeing", "seeing", args.seeing_steps, [*SEEING, *args.training])
     records = [make_record(example, args.output_dir, name, args) for name in args.variants]
     table = make_table(records)
     write_whole(args.output_dir / "table.md", table)

@@ -206,32 +206,26 @@ def test_bad_options_are_refused_before_training(options, message, example, tmp_
     assert not list(tmp_path.glob("run/*.safetensors"))
 
 
-def test_comparison_of_two_variants(compare, tmp_path, monkeypatch, capsys):
+def test_comparison_of_two_variants(compare, told, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="the comparison draws: pip install mue-hf[eval]")
-    monkeypatch.setitem(compare.VARIANTS, "paper", ["--layers", "3"])
-    monkeypatch.setattr(compare, "TRAINING", [*TRAINING, *SIZES])
-    monkeypatch.setattr(compare, "SEEING", [*TRAINING, *SIZES])
-    options = [
-        "--seeing_steps",
-        "1",
-        "--steps",
-        "2",
-        "--telling_share",
-        "0.5",
-        "--timing_steps",
-        "1",
-        "--scenes",
-        "2",
-        "--time_rows",
-        "1",
+    monkeypatch.setattr(compare, "TRAINING", TRAINING)
+    monkeypatch.setattr(compare, "LAYERS", 3)
+    options = "--steps 2 --telling_share 0.5 --timing_steps 1 --scenes 2 --time_rows 1".split()
+    arguments = [
+        f"--output_dir={tmp_path}",
+        f"--start_from={told}",
+        *options,
+        "--variants",
+        "joint-encoder",
+        "layers-2",
     ]
-    arguments = [f"--output_dir={tmp_path}", *options, "--variants", "paper", "layers-2"]
     compare.main(arguments)
-    records = {name: json.loads((tmp_path / name / "record.json").read_text()) for name in ("paper", "layers-2")}
-    assert records["paper"]["steps"] == 2 and records["layers-2"]["steps"] >= 1
-    assert records["layers-2"]["layers"] == {"encoder": 2, "decoder": 2}
-    criteria = {point["criterion"] for point in records["paper"]["points"]}
-    assert criteria >= {"full", "similarity", "fixed", "fixed image", "fixed decoder"}
+    records = {name: json.loads((tmp_path / name / "record.json").read_text()) for name in arguments[-2:]}
+    assert records["joint-encoder"]["steps"] == 2 and records["layers-2"]["steps"] >= 1
+    assert [record["layers"] for record in records.values()] == [{"encoder": n, "decoder": n} for n in (3, 2)]
+    criteria = [{point["criterion"] for point in record["points"]} for record in records.values()]
+    assert criteria[0] >= {"full", "similarity", "fixed", "fixed encoder", "fixed decoder"}
+    assert criteria[1] >= {"full", "similarity", "fixed", "fixed image", "fixed decoder"}
     table = (tmp_path / "table.md").read_text()
     assert capsys.readouterr().out.endswith(f"{table}\n") and table.count("\n") == 4
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
@@ -240,7 +234,29 @@ def test_comparison_of_two_variants(compare, tmp_path, monkeypatch, capsys):
     compare.main(arguments)
 
 
-def test_comparison_needs_steps_for_judging(compare, tmp_path, capsys):
+def test_comparison_starts_from_the_deepest_that_fits(compare, example, told, tmp_path):
+    model = MuEForConditionalGeneration.from_pretrained(told)
+    folders = {2: told}
+    for layers in (1, 5):
+        folders[layers] = tmp_path / str(layers)
+        model.config.encoder_layers = model.config.decoder_layers = layers
+        model.config.save_pretrained(folders[layers])
+    every = list(folders.values())
+    assert compare.deepest_start("paper", every) == f"--start_from={folders[5]}"
+    assert compare.deepest_start("layers-3", every) == f"--start_from={told}"
+    with pytest.raises(ValueError, match="`--start_from` must name a checkpoint of at most 2 layers for 'layers-2'"):
+        compare.deepest_start("layers-2", [folders[5]])
+
+
+def test_joint_and_decomposed_start_from_either(example, told, tmp_path):
+    still = ["--layers=2", "--max_steps=1", "--learning_rate=0", "--muon_learning_rate=1e-12"]
+    example.main([f"--output_dir={tmp_path / 'joint'}", f"--start_from={told}", *TRAINING, *still, "--joint"])
+    assert not MuEForConditionalGeneration.from_pretrained(tmp_path / "joint").config.modality_decomposition
+    example.main([f"--output_dir={tmp_path / 'apart'}", f"--start_from={tmp_path / 'joint'}", *TRAINING, *still])
+    assert MuEForConditionalGeneration.from_pretrained(tmp_path / "apart").config.modality_decomposition
+
+
+def test_comparison_needs_steps_for_judging(compare, told, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        compare.main([f"--output_dir={tmp_path}", "--telling_share", "1"])
+        compare.main([f"--output_dir={tmp_path}", f"--start_from={told}", "--telling_share", "1"])
     assert "must leave steps for judging" in capsys.readouterr().err
