@@ -14,7 +14,7 @@ from conftest import tiny_model
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GenerationConfig
 
-from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, cli
+from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, calibration, cli
 from mue_hf.bounds import smallest_budget
 from mue_hf.calibration import (
     Candidate,
@@ -30,6 +30,7 @@ from mue_hf.calibration import (
     write_preset,
 )
 from mue_hf.early_exit_mue import ExitPolicy, resolve_options
+from mue_hf.evaluation.measure import Meter
 from mue_hf.evaluation.rows import describe_rows
 from mue_hf.generation_mue import weights_fingerprint
 from mue_hf.predict import predict
@@ -312,8 +313,11 @@ class TestCalibrate:
             ("captioning", "metric", {"betas": (1.0, 0.9)}),
             ("entailment", "disagreement", {"prompt_type": "none", "objective": "time"}),
             ("entailment", "metric", {"per_layer": True, "method": "betting"}),
+            ("captioning", "disagreement", {"criteria": ("confidence",), "betas": (1.0, 0.8)}),
+            ("entailment", "disagreement", {"criteria": ("entropy", "patience", "margin")}),
+            ("captioning", "metric", {"criteria": ("fixed",), "options": {"num_beams": 2, "exit_min_layers": 2}}),
         ],
-        ids=["captions", "CIDEr", "answers", "accuracy"],
+        ids=["captions", "CIDEr", "answers", "accuracy", "confidence", "several", "fixed"],
     )
     def test_preset_is_certified_and_keeps_its_loss_in_real_runs(self, task, risk, options, parts, scenes, statements):
         model, processor = parts
@@ -355,6 +359,35 @@ class TestCalibrate:
         )
         assert found.preset["loss"] == other.preset["loss"]
         assert found.preset["image_exit_threshold"] == other.preset["image_exit_threshold"]
+
+    @pytest.mark.parametrize("criterion", ["confidence", "entropy", "patience", "fixed"])
+    def test_looks_at_the_head_are_paid(self, criterion, parts, scenes, monkeypatch):
+        tried, real = [], calibration._Runner.outcome
+
+        def outcome(runner, part, full, exits):
+            tried.append((exits, real(runner, part, full, exits)))
+            return tried[-1][1]
+
+        monkeypatch.setattr(calibration._Runner, "outcome", outcome)
+        calibrated(parts, scenes, "captioning", budget=0.9, levels=3, candidates=2, criteria=[criterion])
+        exits, found = next(one for one in tried if one[0].get("exit_criterion") == criterion)
+        images, _ = split_images([row["image_id"] for row in scenes], 0.3, 0)
+        rows = [scenes[row] for image in images for row in image]
+        meter = Meter(*parts, "captioning", rows, {})
+        ran, everything = (
+            meter.flops(predict(*parts, rows, "captioning", some, progress=False), some)["mean"]
+            for some in (exits, {"exit_criterion": "never"})
+        )
+        assert found.flops == pytest.approx(ran / everything)
+
+    def test_the_better_criterion_is_taken(self, parts, scenes):
+        options = {"budget": None, "compute": 0.9, "levels": 4}
+        similarity, fixed, both = (
+            calibrated(parts, scenes, "captioning", criteria=names, **options).preset | {"seconds": None}
+            for names in (["similarity"], ["fixed"], ["similarity", "fixed"])
+        )
+        assert fixed["exit_criterion"] == "fixed" and "exit_criterion" not in similarity
+        assert both in (similarity, fixed)
 
     def test_joint_encoder(self, scenes):
         found = calibrated(make_parts(modality_decomposition=False), scenes, "captioning", budget=0.9, levels=2)
@@ -428,6 +461,8 @@ class TestCalibrate:
             ({"objective": "energy"}, "`objective` must be one of"),
             ({"method": "hope"}, "`method` must be one of"),
             ({"betas": ()}, "`betas` must be at least 1"),
+            ({"criteria": ()}, "`criteria` must be at least 1"),
+            ({"criteria": ("never",)}, "`criteria` must be one of .*, got 'never'"),
             ({"betas": (0.0,)}, "`betas` must be above 0 and at most 1"),
             ({"levels": 0}, "`levels` must be at least 1"),
             ({"options": {"decoder_exit_threshold": 0.5}}, "`options` may hold .* got \\['decoder_exit_threshold'"),

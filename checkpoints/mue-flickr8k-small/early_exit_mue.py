@@ -499,7 +499,8 @@ _FOREIGN_NAMES = frozenset({"assistant_early_exit"})
 _THRESHOLDS = {f"{stream}_exit_threshold" for stream in STREAMS[:3]}
 _SCORED = {"decoder_exit_threshold", "exit_decay_beta", "exit_decay_tau"}
 _COMMON = {"exit_criterion", "exit_kv", "exit_costs", "exit_min_layers", "exit_warmup"}
-_USED_BY = {
+# The exit options that a criterion takes.
+USED_BY = {
     **dict.fromkeys(("similarity", "confidence", "margin", "entropy"), _COMMON | _THRESHOLDS | _SCORED),
     "patience": _COMMON | _THRESHOLDS | {"exit_patience"},
     "fixed": _COMMON | {f"{stream}_exit_layer" for stream in STREAMS},
@@ -533,7 +534,7 @@ def resolve_options(
         for source in (call, passed, saved)
     )
     passed, saved = (
-        {name: value for name, value in source.items() if name in _USED_BY["never"] or "preset" in name}
+        {name: value for name, value in source.items() if name in USED_BY["never"] or "preset" in name}
         if source.get("exit_criterion") == "never"
         else source
         for source in (passed, saved)
@@ -546,8 +547,8 @@ def resolve_options(
         saved = _preset(asked or saved_preset, presets) | kept
     for explicit in (passed, call):
         criterion = explicit.get("exit_criterion")
-        if isinstance(criterion, str) and criterion in _USED_BY:
-            saved = {name: value for name, value in saved.items() if name in _USED_BY[criterion]}
+        if isinstance(criterion, str) and criterion in USED_BY:
+            saved = {name: value for name, value in saved.items() if name in USED_BY[criterion]}
         saved = saved | explicit
     return ExitOptions.from_dict(saved, config)
 
@@ -640,8 +641,8 @@ def _check_mode(given: Mapping[str, Any], decomposed: bool) -> None:
 def _check_contradictions(given: Mapping[str, Any]) -> None:
     criterion = given.get("exit_criterion", "similarity")
     for name in given:
-        if name not in _USED_BY[criterion]:
-            takers = [other for other in CRITERIA if name in _USED_BY[other]]
+        if name not in USED_BY[criterion]:
+            takers = [other for other in CRITERIA if name in USED_BY[other]]
             raise ValueError(
                 f"`{name}` (got {given[name]!r}) contradicts `exit_criterion={criterion!r}`, which does not use it; "
                 f"drop it, or pass `exit_criterion` as one of {takers}."
@@ -666,6 +667,7 @@ __all__ = [
     "KV_POLICIES",
     "OPTION_NAMES",
     "SHIPPED_PRESETS",
+    "USED_BY",
     "ExitDecider",
     "ExitOptions",
     "ExitPolicy",

@@ -8,7 +8,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .bounds import METHODS
-from .calibration import OBJECTIVES, RISKS, SHARED_OPTIONS, Calibration, calibrate, check_preset, write_preset
+from .calibration import (
+    CALIBRATED,
+    OBJECTIVES,
+    RISKS,
+    SHARED_OPTIONS,
+    Calibration,
+    calibrate,
+    check_preset,
+    write_preset,
+)
 from .caption import at_least, load_checkpoint, setting
 from .evaluation.rows import describe_rows, load_rows
 from .features import cache_trunk_features
@@ -64,7 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--objective", choices=OBJECTIVES, default="flops", help="what is to be saved (flops)")
     goal.add_argument("--method", choices=METHODS, default=METHODS[0], help=f"of the test ({METHODS[0]})")
     settings = parser.add_argument_group("settings to try")
-    settings.add_argument("--per-layer", action="store_true", help="a threshold for each layer")
+    settings.add_argument(
+        "--criterion",
+        nargs="+",
+        choices=CALIBRATED,
+        default=["similarity"],
+        metavar="NAME",
+        help=f"criteria to choose from: {', '.join(CALIBRATED)} (similarity); but for fixed, of the decoder",
+    )
+    settings.add_argument("--per-layer", action="store_true", help="a threshold for each layer, of similarity")
     settings.add_argument(
         "--beta", type=float, nargs="+", default=[1.0], metavar="B", help="decays of the decoder's threshold (1)"
     )
@@ -147,6 +164,7 @@ def run(args: argparse.Namespace) -> int:
         risk=args.risk,
         objective=args.objective,
         method=args.method,
+        criteria=args.criterion,
         per_layer=args.per_layer,
         betas=args.beta,
         levels=args.levels,

@@ -1,9 +1,9 @@
 """Exit thresholds for a budget of changed outputs, with a guarantee, or for a budget of compute.
 
 The images are split in two. On part A one run at full depth records signals; they give a few thresholds for each
-stream and what those would save. Real runs with one stream's exits at a time say what they change. Combinations that
-look best run for real too, which gives a path of candidates from safest to fastest. On part B, which the search never
-saw, they run in that order until one cannot be certified ("Learn then Test", arXiv 2110.01052).
+stream. Real runs with one stream's exits at a time say what they save and change. Combinations that look best run for
+real too, which gives a path of candidates from safest to fastest. On part B, which the search never saw, they run in
+that order until one cannot be certified ("Learn then Test", arXiv 2110.01052).
 
 Every run leaves its outputs in a folder, if there is one for them: an interrupted calibration goes on from there.
 """
@@ -13,7 +13,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -22,24 +22,26 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .bounds import METHODS, fixed_sequence, risk_pvalue, risk_upper_bound, smallest_budget
-from .early_exit_mue import CONFIG_NAMES, SHIPPED_PRESETS, ExitOptions
+from .early_exit_mue import CONFIG_NAMES, CRITERIA, SHIPPED_PRESETS, USED_BY, ExitOptions
 from .evaluation.measure import Meter
 from .evaluation.rows import ChosenRows, EvaluationData
+from .evaluation.settings import GRIDS
 from .evaluation.store import content_key, read_predictions, read_signals, write_predictions, write_signals
 from .features import trunk_fingerprint
 from .generation_mue import weights_fingerprint
 from .predict import TASKS, Prediction, predict
 from .processing_mue import MuEProcessor
 from .rewards import CiderDReward
-from .signals import SignalRecorder, Signals, replay, threshold_levels, without_decay
+from .signals import SignalRecorder, Signals, threshold_levels, without_decay
 
 RISKS = ("disagreement", "metric")
 OBJECTIVES = ("flops", "time")
+# Criteria that can be calibrated.
+CALIBRATED = tuple(criterion for criterion in CRITERIA if criterion != "never")
 # No cosine is above it.
 NEVER = 2.0
 # Exit options that every candidate may share; the others are what calibration looks for.
@@ -286,13 +288,17 @@ class _Runner:
         settings = self.model.generation_config.to_dict() | self.others
         return settings.get("max_new_tokens") or (settings.get("max_length") or 20) - 1
 
+    def exits(self, exits: Mapping[str, Any] | None) -> dict[str, Any]:
+        """All exit options of a candidate, or of full depth for None."""
+        if exits is None:
+            return {"exit_criterion": "never"}
+        off = {f"{stream}_exit_threshold": NEVER for stream in self.streams}
+        every = self.shared | off | exits
+        return {name: value for name, value in every.items() if name in USED_BY[every["exit_criterion"]]}
+
     def predictions(self, part: _Part, exits: Mapping[str, Any] | None) -> list[Prediction]:
         """Of a candidate, or at full depth for None; from disk where they are."""
-        if exits is None:
-            options = self.others | {"exit_criterion": "never"}
-        else:
-            off = {f"{stream}_exit_threshold": NEVER for stream in self.streams}
-            options = self.others | self.shared | off | exits
+        options = self.others | self.exits(exits)
         path = self._path("run", part, options)
         found = None if path is None else read_predictions(path)
         if found is None:
@@ -341,14 +347,14 @@ class _Runner:
         found = self.predictions(part, exits)
         return Outcome(
             part.by_image(self.losses(part, full, found)),
-            self.flops(part, found) / self.flops(part, full),
+            self.flops(part, found, exits) / self.flops(part, full, None),
             sum(one.seconds for one in found) / sum(one.seconds for one in full),
         )
 
-    def flops(self, part: _Part, predictions: list[Prediction]) -> float:
+    def flops(self, part: _Part, predictions: list[Prediction], exits: Mapping[str, Any] | None) -> float:
         """Mean FLOPs of an output, its image's trunk included."""
         meter = Meter(self.model, self.processor, self.task, part.texts, self.others, self.prompt_type)
-        return meter.flops(predictions, {"exit_criterion": "similarity", "exit_kv": self.shared["exit_kv"]})["mean"]
+        return meter.flops(predictions, self.exits(exits))["mean"]
 
     def losses(self, part: _Part, full: list[Prediction], found: list[Prediction]) -> list[float]:
         """The loss of every row."""
@@ -364,32 +370,34 @@ class _Runner:
         answers = self.processor.entailment_answers
         return [float(one.output == answers[row["label"]]) for one, row in zip(predictions, part.texts, strict=True)]
 
-    def replayed(
-        self, signals: Signals, full: list[Prediction], stream: str | None = None, depths: Tensor | None = None
-    ) -> list[Prediction]:
-        """Predictions whose `stream` ran `depths`, as `replay` gives them, and the others all layers; one for each
-        beam, or for each row of entailment."""
-        decoder = depths if stream == "decoder" else torch.full_like(signals.rows, signals.decoder.shape[1])
-        samples = signals.samples.tolist()
-        tokens: dict[int, list[int]] = {}
-        for row, depth in zip(signals.rows.tolist(), decoder.tolist(), strict=True):
-            # The places where answers part are decoder rows of their own.
-            tokens.setdefault(row if self.task == "captioning" else samples[row], []).append(depth)
-        found = []
-        for row, token_depths in tokens.items():
-            sample = samples[row] if self.task == "captioning" else row
-            changes = {"token_depths": tuple(token_depths)}
-            for name in ("image", "text"):
-                if stream in (name, "encoder") and getattr(full[sample], f"{name}_depth"):
-                    changes[f"{name}_depth"] = int(depths[sample])
-            found.append(replace(full[sample], **changes))
-        return found
+
+def _fixed_levels(runner: _Runner, stream: str) -> list[dict[str, Any]]:
+    """A stream's fixed depths, deepest first."""
+    config = runner.model.config
+    layers = config.decoder_layers if stream == "decoder" else config.encoder_layers
+    depths = range(layers - 1, runner.shared["exit_min_layers"] - 1, -1)
+    return [{"exit_criterion": "fixed", f"{stream}_exit_layer": depth} for depth in depths]
 
 
-def _stream_levels(
+def _decoder_levels(runner: _Runner, criterion: str, betas: Sequence[float], count: int) -> list[dict[str, Any]]:
+    """Exit options of the decoder by what a layer would answer, careful to fast."""
+    if criterion == "patience":
+        counts = range(runner.model.config.decoder_layers - 1, 0, -1)
+        return [{"exit_criterion": criterion, "exit_patience": patience} for patience in counts][-count:]
+    # careful first
+    grid = sorted(GRIDS[criterion], reverse=criterion != "entropy")
+    kept = sorted({round(place) for place in np.linspace(0, len(grid) - 1, min(count, len(grid)))})
+    return [
+        {"exit_criterion": criterion, "decoder_exit_threshold": grid[place]} | _decay(beta)
+        for beta in betas
+        for place in kept
+    ]
+
+
+def _similarity_levels(
     runner: _Runner, signals: Signals, stream: str, betas: Sequence[float], count: int, per_layer: bool
-) -> list[tuple[dict[str, Any], Tensor]]:
-    """Exit options of one stream, careful to fast, with their replayed depths."""
+) -> list[dict[str, Any]]:
+    """Exit options of one stream by similarity, careful to fast."""
     min_layers, tau = runner.shared["exit_min_layers"], runner.shared["exit_decay_tau"]
     found = []
     for beta in betas if stream == "decoder" else (1.0,):
@@ -398,15 +406,13 @@ def _stream_levels(
             # Answers are decided at step 0, whatever N is.
             cosines = without_decay(signals.decoder, signals.steps, runner.num_steps, beta, tau)
             agreeing = signals.agreeing
-        for thresholds in threshold_levels(
-            cosines, count, agreeing=agreeing, per_layer=per_layer, min_layers=min_layers
-        ):
-            options: dict[str, Any] = {f"{stream}_exit_threshold": thresholds}
-            if beta != 1.0:
-                options["exit_decay_beta"] = beta
-            every = thresholds if isinstance(thresholds, list) else [thresholds] * cosines.shape[1]
-            found.append((options, replay(cosines, every, min_layers)))
+        levels = threshold_levels(cosines, count, agreeing=agreeing, per_layer=per_layer, min_layers=min_layers)
+        found += [{f"{stream}_exit_threshold": thresholds} | _decay(beta) for thresholds in levels]
     return found
+
+
+def _decay(beta: float) -> dict[str, Any]:
+    return {} if beta == 1.0 else {"exit_decay_beta": beta}
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------
@@ -424,6 +430,7 @@ def calibrate(
     risk: str = "disagreement",
     objective: str = "flops",
     method: str = "hoeffding-bentkus",
+    criteria: Sequence[str] = ("similarity",),
     per_layer: bool = False,
     betas: Sequence[float] = (1.0,),
     levels: int = 5,
@@ -437,7 +444,7 @@ def calibrate(
     progress: bool = True,
 ) -> Calibration:
     """
-    Finds similarity thresholds that keep a budget.
+    Finds exit thresholds, or depths, that keep a budget.
 
     Images are the units: the loss of an image is the mean over its rows. The promise is about the mean loss on images
     drawn as these were, under these options of `generate`, weights and dtype.
@@ -460,10 +467,15 @@ def calibrate(
         objective (`str`, *optional*, defaults to `"flops"`): what cost means: "flops", or "time", measured once for
             each candidate.
         method (`str`, *optional*, defaults to `"hoeffding-bentkus"`): see [`risk_pvalue`].
-        per_layer (`bool`, *optional*, defaults to `False`): one threshold per layer, see [`threshold_levels`].
+        criteria (sequence of `str`, *optional*, defaults to `("similarity",)`): criteria to try; the best setting of
+            any of them becomes the preset. Beside "similarity", the decoder alone leaves by "confidence", "margin",
+            "entropy" or "patience"; with "fixed", every stream stops at a depth.
+        per_layer (`bool`, *optional*, defaults to `False`): one threshold per layer for similarity, see
+            [`threshold_levels`].
         betas (sequence of `float`, *optional*, defaults to `(1.0,)`): values in (0, 1] of the decoder's
             `exit_decay_beta` to try.
-        levels (`int`, *optional*, defaults to 5): thresholds to try per stream, and beta; each runs part A once.
+        levels (`int`, *optional*, defaults to 5): thresholds to try per stream, criterion and beta; each runs part A
+            once. Of "fixed" all depths are tried.
         candidates (`int`, *optional*, defaults to 8): combinations to run on part A and part B at most.
         search_share (`float`, *optional*, defaults to 0.3): share of the images in part A, in (0, 1).
         seed (`int`, *optional*, defaults to 0): of the split.
@@ -484,7 +496,11 @@ def calibrate(
             smallest one. After the search, if no candidate is within `compute`.
     """
     options = dict(options or {})
-    _check_arguments(budget, compute, delta, risk, objective, method, betas, levels, candidates, search_share)
+    _check_shares(budget=budget, compute=compute, delta=delta, search_share=search_share)
+    _check_choices(risk, objective, method, criteria)
+    _check_counts(levels=levels, candidates=candidates, criteria=len(criteria), betas=len(betas))
+    if not all(0.0 < beta <= 1.0 for beta in betas):
+        raise ValueError(f"`betas` must be above 0 and at most 1, got {list(betas)}; 1 is no decay.")
     _check_options(model, options)
     _check_rows(data.fields, task, risk)
     search, test = split_images([row["image_id"] for row in data.fields], search_share, seed)
@@ -499,7 +515,7 @@ def calibrate(
     runner = _Runner(model, processor, task, risk, options, batch_size, prompt_type, reward, folder, common)
 
     with tqdm(unit="run", desc="recording", disable=not progress) as bar:
-        full, path = _search(runner, part_a, objective, betas, levels, per_layer, bar)
+        full, path = _search(runner, part_a, objective, criteria, betas, levels, per_layer, bar)
         if compute is None:
             path = thinned(path, 2 * budget, candidates)
         else:
@@ -523,7 +539,8 @@ def calibrate(
     if not certified:
         return Calibration(None, tested)
     best = min(tested[:certified], key=lambda one: one.flops if objective == "flops" else one.seconds)
-    shared = {name: value for name, value in runner.shared.items() if value != DEFAULTS[name]}
+    ran = runner.exits(best.options)
+    shared = {name: ran[name] for name in SHARED_OPTIONS if ran.get(name, DEFAULTS[name]) != DEFAULTS[name]}
     notes = {
         "task": task,
         "risk": risk,
@@ -547,28 +564,45 @@ def calibrate(
 
 
 def _search(
-    runner: _Runner, part: _Part, objective: str, betas: Sequence[float], count: int, per_layer: bool, bar: tqdm
+    runner: _Runner,
+    part: _Part,
+    objective: str,
+    criteria: Sequence[str],
+    betas: Sequence[float],
+    count: int,
+    per_layer: bool,
+    bar: tqdm,
 ) -> tuple[list[Prediction], list[Candidate]]:
     """Part A at full depth, and the path of candidates that it lets expect."""
     full, signals = runner.recorded(part)
     if objective == "time":
         # The recorded run was slowed by recording.
         full = runner.predictions(part, None)
-    whole = runner.flops(part, runner.replayed(signals, full))
-    found = {s: _stream_levels(runner, signals, s, betas, count, per_layer) for s in runner.streams}
+    # One list of levels per stream, for each criterion; the encoder's are the same for all but fixed depths.
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    *encoder, _ = runner.streams
+    similar = [_similarity_levels(runner, signals, stream, betas, count, per_layer) for stream in encoder]
+    for criterion in criteria:
+        if criterion == "fixed":
+            found[criterion] = [_fixed_levels(runner, stream) for stream in runner.streams]
+        elif criterion == "similarity":
+            decoder = _similarity_levels(runner, signals, "decoder", betas, count, per_layer)
+            found[criterion] = [*similar, decoder]
+        else:
+            found[criterion] = [*similar, _decoder_levels(runner, criterion, betas, count)]
     bar.set_description("searching")
-    bar.total = sum(map(len, found.values()))
-    streams = []
-    for stream, levels in found.items():
-        streams.append([])
-        for exits, depths in levels:
-            saving = 1.0 - runner.flops(part, runner.replayed(signals, full, stream, depths)) / whole
-            outcome = runner.outcome(part, full, exits)
-            if objective == "time":
-                saving = 1.0 - outcome.seconds
-            streams[-1].append(Level(exits, saving, expected_risk(outcome.losses)))
-            bar.update()
-    path = pareto_path(streams)
+    tried: dict[str, Level] = {}
+    different = {content_key(exits): exits for streams in found.values() for levels in streams for exits in levels}
+    bar.total = len(different)
+    for key, exits in different.items():
+        outcome = runner.outcome(part, full, exits)
+        tried[key] = Level(exits, 1.0 - outcome.cost(objective), expected_risk(outcome.losses))
+        bar.update()
+    path = front(
+        candidate
+        for streams in found.values()
+        for candidate in pareto_path([[tried[content_key(exits)] for exits in levels] for levels in streams])
+    )
     if not path:
         raise ValueError(
             f"`model` must have exits that save {objective}, got none on {len(part.counts)} images: stacks of one "
@@ -624,32 +658,25 @@ def _part(data: EvaluationData, images: list[list[int]]) -> _Part:
     return _Part(ChosenRows(data.rows, order), [data.fields[row] for row in order], [len(image) for image in images])
 
 
-def _check_arguments(
-    budget: float | None,
-    compute: float | None,
-    delta: float,
-    risk: str,
-    objective: str,
-    method: str,
-    betas: Sequence[float],
-    levels: int,
-    candidates: int,
-    search_share: float,
-) -> None:
+def _check_shares(budget: float | None, compute: float | None, **others: float) -> None:
     if (budget is None) == (compute is None):
         raise ValueError(f"`budget` or `compute` must be given, got {budget} and {compute}; set the other to None.")
-    for name, value in {"budget": budget, "compute": compute, "delta": delta, "search_share": search_share}.items():
+    for name, value in {"budget": budget, "compute": compute, **others}.items():
         if value is not None and not 0.0 < value < 1.0:
             raise ValueError(f"`{name}` must be above 0 and below 1, got {value}; choose such as 0.05.")
-    choices = (("risk", risk, RISKS), ("objective", objective, OBJECTIVES), ("method", method, METHODS))
-    for name, value, known in choices:
+
+
+def _check_choices(risk: str, objective: str, method: str, criteria: Sequence[str]) -> None:
+    choices = [("risk", risk, RISKS), ("objective", objective, OBJECTIVES), ("method", method, METHODS)]
+    for name, value, known in choices + [("criteria", criterion, CALIBRATED) for criterion in criteria]:
         if value not in known:
             raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}; choose one of them.")
-    for name, count in (("levels", levels), ("candidates", candidates), ("betas", len(betas))):
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
         if count < 1:
             raise ValueError(f"`{name}` must be at least 1, got {count}; pass more.")
-    if not all(0.0 < beta <= 1.0 for beta in betas):
-        raise ValueError(f"`betas` must be above 0 and at most 1, got {list(betas)}; 1 is no decay.")
 
 
 def _check_options(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
@@ -657,7 +684,7 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
     if foreign:
         raise ValueError(
             f"`options` may hold the exit options {list(SHARED_OPTIONS)} only, got {foreign}; calibration finds "
-            "thresholds and decay itself, for the criterion similarity."
+            "thresholds, depths and decay itself: pass `criteria` and `betas`."
         )
     if options.get("do_sample", model.generation_config.do_sample):
         raise ValueError("`do_sample` must be False, got True: sampled outputs differ from run to run; turn it off.")
@@ -710,6 +737,7 @@ def check_preset(folder: str | os.PathLike, name: str) -> Path:
 
 
 __all__ = [
+    "CALIBRATED",
     "OBJECTIVES",
     "RISKS",
     "SHARED_OPTIONS",
