@@ -14,21 +14,12 @@ from conftest import tiny_model
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GenerationConfig
 
-from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, calibration, cli
+from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, cli
 from mue_hf.bounds import smallest_budget
-from mue_hf.calibration import (
-    Candidate,
-    Level,
-    Outcome,
-    _Part,
-    calibrate,
-    certify,
-    check_size,
-    pareto_path,
-    split_images,
-    thinned,
-    write_preset,
-)
+from mue_hf.calibration import calibrate, write_preset
+from mue_hf.calibration.certify import Outcome, certify, check_size, split_images
+from mue_hf.calibration.runner import Part, Runner
+from mue_hf.calibration.search import Candidate, Level, pareto_path, thinned
 from mue_hf.early_exit_mue import ExitPolicy, resolve_options
 from mue_hf.evaluation.measure import Meter
 from mue_hf.evaluation.rows import describe_rows
@@ -252,7 +243,7 @@ class TestSearch:
         assert b != sorted(b)
 
     def test_images_are_the_units(self):
-        part = _Part(None, [], [1, 3, 2])
+        part = Part(None, [], [1, 3, 2])
         assert part.by_image([1.0, 0.0, 1.0, 1.0, 0.0, 0.0]) == pytest.approx([1, 2 / 3, 0])
 
     def test_testing_stops_at_the_first_failure(self):
@@ -362,13 +353,13 @@ class TestCalibrate:
 
     @pytest.mark.parametrize("criterion", ["confidence", "entropy", "patience", "fixed"])
     def test_looks_at_the_head_are_paid(self, criterion, parts, scenes, monkeypatch):
-        tried, real = [], calibration._Runner.outcome
+        tried, real = [], Runner.outcome
 
         def outcome(runner, part, full, exits):
             tried.append((exits, real(runner, part, full, exits)))
             return tried[-1][1]
 
-        monkeypatch.setattr(calibration._Runner, "outcome", outcome)
+        monkeypatch.setattr(Runner, "outcome", outcome)
         calibrated(parts, scenes, "captioning", budget=0.9, levels=3, candidates=2, criteria=[criterion])
         exits, found = next(one for one in tried if one[0].get("exit_criterion") == criterion)
         images, _ = split_images([row["image_id"] for row in scenes], 0.3, 0)
@@ -415,7 +406,7 @@ class TestCalibrate:
                 raise KeyboardInterrupt
             return real(*args, **kwargs)
 
-        monkeypatch.setattr("mue_hf.calibration.predict", interrupted)
+        monkeypatch.setattr("mue_hf.calibration.runner.predict", interrupted)
         with pytest.raises(KeyboardInterrupt):
             calibrated(parts, rows, task, **options)
         found = calibrated(parts, rows, task, **options)
@@ -436,13 +427,13 @@ class TestCalibrate:
 
     def test_nothing_is_promised_where_nothing_holds(self, parts, scenes, monkeypatch):
         everything = Outcome(np.ones(IMAGES), 0.5, 0.5)
-        monkeypatch.setattr("mue_hf.calibration._Runner.outcome", lambda *_: everything)
+        monkeypatch.setattr("mue_hf.calibration.runner.Runner.outcome", lambda *_: everything)
         found = calibrated(parts, scenes, "captioning", budget=0.7, levels=1)
         assert found.preset is None
         assert [one.pvalue for one in found.tested] == [1.0]
 
     def test_too_few_images_say_what_would_do(self, parts, scenes, monkeypatch):
-        monkeypatch.setattr("mue_hf.calibration.predict", None)
+        monkeypatch.setattr("mue_hf.calibration.runner.predict", None)
         smallest = smallest_budget(IMAGES - round(0.3 * IMAGES))
         with pytest.raises(ValueError, match=rf"at least {math.ceil(smallest * 1000) / 1000} for the 17 images"):
             calibrated(parts, scenes, "captioning", budget=0.05)
@@ -473,7 +464,7 @@ class TestCalibrate:
         ],
     )
     def test_bad_input_is_refused_before_the_first_run(self, arguments, message, parts, scenes, monkeypatch):
-        monkeypatch.setattr("mue_hf.calibration.predict", None)
+        monkeypatch.setattr("mue_hf.calibration.runner.predict", None)
         given = {"task": "captioning", "budget": 0.9, "rows": IMAGES, "labels": True} | arguments
         rows = scenes[: given.pop("rows")]
         if not given.pop("labels"):

@@ -1,0 +1,117 @@
+"""The promise: candidates tested in order on images that the search never saw, until one fails."""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bounds import fixed_sequence, risk_pvalue, risk_upper_bound, smallest_budget
+from .search import Candidate
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What real runs of one candidate gave: `losses` [images], and FLOPs and seconds as shares of full depth."""
+
+    losses: NDArray
+    flops: float
+    seconds: float
+
+    def cost(self, objective: str) -> float:
+        return self.flops if objective == "flops" else self.seconds
+
+
+@dataclass(frozen=True)
+class Tested:
+    """
+    A candidate on part B.
+
+    Args:
+        options (`dict`): its exit options.
+        loss (`float`): mean loss.
+        pvalue (`float`, *optional*): of the hypothesis that the true loss is above the budget; None without a budget.
+        bound (`float`): the upper bound of the true loss, had only this candidate been tested.
+        flops, seconds (`float`): shares of full depth.
+    """
+
+    options: dict[str, Any]
+    loss: float
+    pvalue: float | None
+    bound: float
+    flops: float
+    seconds: float
+
+
+def certify(
+    path: Sequence[Candidate],
+    measure: Callable[[dict[str, Any]], Outcome],
+    budget: float,
+    delta: float,
+    method: str,
+) -> tuple[list[Tested], int]:
+    """
+    Runs candidates on part B, from the first until one fails.
+
+    Args:
+        path (sequence of [`Candidate`]): chosen without part B.
+        measure (`Callable`): exit options to the [`Outcome`] of real runs on part B.
+        budget (`float`): allowed mean loss.
+        delta (`float`): probability that any certificate is false.
+        method (`str`): see [`risk_pvalue`].
+
+    Returns:
+        `tuple[list[Tested], int]`: what was run, and how many of them, from the first, are certified.
+    """
+    tested: list[Tested] = []
+
+    def pvalues() -> Iterator[float]:
+        for candidate in path:
+            outcome = measure(candidate.options)
+            pvalue = risk_pvalue(outcome.losses, budget, delta, method)
+            tested.append(summarize(candidate, outcome, pvalue, delta, method))
+            yield pvalue
+
+    return tested, fixed_sequence(pvalues(), delta)
+
+
+def summarize(candidate: Candidate, outcome: Outcome, pvalue: float | None, delta: float, method: str) -> Tested:
+    """What part B says of a candidate."""
+    bound = risk_upper_bound(outcome.losses, delta, method)
+    return Tested(candidate.options, float(np.mean(outcome.losses)), pvalue, bound, outcome.flops, outcome.seconds)
+
+
+def split_images(image_ids: Sequence[str], share: float, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The rows of each image, for a `share` of the images (part A) and for the others (part B), both shuffled."""
+    images: dict[str, list[int]] = {}
+    for row, image in enumerate(image_ids):
+        images.setdefault(image, []).append(row)
+    rows = list(images.values())
+    random.Random(seed).shuffle(rows)
+    cut = min(max(round(share * len(rows)), 1), len(rows) - 1)
+    return rows[:cut], rows[cut:]
+
+
+def check_size(images: int, budget: float, delta: float, method: str) -> None:
+    """Raises a ValueError if `images` of part B cannot certify `budget` even without a loss."""
+    smallest = smallest_budget(images, delta, method) if images else 1.0
+    if smallest <= budget:
+        return
+    needed = max(images, 1)
+    while smallest_budget(needed, delta, method) > budget:
+        needed += max(1, needed // 50)
+    raise ValueError(
+        f"`budget` must be at least {_rounded_up(smallest)} for the {images} images that are left for the test at "
+        f"delta {delta}, got {budget}; allow that much, or take more images (the test needs about {needed})."
+    )
+
+
+def _rounded_up(value: float) -> float:
+    digits = 2 - math.floor(math.log10(value))
+    return math.ceil(value * 10**digits) / 10**digits
+
+
+__all__ = ["Outcome", "Tested", "certify", "check_size", "split_images", "summarize"]
