@@ -233,3 +233,22 @@ def test_two_processes_end_with_the_same_model_and_metrics(run, origin, data, tm
         names = [name for name in metrics if not name.endswith(("runtime", "per_second", "epoch"))]
         assert {name: others[name] for name in names} == pytest.approx({name: metrics[name] for name in names})
     assert lines(two / "predictions.jsonl") == lines(one / "predictions.jsonl")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="accelerate shards models over GPUs alone, and over several")
+def test_fully_sharded_run_ends_with_the_same_model(run, origin, data, tmp_path):
+    """NOT RUN where this was written; tests/test_trainer.py compares the gradients of one sharded step on CPUs."""
+    common = ["--dropout", 0, "--drop_path_rate", 0, "--freeze_batch_norm", "--do_train", "--max_steps", 3]
+    one = run("entailment", *common, "--max_train_samples", 12)
+    two = tmp_path / "two"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / "fsdp.yaml")]
+    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    paths = ["--model_name_or_path", origin, "--data", data / "entailment.jsonl", "--output_dir", two]
+    arguments = [*FAST[1:], *common, "--max_train_samples", 12, *paths, "--per_device_train_batch_size", 2]
+    arguments += ["--predict_with_generate", "False"]
+    command += [str(EXAMPLES / "finetune_entailment.py"), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-4)

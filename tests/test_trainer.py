@@ -15,10 +15,14 @@ from conftest import tiny_inputs, tiny_model
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install mue-hf[train]")
+
+from accelerate.state import AcceleratorState
 
 from mue_hf import MuEImageProcessor, MuEProcessor, MuETokenizer
 from mue_hf.data import MuEDataCollator
@@ -142,20 +146,7 @@ class TestSameGradients:
         assert_same(trained(tmp_path, **options), big_batch)
 
     def test_two_processes(self, big_run, big_batch, tmp_path):
-        with socket.socket() as port:
-            port.bind(("127.0.0.1", 0))
-            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1]), "WORLD_SIZE": "2"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(tmp_path)],
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], errors
+        in_two_processes("train", tmp_path)
         result = load_file(tmp_path / "weights.safetensors")
         assert_same(result, {name: big_batch[name] for name in result})
         found = json.loads((tmp_path / "found.json").read_text())
@@ -164,6 +155,18 @@ class TestSameGradients:
         expected = evaluated(big_run, tmp_path)
         assert found["means"] == pytest.approx(expected["means"], rel=1e-5)
         assert (found["tokens"], found["labels"]) == (expected["tokens"], expected["labels"])
+
+    def test_fully_sharded(self, tmp_path):
+        model, batch = tiny_model().train(), collate(samples(4))
+        run = trainer(tmp_path, model, self_distillation=1.0, freeze_batch_norm=True)
+        loss = run.compute_loss(model, batch, num_items_in_batch=batch["labels"].numel())
+        loss.backward()
+        expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        in_two_processes("shard", tmp_path)
+        found = load_file(tmp_path / "gradients.safetensors")
+        assert_same(found, expected)
+        metrics = json.loads((tmp_path / "metrics.json").read_text())
+        assert metrics["eval_loss"] == pytest.approx(run.evaluate()["eval_loss"], rel=1e-6)
 
     @pytest.mark.parametrize("step", [2, 3], ids=["between epochs", "within an epoch"])
     def test_resumed_run(self, step, tmp_path):
@@ -603,7 +606,43 @@ class TestErrors:
         assert "layer_weights" in parser.format_help()
 
 
-def run_one_of_two_processes(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "options", "message"),
+    [
+        (1, {}, "`fsdp_version` must be 2, got 1"),
+        (2, {"ema_decay": 0.9}, "`ema_decay` .got 0.9. averages whole weights"),
+        (2, {"muon_learning_rate": 0.1}, "`muon_learning_rate` .* needs whole matrices"),
+        (2, {"random_exit_depth": True}, "`random_exit_depth` .* leaves out layers"),
+        (2, {"predict_with_generate": True}, "`predict_with_generate` .* `mue-hf evaluate` scores"),
+    ],
+)
+def test_what_fsdp_cannot_do(version, options, message, tmp_path, monkeypatch):
+    # what accelerate makes of a configuration file, on GPUs alone
+    plugin = SimpleNamespace(fsdp_version=version, activation_checkpointing=False)
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **options)
+
+
+def in_two_processes(part: str, folder: Path) -> None:
+    """Runs a part of this file, see its end, in two processes that know of each other."""
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, part, str(folder)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+
+
+def train_in_one_of_two_processes(folder: Path) -> None:
     """What `test_two_processes` starts twice."""
     options = {"per_device_train_batch_size": 2, "label_smoothing_factor": 0.1, "freeze_batch_norm": True}
     run = trainer(folder, ddp_backend="gloo", **options)
@@ -617,5 +656,27 @@ def run_one_of_two_processes(folder: Path) -> None:
     finish_processes()
 
 
+def shard_in_one_of_two_processes(folder: Path) -> None:
+    """What `test_fully_sharded` starts twice. accelerate shards on GPUs alone, so it is done here as it does it."""
+    model, batch = tiny_model(), collate(samples(4))
+    run = trainer(folder, model, self_distillation=1.0, freeze_batch_norm=True, ddp_backend="gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    rank = int(os.environ["RANK"])
+    part = {name: values[2 * rank : 2 * rank + 2] for name, values in batch.items()}
+    metrics = run.evaluate()
+    model.train()
+    # the processes' gradients are averaged
+    run.compute_loss(model, part, num_items_in_batch=batch["labels"].numel()).backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    if rank == 0:
+        save_file(gradients, folder / "gradients.safetensors")
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    finish_processes()
+
+
 if __name__ == "__main__":
-    run_one_of_two_processes(Path(sys.argv[1]))
+    {"train": train_in_one_of_two_processes, "shard": shard_in_one_of_two_processes}[sys.argv[1]](Path(sys.argv[2]))

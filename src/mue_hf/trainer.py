@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -286,9 +287,19 @@ class MuETrainer(Seq2SeqTrainer):
             }
         else:
             options |= {"layer_weights": [0.0] * (len(states) - 1) + [1.0]}
-        norm, weight = self.model.model.decoder.layer_norm, self.model.lm_head.weight
-        with self.accelerator.autocast():
+        with self._whole_head(training) as (norm, weight), self.accelerator.autocast():
             return layerwise_loss(states, norm, weight, labels, num_items_in_batch=num_items_in_batch, **options)
+
+    @contextmanager
+    def _whole_head(self, training: bool) -> Iterator[tuple[nn.Module, Tensor]]:
+        """The decoder's last norm and the output head, which FSDP keeps in pieces outside of the model's forward."""
+        sharded = isinstance(self.model, FSDPModule)
+        if sharded:
+            self.model.unshard()
+        yield self.model.model.decoder.layer_norm, self.model.lm_head.weight
+        # in training the backward pass needs them, and takes them apart when it is through
+        if sharded and not training:
+            self.model.reshard()
 
     def _ramp(self, weight: float) -> float:
         steps = self.args.saturation_warmup_steps
@@ -533,10 +544,30 @@ def _check_launch(trainer: Seq2SeqTrainer) -> None:
             f"one process cannot share {trainer.args.n_gpu} GPUs here; start one process per GPU with `accelerate "
             "launch`, or set CUDA_VISIBLE_DEVICES to one of them."
         )
-    if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+    if is_deepspeed_zero3_enabled():
         raise ValueError(
-            "the loss reads the whole output head, which FSDP and DeepSpeed ZeRO-3 split; use DDP or ZeRO-1/2."
+            "the loss reads the whole output head, which DeepSpeed ZeRO-3 splits; use FSDP 2, DDP or ZeRO-1/2."
         )
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(trainer.args, getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1))
+
+
+def _check_fsdp(args: MuETrainingArguments, version: int) -> None:
+    if version != 2:
+        raise ValueError(f"`fsdp_version` must be 2, got {version}; see examples/fsdp.yaml.")
+    reasons = {
+        "ema_decay": "averages whole weights",
+        "muon_learning_rate": "needs whole matrices",
+        "random_exit_depth": "leaves out layers that another process waits for",
+        "scst_samples": "generates with whole weights",
+        "predict_with_generate": "generates with whole weights",
+    }
+    for name, reason in reasons.items():
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}` (got {getattr(args, name)}) {reason}, which FSDP splits; drop it, or use DDP."
+                + (" `mue-hf evaluate` scores the saved model." if name == "predict_with_generate" else "")
+            )
 
 
 __all__ = ["MuETrainer", "WeightAverage", "freeze", "scst_advantages"]
