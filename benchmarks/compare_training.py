@@ -12,7 +12,7 @@ a model that is joint and was trained on its last layer alone, here of three lay
     python benchmarks/compare_training.py --start_from runs/plain-*/relations --output_dir runs/compare --steps 1600
 
 A variant gets a folder with its checkpoint, its points and `record.json`; what is finished is kept, so an interrupted
-run goes on. `table.md` and `accuracy.png` show the records that there are. Further arguments are those of
+run goes on. `--table` and `--plot` say where the table and the plot of them go. Further arguments are those of
 examples/train_scenes.py and hold for all variants.
 """
 
@@ -237,6 +237,8 @@ def main(argv: list[str] | None = None) -> None:
     """Makes the records that are missing, then the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--table", type=Path, metavar="FILE.md", help="default: table.md in the output folder")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="default: accuracy.png in the output folder")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument(
         "--start_from", type=Path, nargs="+", required=True, metavar="FOLDER", help="what to fine-tune"
@@ -253,8 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     example = load_example()
     records = [make_record(example, args.output_dir, name, args) for name in args.variants]
     table = make_table(records)
-    write_whole(args.output_dir / "table.md", table)
-    draw(records, args.output_dir / "accuracy.png")
+    write_whole(args.table or args.output_dir / "table.md", table)
+    draw(records, args.plot or args.output_dir / "accuracy.png")
     print(table)
 
 

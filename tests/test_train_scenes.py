@@ -231,7 +231,8 @@ def test_comparison_of_two_variants(compare, told, tmp_path, monkeypatch, capsys
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     # what is finished is not made again
     monkeypatch.setattr(compare, "train", None)
-    compare.main(arguments)
+    compare.main([*arguments, f"--table={tmp_path / 'other' / 'variants.md'}"])
+    assert (tmp_path / "other" / "variants.md").read_text() == table
 
 
 def test_comparison_starts_from_the_deepest_that_fits(compare, example, told, tmp_path):
