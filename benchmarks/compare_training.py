@@ -33,6 +33,7 @@ from mue_hf.files import write_whole
 from mue_hf.predict import predict
 from mue_hf.signals import SignalRecorder
 
+DEPTH_AND_DISTILLATION = ["--random_exit_depth", "--self_distillation", "1"]
 VARIANTS: dict[str, list[str]] = {
     "paper": [],
     "last-layer-loss": ["--layer_weights", "0", "0", "0", "0", "0", "1"],
@@ -42,10 +43,10 @@ VARIANTS: dict[str, list[str]] = {
     "layer-weights": ["--layer_weights", "0.3", "0.4", "0.5", "0.7", "0.8", "1"],
     "self-distillation": ["--self_distillation", "1"],
     "random-exit-depth": ["--random_exit_depth"],
-    "saturation": ["--saturation", "1"],
-    "encoder-movement": ["--encoder_movement", "0.1"],
     "token-share": ["--intermediate_token_share", "0.4"],
-    "depth-and-distillation": ["--random_exit_depth", "--self_distillation", "1"],
+    "depth-and-distillation": DEPTH_AND_DISTILLATION,
+    # what is hoped of these terms is said of them on top of the others
+    "and-saturation": [*DEPTH_AND_DISTILLATION, "--saturation", "1", "--encoder_movement", "0.1"],
 }
 # They take the time of "paper", not its steps.
 SMALLER = ("layers-2", "layers-3")
