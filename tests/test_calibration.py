@@ -23,6 +23,7 @@ from mue_hf.calibration.search import Candidate, Level, pareto_path, thinned
 from mue_hf.early_exit_mue import ExitPolicy, resolve_options
 from mue_hf.evaluation.measure import Meter
 from mue_hf.evaluation.rows import describe_rows
+from mue_hf.features import cache_trunk_features
 from mue_hf.generation_mue import weights_fingerprint
 from mue_hf.predict import predict
 from mue_hf.scenes import SceneDataset
@@ -339,17 +340,32 @@ class TestCalibrate:
             changed = [np.mean([full[row].output != real[row].output for row in image]) for image in test]
             assert np.mean(changed) == pytest.approx(preset["loss"])
 
-    def test_saved_exits_do_not_reach_the_runs(self, scenes):
-        plain, (model, processor) = make_parts(), make_parts()
-        model.generation_config.update(
-            image_exit_threshold=-2.0, decoder_exit_threshold=-2.0, exit_warmup=0.5, exit_decay_beta=0.5
-        )
-        found, other = (
-            calibrated(some, scenes, "captioning", budget=0.9, levels=2, candidates=2)
-            for some in (plain, (model, processor))
-        )
-        assert found.preset["loss"] == other.preset["loss"]
-        assert found.preset["image_exit_threshold"] == other.preset["image_exit_threshold"]
+    @pytest.mark.parametrize(
+        "saved",
+        [
+            {
+                "image_exit_threshold": -1.01,
+                "decoder_exit_threshold": -1.01,
+                "exit_warmup": 0.5,
+                "exit_decay_beta": 0.5,
+            },
+            {"exit_criterion": "fixed", "image_exit_layer": 1, "text_exit_layer": 1, "decoder_exit_layer": 1},
+            {"exit_criterion": "patience", "exit_patience": 1, "text_exit_threshold": -1.01, "exit_min_layers": 2},
+        ],
+        ids=["thresholds", "depths", "patience"],
+    )
+    @pytest.mark.parametrize("criterion", ["similarity", "entropy", "patience", "fixed"])
+    def test_saved_exits_do_not_reach_the_runs(self, criterion, saved, scenes):
+        options = {"budget": 0.9, "levels": 2, "candidates": 2, "criteria": criterion}
+        model, processor = make_parts()
+        expected = calibrated((model, processor), scenes, "captioning", **options)
+        for name, value in saved.items():
+            setattr(model.generation_config, name, value)
+        assert model.generation_config.to_dict().items() >= saved.items()
+        found = calibrated((model, processor), scenes, "captioning", **options)
+        assert [replace(one, seconds=0.0) for one in found.tested] == [
+            replace(one, seconds=0.0) for one in expected.tested
+        ]
 
     @pytest.mark.parametrize("criterion", ["confidence", "entropy", "patience", "fixed"])
     def test_looks_at_the_head_are_paid(self, criterion, parts, scenes, monkeypatch):
@@ -420,9 +436,17 @@ class TestCalibrate:
         timeless = [replace(one, seconds=0.0) for one in found.tested]
         assert timeless == [replace(one, seconds=0.0) for one in expected.tested]
         assert not list((tmp_path / "runs").glob("*.part"))
-        # Other weights are another matter.
+        # Other weights are another matter, and so are pictures of another size, and features in their place.
+        model, processor = make_parts()
+        other_size = MuEProcessor(MuEImageProcessor(size={"height": 32, "width": 32}), processor.tokenizer)
+        for others in (make_parts(seed=1), (model, other_size)):
+            count = len(calls)
+            calibrated(others, rows, task, **options)
+            assert len(calls) > count + 3
         count = len(calls)
-        calibrated(make_parts(seed=1), rows, task, **options)
+        features = cache_trunk_features(model, processor, rows, tmp_path / "features", dtype=torch.float32)
+        data = replace(describe_rows(rows), rows=features)
+        calibrate(model, processor, data, task, progress=False, **options)
         assert len(calls) > count + 3
 
     def test_nothing_is_promised_where_nothing_holds(self, parts, scenes, monkeypatch):
@@ -629,6 +653,14 @@ class TestCommand:
         tuned = MuEForConditionalGeneration.from_pretrained(checkpoint)
         with pytest.warns(UserWarning, match="calibrated on other weights"):
             tuned.generate(**inputs, exit_preset="fast")
+
+    def test_settings_to_try(self, checkpoint, data):
+        arguments = ["--data", str(data), "--compute", "0.95", "--levels", "2", "--preset", "fast"]
+        names = ["--criterion", "confidence", "patience", "--per-layer", "--beta", "1", "0.9"]
+        assert cli.main(["calibrate", str(checkpoint), *self.ARGUMENTS, *arguments, *names]) == 0
+        runs = [path.read_text() for path in Path("runs/calibration").glob("run-*.jsonl")]
+        # at full depth on part B; two levels of each encoder stream, two of confidence for each beta, two of patience
+        assert len(runs) >= 1 + 4 + 4 + 2
 
     def test_dry_run_writes_nothing(self, checkpoint, data, capsys):
         path = checkpoint / "generation_config.json"

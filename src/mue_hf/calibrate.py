@@ -79,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=CALIBRATED,
         default=["similarity"],
         metavar="NAME",
-        help=f"criteria to choose from: {', '.join(CALIBRATED)} (similarity); but for fixed, of the decoder",
+        help=f"criteria to choose from: {', '.join(CALIBRATED)} (similarity); all but fixed are about the decoder, "
+        "which may also be left as it is",
     )
     settings.add_argument("--per-layer", action="store_true", help="a threshold for each layer, of similarity")
     settings.add_argument(

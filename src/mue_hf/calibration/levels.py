@@ -7,14 +7,12 @@ import numpy as np
 
 from ..evaluation.settings import GRIDS
 from ..signals import Signals, threshold_levels, without_decay
-from .runner import Runner
+from .runner import Runner, layers
 
 
 def fixed_levels(runner: Runner, stream: str) -> list[dict[str, Any]]:
     """A stream's fixed depths, deepest first."""
-    config = runner.model.config
-    layers = config.decoder_layers if stream == "decoder" else config.encoder_layers
-    depths = range(layers - 1, runner.shared["exit_min_layers"] - 1, -1)
+    depths = range(layers(runner.model.config, stream) - 1, runner.shared["exit_min_layers"] - 1, -1)
     return [{"exit_criterion": "fixed", f"{stream}_exit_layer": depth} for depth in depths]
 
 
@@ -22,15 +20,19 @@ def decoder_levels(runner: Runner, criterion: str, betas: Sequence[float], count
     """Exit options of the decoder by what a layer would answer, careful to fast."""
     if criterion == "patience":
         counts = range(runner.model.config.decoder_layers - 1, 0, -1)
-        return [{"exit_criterion": criterion, "exit_patience": patience} for patience in counts][-count:]
-    # careful first
-    grid = sorted(GRIDS[criterion], reverse=criterion != "entropy")
-    kept = sorted({round(place) for place in np.linspace(0, len(grid) - 1, min(count, len(grid)))})
+        return [{"exit_criterion": criterion, "exit_patience": patience} for patience in _spread(counts, count)]
+    grid = _spread(sorted(GRIDS[criterion], reverse=criterion != "entropy"), count)
     return [
-        {"exit_criterion": criterion, "decoder_exit_threshold": grid[place]} | _decay(beta)
+        {"exit_criterion": criterion, "decoder_exit_threshold": threshold} | _decay(beta)
         for beta in betas
-        for place in kept
+        for threshold in grid
     ]
+
+
+def _spread(values: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the values, evenly spaced, the first and the last among them; of one, the last."""
+    places = np.linspace(len(values) - 1, 0, min(count, len(values)))
+    return [values[place] for place in sorted({round(place) for place in places})]
 
 
 def similarity_levels(

@@ -22,7 +22,7 @@ from ..bounds import METHODS
 from ..early_exit_mue import CONFIG_NAMES, CRITERIA
 from ..evaluation.rows import ChosenRows, EvaluationData
 from ..evaluation.store import content_key
-from ..features import trunk_fingerprint
+from ..features import TrunkFeatureDataset, trunk_fingerprint
 from ..generation_mue import weights_fingerprint
 from ..modeling_mue import MuEForConditionalGeneration
 from ..predict import TASKS, Prediction
@@ -105,7 +105,8 @@ def calibrate(
         method (`str`, *optional*, defaults to `"hoeffding-bentkus"`): see [`risk_pvalue`].
         criteria (sequence of `str`, *optional*, defaults to `("similarity",)`): criteria to try; the best setting of
             any of them becomes the preset. Beside "similarity", the decoder alone leaves by "confidence", "margin",
-            "entropy" or "patience"; with "fixed", every stream stops at a depth.
+            "entropy" or "patience"; with "fixed", every stream stops at a depth. The best may be to leave the decoder
+            as it is.
         per_layer (`bool`, *optional*, defaults to `False`): one threshold per layer for similarity, see
             [`threshold_levels`].
         betas (sequence of `float`, *optional*, defaults to `(1.0,)`): values in (0, 1] of the decoder's
@@ -131,7 +132,7 @@ def calibrate(
             that the risk needs is missing, or the images are too few for the budget; the message then gives the
             smallest one. After the search, if no candidate is within `compute`.
     """
-    options = dict(options or {})
+    options, criteria = dict(options or {}), [criteria] if isinstance(criteria, str) else list(criteria)
     _check_shares(budget=budget, compute=compute, delta=delta, search_share=search_share)
     _check_choices(risk, objective, method, criteria)
     _check_counts(levels=levels, candidates=candidates, criteria=len(criteria), betas=len(betas))
@@ -146,7 +147,7 @@ def calibrate(
     reward = None
     if risk == "metric" and task == "captioning":
         reward = CiderDReward([processor.encode_captions(row["references"]) for row in data.fields])
-    common = {} if folder is None else _common(model, data, task, batch_size, prompt_type)
+    common = {} if folder is None else _common(model, processor, data, task, batch_size, prompt_type)
     folder = None if folder is None else Path(folder)
     runner = Runner(model, processor, task, risk, options, batch_size, prompt_type, reward, folder, common)
 
@@ -241,13 +242,18 @@ def _search(
     if not path:
         raise ValueError(
             f"`model` must have exits that save {objective}, got none on {len(part.counts)} images: stacks of one "
-            "layer have none, and small `levels` may miss them; raise `levels`."
+            "layer have none, and `levels` or `exit_min_layers` may leave them out; raise or lower that."
         )
     return full, path
 
 
 def _common(
-    model: MuEForConditionalGeneration, data: EvaluationData, task: str, batch_size: int, prompt_type: str
+    model: MuEForConditionalGeneration,
+    processor: MuEProcessor,
+    data: EvaluationData,
+    task: str,
+    batch_size: int,
+    prompt_type: str,
 ) -> dict[str, Any]:
     """What outputs and seconds of a run depend on, beside its rows and options."""
     saved = model.generation_config.to_dict()
@@ -257,7 +263,10 @@ def _common(
         "weights": trunk_fingerprint(model),
         "data": data.fingerprint,
         "task": task,
-        "generation": {name: value for name, value in saved.items() if "exit" not in name},
+        # Every run states its exits; of what is saved, only when rows are taken out of a batch acts on it.
+        "generation": {name: value for name, value in saved.items() if "exit" not in name or name == "exit_costs"},
+        "images": processor.image_processor.to_dict(),
+        "features": isinstance(data.rows, TrunkFeatureDataset),
         "prompt_type": prompt_type,
         "batch_size": batch_size,
         "device": str(model.device),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..configuration_mue import MuEConfig
 from ..early_exit_mue import USED_BY, ExitOptions
 from ..evaluation.measure import Meter
 from ..evaluation.rows import ChosenRows
@@ -28,6 +29,11 @@ DEFAULTS = {
     name: getattr(ExitOptions(), name)
     for name in ("exit_criterion", "exit_decay_beta", "exit_decay_tau", "exit_kv", "exit_min_layers", "exit_warmup")
 }
+
+
+def layers(config: MuEConfig, stream: str) -> int:
+    """How many layers a stream has."""
+    return config.decoder_layers if stream == "decoder" else config.encoder_layers
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,9 @@ class Runner:
         """All exit options of a candidate, or of full depth for None."""
         if exits is None:
             return {"exit_criterion": "never"}
-        off = {f"{stream}_exit_threshold": NEVER for stream in self.streams}
+        # What a candidate leaves open must not come from what is saved with the checkpoint.
+        off: dict[str, Any] = {f"{stream}_exit_threshold": NEVER for stream in self.streams}
+        off |= {f"{stream}_exit_layer": layers(self.model.config, stream) for stream in self.streams}
         every = self.shared | off | dict(exits)
         return {name: value for name, value in every.items() if name in USED_BY[every["exit_criterion"]]}
 
@@ -156,4 +164,4 @@ class Runner:
         return [float(one.output == answers[row["label"]]) for one, row in zip(predictions, part.texts, strict=True)]
 
 
-__all__ = ["DEFAULTS", "SHARED_OPTIONS", "Part", "Runner"]
+__all__ = ["DEFAULTS", "SHARED_OPTIONS", "Part", "Runner", "layers"]

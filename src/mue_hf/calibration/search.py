@@ -85,7 +85,7 @@ def within(path: Sequence[Candidate], objective: str, compute: float) -> list[Ca
         reached = min(candidate.cost for candidate in path)
         raise ValueError(
             f"`compute` must be reachable, got {compute}, but the candidates reach {reached:.3g} of the {objective} "
-            "of full depth; allow more, raise `levels`, or use `per_layer`."
+            "of full depth; allow more, raise `levels`, use `per_layer`, or try other `criteria`."
         )
     return within
 
