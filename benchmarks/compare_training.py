@@ -2,8 +2,8 @@
 
 Every variant is trained by examples/train_scenes.py and measured as `mue-hf evaluate` does: the paper's recipe;
 without the layer-wise loss; without decomposition (a joint encoder); models of two and three layers, which take as
-many more steps as fit into the same time; and each option of MuETrainer on its own. As in the paper, they fine-tune
-a model that is joint and was trained on its last layer alone, here of three layers, of two for the smallest:
+many more steps as fit into the same time; the options of MuETrainer one by one, and together. As in the paper, they
+fine-tune a model that is joint and was trained on its last layer alone, here of three layers, of two for the smallest:
 
     for layers in 2 3; do
         make runs/plain-$layers/relations/report.json REPRODUCED=runs/plain-$layers LAYERS=$layers \\
@@ -103,15 +103,22 @@ def run_lesson(example: Any, output: Path, lesson: str, steps: int, options: lis
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def seconds_per_step(example: Any, folder: Path, name: str, args: argparse.Namespace) -> float:
-    """Measured on a few steps of judging; kept in the folder."""
+def steps_in_equal_time(example: Any, folder: Path, name: str, args: argparse.Namespace) -> int:
+    """How many steps of a smaller model take the time of `args.steps` of "paper", by runs in turns of two lengths,
+    whose difference is without what comes before the first step; kept in the folder."""
     path = folder / "timing" / f"{name}.json"
     if not path.exists():
-        options = [f"--output_dir={folder / 'timing' / name}", f"--max_steps={args.timing_steps}"]
-        options += [*TRAINING, *args.training, f"--layers={LAYERS}", *VARIANTS[name], "--save_strategy", "no"]
-        report = example.main([*options, deepest_start(name, args.start_from)])
-        write_whole(path, json.dumps(report["seconds"] / args.timing_steps))
-    return json.loads(path.read_text(encoding="utf-8"))
+        seconds = {}
+        for steps in (args.timing_steps, 2 * args.timing_steps):
+            for one in ("paper", name):
+                output = path.parent / f"{name}-{one}-{steps}"
+                options = [f"--output_dir={output}", f"--max_steps={steps}", *TRAINING, *args.training]
+                options += [f"--layers={LAYERS}", *VARIANTS[one], "--save_strategy", "no"]
+                report = example.main([*options, deepest_start(one, args.start_from)])
+                seconds[one] = report["seconds"] - seconds.get(one, 0.0)
+        write_whole(path, json.dumps(seconds))
+    seconds = json.loads(path.read_text(encoding="utf-8"))
+    return round(args.steps * seconds["paper"] / seconds[name])
 
 
 def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -119,13 +126,13 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]
     checkpoint, points = folder / "judging", folder / "points.jsonl"
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    options = ["--model", str(checkpoint), "--data", f"scenes:{args.seed}:{args.scenes}", "--output", str(points)]
+    options = ["--model", str(checkpoint), "--data", f"scenes:{args.test_seed}:{args.scenes}", "--output", str(points)]
     options += ["--sweep", "similarity", "--sweep", "fixed", "--levels-split", "dev", "--batch-size", "64"]
     run(parser.parse_args(["entailment", *options, "--time-rows", str(args.time_rows)]))
     model = MuEForConditionalGeneration.from_pretrained(checkpoint).eval()
     processor = MuEProcessor.from_pretrained(checkpoint)
     answers = processor.encode_answers(list(processor.entailment_answers.values()))
-    rows = load_rows("entailment", f"scenes:{args.seed}:50", "dev")
+    rows = load_rows("entailment", f"scenes:{args.test_seed}:50", "dev")
     with SignalRecorder(model, [token for answer in answers for token in answer]) as recorder:
         predict(model, processor, rows, "entailment", {"exit_criterion": "never"}, batch_size=64)
     return read_records(points), similarity_curves(recorder.signals)
@@ -134,20 +141,21 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]
 def make_record(example: Any, folder: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures a variant, unless it is finished."""
     path = folder / name / "record.json"
+    asked = {"steps": args.steps, "telling_share": args.telling_share, "training": [*TRAINING, *args.training]}
+    asked |= {"start": deepest_start(name, args.start_from), "scenes": args.scenes, "test_seed": args.test_seed}
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    steps = args.steps
-    if name in SMALLER:
-        base, own = (seconds_per_step(example, folder, one, args) for one in ("paper", name))
-        steps = round(steps * base / own)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["asked"] != asked:
+            raise ValueError(f"`--output_dir` must hold runs of these options, but {path} is of {record['asked']}.")
+        return record
+    steps = steps_in_equal_time(example, folder, name, args) if name in SMALLER else args.steps
     reports = train(example, folder / name, name, steps, args)
     points, layers = measure(folder / name, args)
     kept = ("name", "criterion", "exits", "quality", "intervals", "identical", "depth", "layers_skipped", "flops")
     record = {
         "variant": name,
         "options": VARIANTS[name],
-        "training": [*TRAINING, *args.training],
-        "start": deepest_start(name, args.start_from),
+        "asked": asked,
         "steps": steps,
         "training_seconds": sum(report["seconds"] for report in reports.values()),
         "dev_accuracy": reports["judging"]["accuracy"],
@@ -163,7 +171,8 @@ def make_record(example: Any, folder: Path, name: str, args: argparse.Namespace)
 
 
 def most_skipped(record: dict[str, Any], share: float = 0.99) -> dict[str, Any]:
-    """The point of similarity (or full depth) that skips most layers at `share` of the accuracy at full depth."""
+    """The point of similarity (or full depth) that skips most layers at `share` of the accuracy at full depth. Its
+    thresholds come from the split dev; that it is this point is known from the test split alone."""
     least = share * record["points"][0]["quality"]["accuracy"]
     points = [one for one in record["points"] if one["criterion"].startswith(("full", "similarity"))]
     return max(
@@ -216,14 +225,15 @@ def make_table(records: list[dict[str, Any]]) -> str:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against layers skipped: similarity as lines, fixed depths as dashes."""
+    """Accuracy against layers skipped: similarity as lines, with thresholds per layer dotted, fixed depths dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="layers skipped (R), %", ylabel="accuracy", title="Variants of training")
     axes.grid(alpha=0.3)
     for index, record in enumerate(records):
-        for criteria, style in ((("full", "similarity"), "o-"), (("full", "fixed"), "x--")):
+        lines = {"o-": ("full", "similarity"), ".:": ("full", "similarity per layer"), "x--": ("full", "fixed")}
+        for style, criteria in lines.items():
             points = [one for one in record["points"] if one["criterion"] in criteria]
             pairs = sorted((100 * one["layers_skipped"]["mean"], one["quality"]["accuracy"]) for one in points)
             label = record["variant"] if style == "o-" else None
@@ -246,9 +256,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=1600, help="training steps of a variant (1600)")
     parser.add_argument("--telling_share", type=float, default=0.5, help="share of them for telling (0.5)")
-    parser.add_argument("--timing_steps", type=int, default=20, help="steps by which smaller models are timed (20)")
+    parser.add_argument("--timing_steps", type=int, default=30, help="steps by which smaller models are timed (30)")
     parser.add_argument("--scenes", type=int, default=200, help="test scenes of eight statements (200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the test scenes (0)")
+    parser.add_argument("--test_seed", type=int, default=0, help="of the test scenes (0)")
     parser.add_argument("--time_rows", type=int, default=0, help="statements to time (0)")
     args, args.training = parser.parse_known_args(argv)
     if not 0 <= args.telling_share < 1 or round(args.telling_share * args.steps) >= args.steps:

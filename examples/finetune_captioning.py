@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         origin, data, args = parser.parse_args_into_dataclasses(argv)
     logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING)
+    args.check_scores()
     checkpoint = args.checkpoint_to_resume() if args.do_train else None
     if args.do_eval or args.do_predict:
         # a scorer that is missing is found before hours of training

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -134,6 +135,24 @@ def test_entailment_records(evaluate):
     right = sum(kind["rows"] * kind["accuracy"] for kind in kinds.values())
     assert right / 24 == pytest.approx(full["quality"]["accuracy"])
     assert all(1 / 3 <= kind["base_rate"] <= 1 for kind in kinds.values())
+
+
+def test_points_of_a_sweep_are_what_their_names_say(evaluate, checkpoint, tmp_path):
+    saved = tmp_path / "saved"
+    shutil.copytree(checkpoint, saved)
+    path = saved / "generation_config.json"
+    options = {"exit_criterion": "fixed", "image_exit_layer": 1, "decoder_exit_layer": 1}
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    sweeps = ["--sweep", "similarity-decoder=2", "--sweep", "fixed", "--preset", "first"]
+    code, records, _ = evaluate("captioning", "--model", saved, *sweeps)
+    assert code == 0
+    depths = {record["name"]: record["depth"] for record in records}
+    assert depths["similarity-decoder 2"] == depths["full depth"] == {"image": 3, "text": 3, "decoder": 4}
+    assert depths["fixed decoder 2"] == {"image": 3, "text": 3, "decoder": 2}
+    assert depths["first"] == {"image": 1, "text": 3, "decoder": 1}
+    # one point without a sweep takes what is saved
+    _, records, _ = evaluate("captioning", "--model", saved, "--generate", "text_exit_layer=2")
+    assert records[1]["depth"] == {"image": 1, "text": 2, "decoder": 1}
 
 
 def test_what_is_there_is_not_measured_again(evaluate, tmp_path, monkeypatch):

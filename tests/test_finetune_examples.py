@@ -107,6 +107,13 @@ def test_run_and_resumed_run(task, run, tmp_path):
     assert losses(again) == losses(folder)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_scores_without_texts_are_refused_before_training(task, run, tmp_path):
+    with pytest.raises(ValueError, match="`predict_with_generate` must be True with `do_eval` or `do_predict`"):
+        run(task, "--do_train", "--do_eval", "--predict_with_generate", "False")
+    assert not list(tmp_path.glob("out/checkpoint-*"))
+
+
 def test_written_answers_are_those_of_predict(run, data):
     folder = run("entailment", "--do_train", "--do_predict")
     model = MuEForConditionalGeneration.from_pretrained(folder).eval()

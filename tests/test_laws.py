@@ -349,7 +349,7 @@ class TestDecoder:
         for name in ("image", "text", "decoder"):
             assert getattr(output, f"{name}_exit_layers").unique().tolist() == [1]
 
-    def test_two_threads_with_their_own_thresholds(self, model):
+    def test_four_threads_with_their_own_thresholds(self, model):
         inputs = tiny_inputs()
         settings = [EXITS, NEVER, {"decoder_exit_threshold": -1.1}, EXITS | {"exit_kv": "exact"}]
         alone = [generate(model, inputs, **options) for options in settings]

@@ -233,6 +233,8 @@ def test_comparison_of_two_variants(compare, told, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(compare, "train", None)
     compare.main([*arguments, f"--table={tmp_path / 'other' / 'variants.md'}"])
     assert (tmp_path / "other" / "variants.md").read_text() == table
+    with pytest.raises(ValueError, match="`--output_dir` must hold runs of these options"):
+        compare.main([*arguments, "--steps=3"])
 
 
 def test_comparison_starts_from_the_deepest_that_fits(compare, example, told, tmp_path):

@@ -613,7 +613,8 @@ class TestErrors:
         (2, {"ema_decay": 0.9}, "`ema_decay` .got 0.9. averages whole weights"),
         (2, {"muon_learning_rate": 0.1}, "`muon_learning_rate` .* needs whole matrices"),
         (2, {"random_exit_depth": True}, "`random_exit_depth` .* leaves out layers"),
-        (2, {"predict_with_generate": True}, "`predict_with_generate` .* `mue-hf evaluate` scores"),
+        (2, {"scst_samples": 2, "reward": share_of_favourite}, "`scst_samples` .* generates with whole weights"),
+        (2, {"predict_with_generate": True}, "pass `--predict_with_generate False` and score the saved model"),
     ],
 )
 def test_what_fsdp_cannot_do(version, options, message, tmp_path, monkeypatch):

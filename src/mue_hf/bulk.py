@@ -479,7 +479,7 @@ def bulk_to_file(
         results = process(journal.remaining(rows), totals)
         # Without the start of the workers.
         start = time.perf_counter()
-        with tqdm(total=total, initial=journal.counts["rows"], unit="row", disable=not progress) as bar:
+        with tqdm(total=total, initial=journal.counts["rows"], unit=" images", disable=not progress) as bar:
             written: list[dict[str, Any]] = []
             for record in results:
                 written.append(record)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from .caption import at_least, load_checkpoint, setting, thresholds
 from .early_exit_mue import CONFIG_NAMES, resolve_options
@@ -217,6 +218,8 @@ class Evaluation:
         args.device = self.processes.device
         self.records = self.processes.share(lambda: read_records(args.output))
         self.model, self.processor = load_checkpoint(args)
+        if args.sweep:
+            _forget_saved_exits(self.model.generation_config)
         self.decoding = self._decoding()
         self.settings = self._settings()
         self.against = next((point for point in self.settings if point.name == args.against), None)
@@ -241,6 +244,7 @@ class Evaluation:
             "weights": trunk_fingerprint(self.model),
             "data": data.fingerprint,
             "decoding": {name: value for name, value in self.saved.items() if "exit" not in name} | self.decoding,
+            "processor": self.processor.image_processor.to_dict(),
             "prompt_type": args.prompt_type,
             "premise": not args.no_premise,
             "images": args.images,
@@ -487,6 +491,14 @@ class Evaluation:
             chosen = ChosenRows(self.rows, [index * len(self.rows) // count for index in range(count)])
             write_whole(path, json.dumps(similarity_curves(self._signals(chosen))) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _forget_saved_exits(config: GenerationConfig) -> None:
+    """Takes exits that are saved with a checkpoint out of `config`, so that each point of a sweep is what its name
+    says; presets and costs stay."""
+    for name in CONFIG_NAMES - {"exit_presets", "exit_costs"}:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
 
 
 def _try_scores(metrics: Sequence[str], tokenizer: str) -> None:

@@ -560,14 +560,15 @@ def _check_fsdp(args: MuETrainingArguments, version: int) -> None:
         "muon_learning_rate": "needs whole matrices",
         "random_exit_depth": "leaves out layers that another process waits for",
         "scst_samples": "generates with whole weights",
-        "predict_with_generate": "generates with whole weights",
     }
     for name, reason in reasons.items():
         if getattr(args, name):
-            raise ValueError(
-                f"`{name}` (got {getattr(args, name)}) {reason}, which FSDP splits; drop it, or use DDP."
-                + (" `mue-hf evaluate` scores the saved model." if name == "predict_with_generate" else "")
-            )
+            raise ValueError(f"`{name}` (got {getattr(args, name)}) {reason}, which FSDP splits; drop it, or use DDP.")
+    if args.predict_with_generate:
+        raise ValueError(
+            "`predict_with_generate` (got True) generates with whole weights, which FSDP splits; pass "
+            "`--predict_with_generate False` and score the saved model with `mue-hf evaluate`."
+        )
 
 
 __all__ = ["MuETrainer", "WeightAverage", "freeze", "scst_advantages"]

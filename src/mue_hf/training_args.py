@@ -124,6 +124,19 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
             )
         return None
 
+    def check_scores(self) -> None:
+        """
+        For scripts whose metrics are those of generated texts.
+
+        Raises:
+            ValueError: if such scores are asked for, and texts are not.
+        """
+        if (self.do_eval or self.do_predict) and not self.predict_with_generate:
+            raise ValueError(
+                "`predict_with_generate` must be True with `do_eval` or `do_predict`, got False: scores are those of "
+                "generated texts; leave these two off, and score the saved model with `mue-hf evaluate`."
+            )
+
     def _check_ranges(self) -> None:
         rules = {
             "label_smoothing_factor": (0.0 <= self.label_smoothing_factor < 1.0, "a share in [0, 1)"),
