@@ -3,9 +3,9 @@
 A step is forward, loss and backward of a MuE model on random pictures (as trunk features, the trunk being frozen) and
 random captions. The losses take turns in one process, so that whatever else the machine does hits them alike;
 the figures are medians. Memory is what tensors take beyond the weights, at its peak: on the CPU from the profiler's
-record of allocations in a step of its own, on CUDA from the allocator. The output is one JSON object.
+record of allocations in a step of its own, on CUDA from the allocator. The output is one JSON object, and a table.
 
-    python benchmarks/layerwise_loss.py --images 4 --grid 14 --repeats 5 --output loss.json
+    python benchmarks/layerwise_loss.py --images 4 --captions-per-image 5 --repeats 5 --output loss.json --table loss.md
 """
 
 import argparse
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration
 from mue_hf.configuration_mue import SIZES
+from mue_hf.files import write_whole
 from mue_hf.losses import layerwise_loss
 
 Loss = Callable[[MuEForConditionalGeneration, tuple[Tensor, ...], Tensor], Tensor]
@@ -171,7 +172,7 @@ def measure(args: argparse.Namespace) -> dict:
         "decoder_layers": model.config.decoder_layers,
         "vocabulary": model.config.vocab_size,
         "target_tokens": targets,
-        "settings": {name: value for name, value in vars(args).items() if name != "output"},
+        "settings": {name: value for name, value in vars(args).items() if name not in ("output", "table")},
         "hardware": hardware(args.device),
         "load_average_before_and_after": [round(load[0], 2), round(os.getloadavg()[0], 2)],
         "versions": {
@@ -180,6 +181,28 @@ def measure(args: argparse.Namespace) -> dict:
             "transformers": transformers.__version__,
         },
     }
+
+
+def make_table(record: dict) -> str:
+    """The record as a table in markdown."""
+    settings, load = record["settings"], record["load_average_before_and_after"]
+    lines = [
+        f"OFA-{settings['size']}, {settings['images']} images with {settings['captions_per_image']} captions each, "
+        f"{record['target_tokens']} target tokens of a vocabulary of {record['vocabulary']}, "
+        f"{record['decoder_layers']} decoder layers; {'bfloat16' if settings['bf16'] else 'float32'}, "
+        f"medians of {settings['repeats']} rounds; {record['hardware']}, torch {record['versions']['torch']}; load "
+        f"{load[0]} before and {load[1]} after.",
+        "",
+        "| loss | peak memory beyond the weights, MiB | of the last layer's | seconds | of the last layer's |",
+        "|---|---|---|---|---|",
+    ]
+    for name, one in record["losses"].items():
+        label = name.replace("_", " ")
+        lines.append(
+            f"| {label} | {one['peak_mib']} | {one['peak_ratio']:.2f}x | {one['seconds']:.2f} | "
+            f"{one['seconds_ratio']:.2f}x |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -193,19 +216,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="file for the JSON record; default: standard output")
+    parser.add_argument("--table", type=Path, metavar="FILE.md", help="file for a table in markdown")
     args = parser.parse_args(argv)
     for name in ("images", "captions_per_image", "grid", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.tokens < 2:
         parser.error(f"--tokens must be at least 2, got {args.tokens}")
-    text = json.dumps(measure(args), indent=2) + "\n"
+    record = measure(args)
+    text = json.dumps(record, indent=2) + "\n"
+    if args.table is not None:
+        write_whole(args.table, make_table(record))
     if args.output is None:
         sys.stdout.write(text)
-        return
-    part = args.output.with_name(args.output.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(args.output)
+    else:
+        write_whole(args.output, text)
 
 
 if __name__ == "__main__":
