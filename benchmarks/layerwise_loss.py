@@ -5,7 +5,7 @@ random captions. The losses take turns in one process, so that whatever else the
 the figures are medians. Memory is what tensors take beyond the weights, at its peak: on the CPU from the profiler's
 record of allocations in a step of its own, on CUDA from the allocator. The output is one JSON object, and a table.
 
-    python benchmarks/layerwise_loss.py --images 4 --captions-per-image 5 --repeats 5 --output loss.json --table loss.md
+    python benchmarks/layerwise_loss.py --images 4 --captions-per-image 5 --output loss.json --table loss.md
 """
 
 import argparse
