@@ -76,17 +76,18 @@ $(REPRODUCED)/judging/report.json: $(REPRODUCED)/all/report.json
 	$(LESSON) $(READING) --lesson judging --max_steps 800 --start_from $(<D) --first_scene 1000000 \
 		--lr_scheduler_type cosine --random_exit_depth --self_distillation 1
 
+CALIBRATE = $(BIN)/mue-hf calibrate --task entailment --data $(REPRODUCED)/scenes/entailment.jsonl --batch-size 64 \
+	--criterion similarity confidence --threads $(THREADS) --runs $(REPRODUCED)/calibration
 # Where no preset keeps the budget (exit code 1), the table goes without it.
 $(REPRODUCED)/calibrated: $(REPRODUCED)/judging/report.json $(REPRODUCED)/scenes
-	$(BIN)/mue-hf calibrate $(<D) --task entailment --data $(REPRODUCED)/scenes/entailment.jsonl --batch-size 64 \
-		--budget 0.05 --preset quality || test $$? = 1
-	$(BIN)/mue-hf calibrate $(<D) --task entailment --data $(REPRODUCED)/scenes/entailment.jsonl --batch-size 64 \
-		--compute 0.6 --preset balanced || test $$? = 1
+	$(CALIBRATE) $(<D) --budget 0.05 --preset quality || test $$? = 1
+	$(CALIBRATE) $(<D) --compute 0.6 --preset balanced || test $$? = 1
 	@touch $@
 
 $(REPRODUCED)/table.md: $(REPRODUCED)/calibrated
 	$(BIN)/mue-hf evaluate entailment --model $(REPRODUCED)/judging --data $(REPRODUCED)/scenes/entailment.jsonl \
-		--kind-column kind --batch-size 64 --sweep all --levels-split dev --oracle --time-rows 10 --threads $(THREADS) \
+		--kind-column kind --batch-size 64 --sweep all --levels-split dev --levels 4 --oracle --time-rows 10 \
+		--threads $(THREADS) \
 		$$(grep -oE '"(quality|balanced)": [{]' $(REPRODUCED)/judging/generation_config.json | sed 's/"\(.*\)".*/--preset \1/') \
 		--output $(REPRODUCED)/points.jsonl --plots $(REPRODUCED)/plots --table $@
 
