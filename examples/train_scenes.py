@@ -22,7 +22,7 @@ lessons, each a run of its own that starts from the one before:
         --max_steps 600 --kinds relation --relations "left of" --told_share 0 $OPTIONS
     ...
     python examples/train_scenes.py --lesson judging --start_from RUNS/all --layers 6 --output_dir RUNS/judging \\
-        --max_steps 500 $OPTIONS
+        --max_steps 800 $OPTIONS
 
 `make reproduce` runs these with all of their options; given again, it goes on where it was interrupted.
 `mue-hf evaluate entailment --model RUNS/judging --data scenes:0:1250` measures the result.

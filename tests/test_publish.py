@@ -44,6 +44,7 @@ base_model = ["org/base"]
 datasets = ["org/scenes"]
 license = "apache-2.0"
 limits = ["It knows bytes alone."]
+commands = "mue-hf evaluate captioning --data scenes:0:6"
 
 [data_names]
 "scenes:0:6" = "Scenes"
@@ -234,6 +235,7 @@ class TestPublished:
             "differ from those at full depth, with confidence 90%; tested on 300 images (captioning) that the search "
             'had not seen (hoeffding-bentkus), under `{"num_beams": 2}`, in float32 |',
             "* It knows bytes alone.",
+            "```\nmue-hf evaluate captioning --data scenes:0:6\n```",
             'pipeline("image-to-text", model="org/mue-ofa", trust_remote_code=True)',
             "@inproceedings{tang2023mue",
         ):

@@ -37,6 +37,7 @@ class About:
         summary (`str`): what the model is, in a paragraph.
         language (`str`): code of the language of its outputs, e.g. "en".
         base_model, datasets (`list[str]`): Hub ids of what it was made from and trained on.
+        commands (`str`): what calibrated the presets and evaluated them, as it was typed.
         training (`str`): data and training, in Markdown.
         license (`str`): as the Hub calls it, e.g. "apache-2.0", or "other".
         license_name, license_link (`str`): of a license "other".
@@ -49,6 +50,7 @@ class About:
     language: str = ""
     base_model: list[str] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
+    commands: str = ""
     training: str = ""
     license: str = ""
     license_name: str = ""
@@ -141,7 +143,7 @@ def render_card(
         model_id (`str`): Hub id or folder by which it is loaded.
         about ([`About`]): what its makers state.
         groups: see [`evaluation_groups`].
-        plots (sequence of `str`): the name of a picture for each group, or nothing.
+        plots (sequence of `str`): the name of a picture for each group, empty for none.
         dtypes (`dict[str, str]`, *optional*): names of calibrated presets to the dtype in which they hold.
     """
     name = PurePath(model_id).name
@@ -167,7 +169,7 @@ def render_card(
     if data.eval_results is None:
         data.model_name = None
     described = [
-        _describe_group(group, about) | {"plot": plots[index] if index < len(plots) else None}
+        _describe_group(group, about) | {"plot": plots[index] if index < len(plots) else ""}
         for index, group in enumerate(groups)
     ]
     card = ModelCard.from_template(
@@ -244,7 +246,7 @@ def _describe_group(group: Sequence[Mapping[str, Any]], about: About) -> dict[st
             f"A card with an evaluation needs what `mue-hf evaluate` does ({error}): pip install 'mue-hf[eval,train]'"
         ) from error
     first = group[0]
-    notes = [f"{first['images']} images"] if first["images"] != "own" else []
+    notes = {"shuffled": ["shuffled images"], "none": ["without images"]}.get(first["images"], [])
     if first["task"] == "entailment" and not first["premise"]:
         notes.append("without premises")
     rows = f"{first['rows']} rows of {first['image_count']} images"

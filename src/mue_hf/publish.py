@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--about",
         metavar="FILE.toml",
         help="what the card states: summary, language, base_model, datasets, training, license, license_name, "
-        "license_link, license_note, limits, data_names",
+        "license_link, license_note, commands, limits, data_names",
     )
     card.add_argument(
         "--evaluation",
@@ -225,7 +225,8 @@ def write_card(
     stem: str = "evaluation",
 ) -> None:
     """
-    Writes the card of a checkpoint folder, and beside it the records that it shows and a plot for each table.
+    Writes the card of a checkpoint folder, beside it the records that it shows, and a plot for each table of several
+    points.
 
     Args:
         checkpoint (`Path`): a folder that passed [`check_folder`].
@@ -247,11 +248,13 @@ def write_card(
         records = matching_records(model, fingerprints, read_evaluation(evaluation))
         records = [public_record(record, model_id) for record in records]
     groups = evaluation_groups(records)
-    names = [f"{stem}-{number}.png" for number in range(1, len(groups) + 1)]
+    # One point makes no curve.
+    names = [f"{stem}-{number}.png" if len(group) > 1 else "" for number, group in enumerate(groups, start=1)]
     text = render_card(model, model_id, about, groups, names, dtypes)
     card.parent.mkdir(parents=True, exist_ok=True)
     for group, name in zip(groups, names, strict=True):
-        _draw(group, card.with_name(name))
+        if name:
+            _draw(group, card.with_name(name))
     if records:
         write_whole(card.with_name(f"{stem}.jsonl"), "".join(json.dumps(record) + "\n" for record in records))
     write_whole(card, text)
