@@ -28,7 +28,7 @@ demo: $(VENV)/timm.installed ## Caption the bundled photos with the small checkp
 # Each step is done once: what is there is kept, and an interrupted lesson goes on from its last checkpoint.
 REPRODUCED ?= runs/reproduce
 THREADS ?= 2
-# For another model than `make reproduce` makes: benchmarks/compare_training.py says which.
+# For another model than `make reproduce` makes; see benchmarks/compare_training.py.
 LAYERS ?= 3
 LESSON_ARGS ?=
 LESSON = OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/train_scenes.py --output_dir $(@D) \

@@ -3,13 +3,11 @@
 Every variant is trained by examples/train_scenes.py and measured as `mue-hf evaluate` does: the paper's recipe;
 without the layer-wise loss; without decomposition (a joint encoder); models of two and three layers, which take as
 many more steps as fit into the same time; the options of MuETrainer one by one, and together. As in the paper, they
-fine-tune a model that is joint and was trained on its last layer alone, here of three layers, of two for the smallest:
+fine-tune a model that is joint and was trained on its last layer alone. It has two layers, and grows to those of the
+variant without a change of what it computes:
 
-    for layers in 2 3; do
-        make runs/plain-$layers/relations/report.json REPRODUCED=runs/plain-$layers LAYERS=$layers \\
-            LESSON_ARGS="--joint --layer_weights $(test $layers = 3 && echo 0) 0 1"
-    done
-    python benchmarks/compare_training.py --start_from runs/plain-*/relations --output_dir runs/compare --steps 1600
+    make runs/plain/relations/report.json REPRODUCED=runs/plain LAYERS=2 LESSON_ARGS="--joint --layer_weights 0 1"
+    python benchmarks/compare_training.py --start_from runs/plain/relations --output_dir runs/compare
 
 A variant gets a folder with its checkpoint, its points and `record.json`; what is finished is kept, so an interrupted
 run goes on. `--table` and `--plot` say where the table and the plot of them go. Further arguments are those of
@@ -19,7 +17,6 @@ examples/train_scenes.py and hold for all variants.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -69,28 +66,16 @@ def load_example() -> Any:
     return import_module("train_scenes")
 
 
-def deepest_start(name: str, folders: Sequence[Path]) -> str:
-    """The option for the deepest of the checkpoints that is no deeper than the variant."""
-    layers = int(VARIANTS[name][1]) if name in SMALLER else LAYERS
-    depths = {folder: MuEConfig.from_pretrained(folder).decoder_layers for folder in folders}
-    fitting = [folder for folder in folders if depths[folder] <= layers]
-    if not fitting:
-        raise ValueError(
-            f"`--start_from` must name a checkpoint of at most {layers} layers for {name!r}, got "
-            f"{ {str(folder): depth for folder, depth in depths.items()} }; add one, or leave the variant out."
-        )
-    return f"--start_from={max(fitting, key=depths.__getitem__)}"
-
-
 def train(example: Any, folder: Path, name: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     """What `train_scenes.main` returned for the lessons of a variant."""
     telling = round(args.telling_share * steps)
-    reports, start = {}, deepest_start(name, args.start_from)
+    reports, start = {}, args.start_from
     for lesson, count in {"telling": telling, "judging": steps - telling}.items():
         if count:
-            options = [*TRAINING, *LESSONS[lesson], *args.training, f"--layers={LAYERS}", *VARIANTS[name], start]
+            options = [*TRAINING, *LESSONS[lesson], *args.training, f"--layers={LAYERS}", *VARIANTS[name]]
+            options.append(f"--start_from={start}")
             reports[lesson] = run_lesson(example, folder / lesson, lesson, count, options)
-            start = f"--start_from={folder / lesson}"
+            start = folder / lesson
     return reports
 
 
@@ -114,7 +99,7 @@ def steps_in_equal_time(example: Any, folder: Path, name: str, args: argparse.Na
                 output = path.parent / f"{name}-{one}-{steps}"
                 options = [f"--output_dir={output}", f"--max_steps={steps}", *TRAINING, *args.training]
                 options += [f"--layers={LAYERS}", *VARIANTS[one], "--save_strategy", "no"]
-                report = example.main([*options, deepest_start(one, args.start_from)])
+                report = example.main([*options, f"--start_from={args.start_from}"])
                 seconds[one] = report["seconds"] - seconds.get(one, 0.0)
         write_whole(path, json.dumps(seconds))
     seconds = json.loads(path.read_text(encoding="utf-8"))
@@ -142,7 +127,7 @@ def make_record(example: Any, folder: Path, name: str, args: argparse.Namespace)
     """Trains and measures a variant, unless it is finished."""
     path = folder / name / "record.json"
     asked = {"steps": args.steps, "telling_share": args.telling_share, "training": [*TRAINING, *args.training]}
-    asked |= {"start": deepest_start(name, args.start_from), "scenes": args.scenes, "test_seed": args.test_seed}
+    asked |= {"start": str(args.start_from), "scenes": args.scenes, "test_seed": args.test_seed}
     if path.exists():
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["asked"] != asked:
@@ -251,10 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="default: table.md in the output folder")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="default: accuracy.png in the output folder")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument(
-        "--start_from", type=Path, nargs="+", required=True, metavar="FOLDER", help="what to fine-tune"
-    )
-    parser.add_argument("--steps", type=int, default=1600, help="training steps of a variant (1600)")
+    parser.add_argument("--start_from", type=Path, required=True, metavar="FOLDER", help="what to fine-tune")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of a variant (1000)")
     parser.add_argument("--telling_share", type=float, default=0.5, help="share of them for telling (0.5)")
     parser.add_argument("--timing_steps", type=int, default=30, help="steps by which smaller models are timed (30)")
     parser.add_argument("--scenes", type=int, default=200, help="test scenes of eight statements (200)")
@@ -263,6 +246,8 @@ def main(argv: list[str] | None = None) -> None:
     args, args.training = parser.parse_known_args(argv)
     if not 0 <= args.telling_share < 1 or round(args.telling_share * args.steps) >= args.steps:
         parser.error(f"--telling_share must leave steps for judging, got {args.telling_share}.")
+    if (layers := MuEConfig.from_pretrained(args.start_from).decoder_layers) > 2:
+        parser.error(f"--start_from must have two layers, as the smallest variant, got {layers}.")
     example = load_example()
     records = [make_record(example, args.output_dir, name, args) for name in args.variants]
     table = make_table(records)

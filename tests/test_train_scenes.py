@@ -237,18 +237,13 @@ def test_comparison_of_two_variants(compare, told, tmp_path, monkeypatch, capsys
         compare.main([*arguments, "--steps=3"])
 
 
-def test_comparison_starts_from_the_deepest_that_fits(compare, example, told, tmp_path):
-    model = MuEForConditionalGeneration.from_pretrained(told)
-    folders = {2: told}
-    for layers in (1, 5):
-        folders[layers] = tmp_path / str(layers)
-        model.config.encoder_layers = model.config.decoder_layers = layers
-        model.config.save_pretrained(folders[layers])
-    every = list(folders.values())
-    assert compare.deepest_start("paper", every) == f"--start_from={folders[5]}"
-    assert compare.deepest_start("layers-3", every) == f"--start_from={told}"
-    with pytest.raises(ValueError, match="`--start_from` must name a checkpoint of at most 2 layers for 'layers-2'"):
-        compare.deepest_start("layers-2", [folders[5]])
+def test_comparison_starts_from_what_can_grow(compare, told, tmp_path, capsys):
+    config = MuEForConditionalGeneration.from_pretrained(told).config
+    config.encoder_layers = config.decoder_layers = 3
+    config.save_pretrained(tmp_path / "deep")
+    with pytest.raises(SystemExit):
+        compare.main([f"--output_dir={tmp_path / 'out'}", f"--start_from={tmp_path / 'deep'}"])
+    assert "--start_from must have two layers, as the smallest variant, got 3" in capsys.readouterr().err
 
 
 def test_joint_and_decomposed_start_from_either(example, told, tmp_path):
