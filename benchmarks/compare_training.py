@@ -182,12 +182,15 @@ def make_table(records: list[dict[str, Any]]) -> str:
     """The records as a table in markdown; accuracies with 95 % intervals by picture."""
     kinds = list(records[0]["by_kind"])
     head = ["variant", "layers", "steps", "accuracy", *kinds, "R at 99 %", "identical there"]
-    head += ["R >= 50 %: similarity", "R >= 50 %: fixed", "cosine of image layers", "of decoder layers"]
+    head += ["R >= 50 %: similarity", "R >= 50 %: fixed", "one image layer", "half of the decoder"]
+    head += ["cosine of image layers", "of decoder layers"]
     lines = [head, ["---"] * len(head)]
     for record in records:
         full, best = record["points"][0], most_skipped(record)
         low, high = full["intervals"]["accuracy"]
         image = "image" if "image" in record["saturation"] else "encoder"
+        half = max(1, record["layers"]["decoder"] // 2)
+        accuracies = {one["name"]: one["quality"]["accuracy"] for one in record["points"]}
         lines.append(
             [
                 record["variant"],
@@ -202,6 +205,8 @@ def make_table(records: list[dict[str, Any]]) -> str:
                 f"{best['identical']:.3f}",
                 best_at(record, "similarity"),
                 best_at(record, "fixed"),
+                f"{accuracies[f'fixed {image} 1']:.3f}",
+                f"{accuracies[f'fixed decoder {half}']:.3f}",
                 mean_cosine(record, image),
                 mean_cosine(record, "decoder"),
             ]
