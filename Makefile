@@ -41,7 +41,7 @@ reproduce: $(REPRODUCED)/table.md ## Draw scenes, train a small model, calibrate
 	@cat $<
 
 $(REPRODUCED)/scenes: | $(VENV)/dev.installed
-	$(BIN)/python -c 'from mue_hf.scenes import write_scenes; write_scenes("$@", {"dev": 400, "test": 250})'
+	$(BIN)/python -c 'from mue_hf.scenes import write_scenes; write_scenes("$@", {"dev": 400, "test": 150})'
 	@touch $@
 
 $(REPRODUCED)/seeing/report.json: | $(VENV)/dev.installed
