@@ -30,7 +30,6 @@ from mue_hf.files import write_whole
 from mue_hf.predict import predict
 from mue_hf.signals import SignalRecorder
 
-DEPTH_AND_DISTILLATION = ["--random_exit_depth", "--self_distillation", "1"]
 VARIANTS: dict[str, list[str]] = {
     "paper": [],
     "last-layer-loss": ["--layer_weights", "0", "0", "0", "0", "0", "1"],
@@ -41,17 +40,15 @@ VARIANTS: dict[str, list[str]] = {
     "self-distillation": ["--self_distillation", "1"],
     "random-exit-depth": ["--random_exit_depth"],
     "token-share": ["--intermediate_token_share", "0.4"],
-    "depth-and-distillation": DEPTH_AND_DISTILLATION,
-    # what is hoped of these terms is said of them on top of the others
-    "and-saturation": [*DEPTH_AND_DISTILLATION, "--saturation", "1", "--encoder_movement", "0.1"],
+    "depth-and-distillation": ["--random_exit_depth", "--self_distillation", "1"],
 }
 # They take the time of "paper", not its steps.
 SMALLER = ("layers-2", "layers-3")
 LAYERS = 6
 TRAINING = """--use_cpu --bf16 --learning_rate 2e-3 --muon_learning_rate 6e-3 --warmup_steps 100 --weight_decay 0.01
 --adam_beta2 0.98 --freeze_trunk --told_share 0.1 --captions_per_image 1 --ema_decay 0.995
---saturation_warmup_steps 200 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --save_steps 200
---save_total_limit 1 --logging_steps 100 --report_to none""".split()
+--per_device_train_batch_size 16 --per_device_eval_batch_size 64 --save_steps 200 --save_total_limit 1
+--logging_steps 100 --report_to none""".split()
 LESSONS = {
     "telling": ["--first_scene=500000", "--lr_scheduler_type=constant_with_warmup"],
     "judging": ["--first_scene=1000000", "--lr_scheduler_type=cosine"],
@@ -147,7 +144,7 @@ def make_record(example: Any, folder: Path, name: str, args: argparse.Namespace)
         "rows": points[0]["rows"],
         "layers": points[0]["layers"],
         "by_kind": points[0]["by_kind"],
-        "saturation": layers,
+        "similarity": layers,
         "environment": points[0]["environment"],
         "points": [{key: point[key] for key in (*kept, "time")} for point in points],
     }
@@ -174,7 +171,7 @@ def best_at(record: dict[str, Any], criterion: str, skipped: float = 0.5) -> str
 
 def mean_cosine(record: dict[str, Any], stream: str) -> str:
     """How alike layers leave a stream: the mean cosine over layers but the first, whose input is an embedding."""
-    cosines = record["saturation"].get(stream, {"mean": []})["mean"][1:]
+    cosines = record["similarity"].get(stream, {"mean": []})["mean"][1:]
     return f"{sum(cosines) / len(cosines):.3f}" if cosines else "-"
 
 
@@ -188,7 +185,7 @@ def make_table(records: list[dict[str, Any]]) -> str:
     for record in records:
         full, best = record["points"][0], most_skipped(record)
         low, high = full["intervals"]["accuracy"]
-        image = "image" if "image" in record["saturation"] else "encoder"
+        image = "image" if "image" in record["similarity"] else "encoder"
         half = max(1, record["layers"]["decoder"] // 2)
         accuracies = {one["name"]: one["quality"]["accuracy"] for one in record["points"]}
         lines.append(

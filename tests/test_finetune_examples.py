@@ -178,7 +178,7 @@ def test_defaults_are_the_papers(examples, tmp_path):
         assert (args.per_device_train_batch_size, args.label_smoothing_factor) == (batch, smoothing)
         assert (args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (0.9, 0.999, 1.0)
         assert args.lr_scheduler_type == "polynomial" and args.get_warmup_steps(100) == 6
-        assert args.layer_weights is None and args.self_distillation == args.saturation == 0
+        assert args.layer_weights is None and args.self_distillation == 0
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mue_hf.losses import layerwise_loss, movement_loss, saturation_loss
+from mue_hf.losses import layerwise_loss
 
 LAYERS, ROWS, TOKENS, WIDTH, VOCABULARY = 3, 4, 5, 6, 11
 
@@ -156,18 +156,6 @@ class TestLayerwiseLoss:
         assert (states[-1].grad.abs().sum(-1) > 0).equal(labels != -100)
         assert int((states[0].grad.abs().sum(-1) > 0).sum()) == round(0.4 * tokens)
 
-    def test_saturation_is_added(self):
-        states, norm, weight, labels = problem()
-        valid = labels != -100
-        predictions = torch.stack([F.linear(norm(state), weight)[valid].argmax(-1) for state in states])
-        term = saturation_loss([state[valid] for state in states], predictions[:-1] == predictions[-1])
-        expected = (plain_loss(states, norm, weight, labels) + 0.3 * term) * int(valid.sum()) / 40
-        result = layerwise_loss(states, norm, weight, labels, saturation=0.3, num_items_in_batch=40)
-        torch.testing.assert_close(result.loss, expected)
-        ours = gradients(result.loss, states, norm, weight)
-        for gradient, plain in zip(ours, gradients(expected, states, norm, weight), strict=True):
-            torch.testing.assert_close(gradient, plain)
-
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -185,34 +173,3 @@ class TestLayerwiseLoss:
         inputs = dict(zip(("states", "norm", "weight", "labels"), problem(), strict=True)) | change
         with pytest.raises(ValueError, match=message):
             layerwise_loss(**inputs)
-
-
-class TestSaturationLoss:
-    def test_settled_tokens_are_drawn_together_and_others_kept_apart(self):
-        first = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
-        second = torch.tensor([[0.0, 1.0], [0.99, 0.01]], dtype=torch.float64, requires_grad=True)
-        agreeing = torch.tensor([[False, False], [True, False]])
-        cosine = 0.99 / (0.99**2 + 0.01**2) ** 0.5
-        expected = (2 + 1e-4) ** 0.5 + 0.4 - (2 - 2 * cosine + 1e-4) ** 0.5
-        loss = saturation_loss([first, second, first], agreeing)
-        assert loss.item() == pytest.approx(expected)
-        moved = second - 0.01 * torch.autograd.grad(loss, second)[0]
-        before, after = (F.cosine_similarity(first, state) for state in (second, moved))
-        assert after[0] > before[0]
-        assert after[1] < before[1]
-
-    def test_two_layers_have_nothing_to_settle(self):
-        assert saturation_loss([torch.ones(3, 2)] * 2, torch.ones(1, 3, dtype=torch.bool)) == 0
-
-
-class TestMovementLoss:
-    def test_deeper_layers_weigh_more_and_padding_does_not_count(self):
-        torch.manual_seed(0)
-        states = [torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(4)]
-        mask = torch.tensor([[True, True, False], [True, True, True]])
-        expected = 0.0
-        for layer in (2, 3):
-            for row in range(2):
-                pair = [states[layer - back][row][mask[row]].flatten() for back in (1, 0)]
-                expected += layer / 3 * (2 - 2 * F.cosine_similarity(*pair, dim=0) + 1e-4).sqrt() / 2
-        torch.testing.assert_close(movement_loss(states, mask), expected)

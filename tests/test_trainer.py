@@ -27,7 +27,6 @@ from accelerate.state import AcceleratorState
 from mue_hf import MuEImageProcessor, MuEProcessor, MuETokenizer
 from mue_hf.data import MuEDataCollator
 from mue_hf.evaluation.processes import finish_processes
-from mue_hf.losses import movement_loss
 from mue_hf.metrics import entailment_metrics
 from mue_hf.predict import predict
 from mue_hf.scenes import SceneDataset
@@ -36,7 +35,6 @@ from mue_hf.training_args import MuETrainingArguments
 
 LAYERS = 4
 OPTIONS = {
-    "saturation": {"saturation": 1.0, "encoder_movement": 0.1, "saturation_warmup_steps": 0},
     "distillation": {"self_distillation": 1.0, "label_smoothing_factor": 0.1},
     "random-depth": {"random_exit_depth": True},
     "token-share": {"intermediate_token_share": 0.5},
@@ -222,29 +220,13 @@ class TestTraining:
         assert not torch.equal(run.model.lm_head.weight, big_batch["lm_head.weight"])
 
     @pytest.mark.parametrize("decomposed", [True, False], ids=["decomposed", "joint"])
-    def test_random_depth_and_movement_with_missing_parts(self, decomposed, tmp_path):
+    def test_random_depth_with_missing_parts(self, decomposed, tmp_path):
         data = samples()
         for index, item in enumerate(data):
             item["patch_mask"] = torch.tensor(index % 4 != 0)
-        options = {"random_exit_depth": True, "encoder_movement": 1.0, "saturation_warmup_steps": 0}
-        run = trainer(tmp_path, tiny_model(modality_decomposition=decomposed), data, **options)
+        run = trainer(tmp_path, tiny_model(modality_decomposition=decomposed), data, random_exit_depth=True)
         run.train()
         assert all(torch.isfinite(p).all() for p in run.model.parameters())
-
-    def test_movement_is_that_of_what_exists(self, tmp_path):
-        run = trainer(tmp_path)
-        inputs = tiny_inputs(3) | {"patch_mask": torch.tensor([True, True, False])}
-        outputs = run.model(**inputs, output_hidden_states=True)
-        images, texts = ([x[:, part] for x in outputs.encoder_hidden_states] for part in (slice(16), slice(16, None)))
-        present = inputs["patch_mask"].unsqueeze(1).expand(-1, 16)
-        expected = movement_loss(images, present) + movement_loss(texts, inputs["attention_mask"].bool())
-        torch.testing.assert_close(run._movement(inputs, outputs), expected)
-        longer = inputs | {
-            "input_ids": F.pad(inputs["input_ids"], (0, 2), value=1),
-            "attention_mask": F.pad(inputs["attention_mask"], (0, 2)),
-        }
-        padded = run.model(**longer, output_hidden_states=True)
-        torch.testing.assert_close(run._movement(inputs, outputs), run._movement(longer, padded))
 
     def test_mixed_precision(self, tmp_path):
         data = [
@@ -543,10 +525,7 @@ class TestErrors:
             ({"label_smoothing_factor": 1.0}, r"`label_smoothing_factor` must be a share in \[0, 1\), got 1.0"),
             ({"intermediate_token_share": 0.0}, r"`intermediate_token_share` must be a share in \(0, 1\], got 0.0"),
             ({"ema_decay": 1.0}, r"`ema_decay` must be in \(0, 1\), or None"),
-            ({"saturation": -1.0}, "`saturation` must be a finite number of at least 0"),
             ({"self_distillation": float("nan")}, "`self_distillation` must be a finite number"),
-            ({"encoder_movement": float("inf")}, "`encoder_movement` must be a finite number"),
-            ({"saturation_warmup_steps": -1}, "`saturation_warmup_steps` must be a number of steps"),
             ({"scst_samples": 1}, "`scst_samples` must be at least 2, or 0"),
             ({"layer_weights": [0.0, 0.0]}, "`layer_weights` must be finite numbers of at least 0, not all of them 0"),
             ({"layer_weights": [1.0, -1.0]}, "`layer_weights` must be finite numbers"),
@@ -554,7 +533,10 @@ class TestErrors:
                 {"ema_decay": 0.9, "load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
                 "drop one of them",
             ),
-            ({"scst_samples": 2, "saturation": 1.0}, "`saturation` .got 1.0. is a term of training on labels"),
+            (
+                {"scst_samples": 2, "label_smoothing_factor": 0.1},
+                "`label_smoothing_factor` .got 0.1. is about training",
+            ),
             ({"muon_learning_rate": 0.0}, "`muon_learning_rate` must be above 0, or None"),
             ({"scst_beam_search": True}, "`scst_beam_search` is about `scst_samples`, which is 0"),
         ],

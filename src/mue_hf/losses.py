@@ -1,4 +1,4 @@
-"""MuE's layer-wise loss, flat in memory, and the optional terms that make exits agree with the full depth.
+"""MuE's layer-wise loss, flat in memory, and layers that learn from the last one.
 
 The output head of OFA has 59,457 rows: the logits of six decoder layers at once would be most of a step's memory.
 `layerwise_loss` therefore makes the logits of one piece (some tokens of one layer) at a time and takes the gradients
@@ -7,22 +7,17 @@ of that piece while its logits exist, so that neither they nor a second pass ove
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .early_exit_mue import similarity
-
 IGNORED = -100
 # Logits that exist at a time; of OFA's vocabulary 141 tokens of one layer, 32 MiB in float32.
 PIECE_LOGITS = 2**23
 # Entries of the head's gradient that are made in half precision before they are added up in full.
 BLOCK_ENTRIES = 2**22
-# Chord distance that tokens which still change their mind must keep from the layer before.
-SATURATION_MARGIN = 0.4
 
 
 class LayerwiseLoss(NamedTuple):
@@ -61,7 +56,6 @@ def layerwise_loss(
     label_smoothing: float = 0.0,
     layer_weights: Sequence[float] | None = None,
     self_distillation: float = 0.0,
-    saturation: float = 0.0,
     intermediate_token_share: float = 1.0,
     row_weights: Tensor | None = None,
     piece_tokens: int | None = None,
@@ -83,7 +77,6 @@ def layerwise_loss(
         layer_weights (sequence of `float`, *optional*): a factor per layer of its cross-entropy; 1 by default. A
             layer of weight 0 is looked at for the record, and learns from the last layer alone if at all.
         self_distillation (`float`): weight of KL(last layer || layer), the last layer being detached.
-        saturation (`float`): weight of `saturation_loss`.
         intermediate_token_share (`float` in (0, 1]): share of the tokens, drawn at random, on which the layers before
             the last are trained; their mean counts for all.
         row_weights (`Tensor` [rows], *optional*): a factor per row of its cross-entropy, such as the advantage of a
@@ -125,50 +118,8 @@ def layerwise_loss(
         summed, loss_sums, predictions = _HeadLoss.apply(weight, targets, row_weights, plan, *hidden)
     items = max(total, 1) if num_items_in_batch is None else num_items_in_batch
     loss = summed / items
-    if saturation:
-        agreeing = predictions[:-1, :drawn] == predictions[-1, :drawn]
-        kept = [*taken[:-1], taken[-1][:drawn]]
-        loss = loss + saturation * total / items * saturation_loss(kept, agreeing)
     correct = (predictions == targets).sum(1)
     return LayerwiseLoss(loss, loss_sums, correct, torch.tensor(counts, device=labels.device))
-
-
-def saturation_loss(states: Sequence[Tensor], agreeing: Tensor) -> Tensor:
-    """Makes the similarity of consecutive decoder states tell whether the prediction is settled.
-
-    Sum over the layers from the second to the last but one of: the mean distance to the layer before over tokens that
-    already predict what the last layer does, and the mean of max(0, 0.4 - distance) over the others. The distance of
-    two states is the chord sqrt(2 - 2 cos + 1e-4).
-
-    Args:
-        states (sequence of `Tensor` [tokens, d]): outputs of all decoder layers.
-        agreeing (`BoolTensor` [layers - 1, tokens]): where each layer's prediction is that of the last.
-    """
-    loss = states[0].new_zeros((), dtype=torch.promote_types(states[0].dtype, torch.float32))
-    for (previous, state), agrees in zip(pairwise(states[:-1]), agreeing[1:], strict=True):
-        distance = _chord(similarity(previous.unsqueeze(1), state.unsqueeze(1)))
-        loss = loss + (distance * agrees).sum() / agrees.sum().clamp_min(1)
-        short = (SATURATION_MARGIN - distance).clamp_min(0) * ~agrees
-        loss = loss + short.sum() / (~agrees).sum().clamp_min(1)
-    return loss
-
-
-def movement_loss(states: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-    """How far an encoder stream still moves: sum over its layers l = 2..N of l / N times the mean chord distance
-    (see `saturation_loss`) of a sample's state to that of the layer before, as the exit criterion sees them.
-
-    Args:
-        states (sequence of `Tensor` [batch, positions, d]): input of the first layer and output of every layer.
-        mask (`BoolTensor` [batch, positions], *optional*): positions that exist.
-    """
-    layers = len(states) - 1
-    distances = [_chord(similarity(previous, state, mask)).mean() for previous, state in pairwise(states[1:])]
-    weighted = ((i + 2) / layers * distance for i, distance in enumerate(distances))
-    return sum(weighted, start=states[0].new_zeros(()))
-
-
-def _chord(cosine: Tensor) -> Tensor:
-    return (2 - 2 * cosine + 1e-4).sqrt()
 
 
 @dataclass(frozen=True)
@@ -341,4 +292,4 @@ def _check(
         )
 
 
-__all__ = ["LayerwiseLoss", "layerwise_loss", "movement_loss", "saturation_loss"]
+__all__ = ["LayerwiseLoss", "layerwise_loss"]

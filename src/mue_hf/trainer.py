@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .early_exit_mue import CONFIG_NAMES
 from .files import write_whole
-from .losses import IGNORED, LayerwiseLoss, layerwise_loss, movement_loss
+from .losses import IGNORED, LayerwiseLoss, layerwise_loss
 from .model_card import trainer_card
 from .training_args import MuETrainingArguments
 
@@ -34,7 +34,7 @@ class MuETrainer(Seq2SeqTrainer):
     `decoder_input_ids` are made from the labels unless given. The logs have the loss and accuracy of every decoder
     layer, averaged over the tokens since the last log; evaluation has them over its whole data, and `eval_loss` is
     the last layer's cross-entropy without smoothing. Gradient accumulation and several processes give the gradients
-    of one big batch; the saturation terms, which are means over some of the tokens, do so on average.
+    of one big batch.
 
     With `predict_with_generate` predictions are those of [`predict`]: the decoder reads what stands before the labels
     in `decoder_input_ids`, under the exits that are saved with the model or passed to `evaluate`. In several processes
@@ -126,9 +126,6 @@ class MuETrainer(Seq2SeqTrainer):
         result = self._layerwise(outputs, labels, model.training, num_items_in_batch)
         self._record("train" if model.training else "eval", result)
         loss = result.loss
-        if model.training and self.args.encoder_movement:
-            share = 1.0 if num_items_in_batch is None else result.tokens[-1] / num_items_in_batch
-            loss = loss + self._ramp(self.args.encoder_movement) * share * self._movement(inputs, outputs)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # the processes' gradients are averaged, but the tokens were counted over all of them
             loss = loss * self.accelerator.num_processes
@@ -282,7 +279,6 @@ class MuETrainer(Seq2SeqTrainer):
                 "label_smoothing": args.label_smoothing_factor,
                 "layer_weights": args.layer_weights,
                 "self_distillation": args.self_distillation,
-                "saturation": self._ramp(args.saturation),
                 "intermediate_token_share": args.intermediate_token_share,
             }
         else:
@@ -300,31 +296,6 @@ class MuETrainer(Seq2SeqTrainer):
         # in training the backward pass needs them, and takes them apart when it is through
         if sharded and not training:
             self.model.reshard()
-
-    def _ramp(self, weight: float) -> float:
-        steps = self.args.saturation_warmup_steps
-        return weight * min(1.0, self.state.global_step / steps) if steps else weight
-
-    def _movement(self, inputs: dict[str, Any], outputs: Any) -> Tensor:
-        """`movement_loss` of every encoder stream, summed."""
-        states, ids = outputs.encoder_hidden_states, inputs.get("input_ids")
-        rows, positions = states[0].shape[:2]
-        patches = positions if ids is None else positions - ids.shape[1]
-        mask = torch.ones(rows, positions, dtype=torch.bool, device=states[0].device)
-        if inputs.get("patch_mask") is not None:
-            present = inputs["patch_mask"].bool()
-            mask[:, :patches] = present.repeat_interleave(rows // len(present)).unsqueeze(1)
-        if ids is not None:
-            text = inputs.get("attention_mask")
-            mask[:, patches:] = ids != self.model.config.pad_token_id if text is None else text.bool()
-        bounds = [slice(0, positions)]
-        if self.model.config.modality_decomposition:
-            bounds = [slice(0, patches), slice(patches, positions)]
-        return sum(
-            movement_loss([state[:, part] for state in states], mask[:, part])
-            for part in bounds
-            if part.start < part.stop
-        )
 
     # --- self-critical training ------------------------------------------------------------------------------------
 

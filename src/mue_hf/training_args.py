@@ -27,9 +27,6 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
             alone.
         self_distillation (`float`): weight of the divergence of each decoder layer from the detached last one.
         random_exit_depth (`bool`): draws a depth per sample and encoder stream in training.
-        saturation (`float`): weight of [`~losses.saturation_loss`] on decoder layers.
-        encoder_movement (`float`): weight of [`~losses.movement_loss`] on encoder streams.
-        saturation_warmup_steps (`int`): steps over which these two weights rise from 0.
         intermediate_token_share (`float`): share of the tokens that train the decoder layers before the last.
         freeze_trunk (`bool`): the trunk's weights and batch statistics stay as they are.
         freeze_batch_norm (`bool`): the batch norms' weights and statistics stay as they are.
@@ -57,16 +54,6 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
     random_exit_depth: bool = field(
         default=False,
         metadata={"help": "Whether to draw the depth of the encoder at random, per sample and stream, in training."},
-    )
-    saturation: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the term that makes decoder similarity mean agreement with the last layer."},
-    )
-    encoder_movement: float = field(
-        default=0.0, metadata={"help": "Weight of the distance that encoder states move from layer to layer."}
-    )
-    saturation_warmup_steps: int = field(
-        default=600, metadata={"help": "Steps over which `saturation` and `encoder_movement` rise from 0."}
     )
     intermediate_token_share: float = field(
         default=1.0,
@@ -142,15 +129,16 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
             "label_smoothing_factor": (0.0 <= self.label_smoothing_factor < 1.0, "a share in [0, 1)"),
             "intermediate_token_share": (0.0 < self.intermediate_token_share <= 1.0, "a share in (0, 1]"),
             "ema_decay": (self.ema_decay is None or 0.0 < self.ema_decay < 1.0, "in (0, 1), or None for no average"),
+            "self_distillation": (
+                0.0 <= self.self_distillation < math.inf,
+                "a finite number of at least 0 (0 is off)",
+            ),
             "muon_learning_rate": (
                 self.muon_learning_rate is None or 0.0 < self.muon_learning_rate < math.inf,
                 "above 0, or None for no Muon",
             ),
-            "saturation_warmup_steps": (self.saturation_warmup_steps >= 0, "a number of steps, 0 for no warm-up"),
             "scst_samples": (self.scst_samples == 0 or self.scst_samples > 1, "at least 2, or 0 to train on labels"),
         }
-        for name in ("self_distillation", "saturation", "encoder_movement"):
-            rules[name] = (0.0 <= getattr(self, name) < math.inf, "a finite number of at least 0 (0 is off)")
         if self.layer_weights is not None:
             weights = self.layer_weights
             fits = all(0.0 <= weight < math.inf for weight in weights) and any(weights)
@@ -166,12 +154,11 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
                 "checkpoint; drop one of them."
             )
         if self.scst_samples:
-            for name in ("label_smoothing_factor", "saturation", "encoder_movement"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"`{name}` (got {getattr(self, name)}) is a term of training on labels, which `scst_samples` "
-                        "replaces; set it to 0."
-                    )
+            if self.label_smoothing_factor:
+                raise ValueError(
+                    f"`label_smoothing_factor` (got {self.label_smoothing_factor}) is about training on labels, which "
+                    "`scst_samples` replaces; set it to 0."
+                )
         elif self.scst_beam_search:
             raise ValueError("`scst_beam_search` is about `scst_samples`, which is 0; set it to 2 or more.")
 
