@@ -39,7 +39,7 @@ def spread(config: MuEConfig, memory: dict[int | str, str]) -> dict[str, int | s
     stacks = {"encoder": empty.model.encoder, "decoder": empty.model.decoder}
     layers = torch.nn.ModuleList(layer for stack in stacks.values() for layer in stack.layers)
     places = infer_auto_device_map(
-        layers, memory, no_split_module_classes=empty._no_split_modules, dtype=torch.float32, clean_result=False
+        layers, memory, no_split_module_classes=list(empty._no_split_modules), dtype=torch.float32, clean_result=False
     )
     names = [f"model.{stack}.layers.{index}" for stack in stacks for index in range(len(stacks[stack].layers))]
     rest = [f"model.{name}.{part}" for name, stack in stacks.items() for part, _ in stack.named_children()]

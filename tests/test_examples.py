@@ -151,6 +151,7 @@ def test_compiled_layers_give_the_same_tokens(example, checkpoint, photo):
 
 
 @needs("onnx", "onnxruntime", "onnxscript")
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 exports no batch norm to ONNX")
 def test_exported_parts_decode_as_the_model(example, checkpoint, photo, tmp_path, capsys):
     import onnxruntime
 

@@ -221,7 +221,7 @@ def test_comparison_of_two_variants(compare, told, tmp_path, monkeypatch, capsys
     ]
     compare.main(arguments)
     records = {name: json.loads((tmp_path / name / "record.json").read_text()) for name in arguments[-2:]}
-    assert records["joint-encoder"]["steps"] == 2 and records["layers-2"]["steps"] >= 1
+    assert records["joint-encoder"]["steps"] == 2 <= records["layers-2"]["steps"]
     assert [record["layers"] for record in records.values()] == [{"encoder": n, "decoder": n} for n in (3, 2)]
     criteria = [{point["criterion"] for point in record["points"]} for record in records.values()]
     assert criteria[0] >= {"full", "similarity", "fixed", "fixed encoder", "fixed decoder"}

@@ -16,6 +16,8 @@ from .decoder_mue import MuEDecoder
 from .early_exit_mue import last_valid, similarity
 from .encoder_mue import MuEEncoder
 
+# Every cosine is above it.
+ALWAYS = -1.01
 # How finely thresholds are tried before a few of them are kept.
 GRID = 64
 
@@ -245,13 +247,12 @@ def threshold_levels(
 
 def _below(values: Tensor, count: int) -> float | None:
     """A threshold that `count` of `values` (descending) are above, and those that equal the last of them, halfway to
-    the next; None for none of them."""
+    the next; None for none of them, and for all of them one that needs no look."""
     if count == 0:
         return None
     last = values[count - 1].item()
     count = int((values >= last).sum())
-    # Other data may lie a little below.
-    return last - 1e-3 if count == len(values) else (last + values[count].item()) / 2
+    return ALWAYS if count == len(values) else (last + values[count].item()) / 2
 
 
 def _layer_thresholds(
