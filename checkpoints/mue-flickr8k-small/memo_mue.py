@@ -76,14 +76,19 @@ def plain_weights(modules: Iterable[nn.Module]) -> list[Tensor] | None:
 
     None if one of the modules has hooks, or is of a class that may have switches of its own, as adapters have.
     """
-    weights: list[Tensor | None] = []
+    modules = list(modules)
     for module in modules:
         kind = type(module).__module__
         known = kind.startswith(PLAIN) or kind.rpartition(".")[0] == __name__.rpartition(".")[0]
         if not known or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return None
-        weights += [*module._parameters.values(), *module._buffers.values()]
-    return [weight for weight in weights if weight is not None]
+    return weights_of(modules)
 
 
-__all__ = ["WeightMemo", "plain_weights"]
+def weights_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers that modules hold themselves, tied ones more than once; in one pass, for every call."""
+    held = (weight for module in modules for weight in (*module._parameters.values(), *module._buffers.values()))
+    return [weight for weight in held if weight is not None]
+
+
+__all__ = ["WeightMemo", "plain_weights", "weights_of"]
