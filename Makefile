@@ -32,7 +32,7 @@ THREADS ?= 2
 LAYERS ?= 3
 LESSON_ARGS ?=
 LESSON = OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/train_scenes.py --output_dir $(@D) \
-	--use_cpu --bf16 --adam_beta2 0.98 --save_steps 100 --save_total_limit 1 --logging_steps 50 --report_to none \
+	--use_cpu --native_bf16 --adam_beta2 0.98 --save_steps 100 --save_total_limit 1 --logging_steps 50 --report_to none \
 	--per_device_eval_batch_size 64
 READING = --freeze_trunk --learning_rate 2e-3 --muon_learning_rate 6e-3 --weight_decay 0.01 --warmup_steps 100 \
 	--ema_decay 0.995 --per_device_train_batch_size 16

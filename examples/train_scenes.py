@@ -51,7 +51,7 @@ from mue_hf.evaluation.processes import finish_processes
 from mue_hf.processing_mue import CAPTION_PROMPT, ENTAILMENT_PROMPT
 from mue_hf.scenes import COLORS, FORMS, GRID, RADIUS, RELATIONS, SHAPES, Scene, SceneDataset, draw_scene, make_scene
 from mue_hf.trainer import MuETrainer
-from mue_hf.training_args import MuETrainingArguments
+from mue_hf.training_args import MuETrainingArguments, cpu_has_bf16
 
 LAYER = re.compile(r"(.*coder\.(?:layers|\w+_table_list)\.)(\d+)(\..*)")
 NAMES = (tuple(COLORS), SHAPES, tuple(RADIUS))
@@ -101,9 +101,14 @@ class DataArguments:
 
 @dataclass
 class SceneTrainingArguments(MuETrainingArguments):
-    """MuETrainer's arguments, and when to stop."""
+    """MuETrainer's arguments, in which precision, and when to stop."""
 
+    native_bf16: bool = field(default=False, metadata={"help": "bf16, but float32 on a CPU that would emulate it."})
     max_minutes: float | None = field(default=None, metadata={"help": "Save and stop after so many minutes."})
+
+    def __post_init__(self) -> None:
+        self.bf16 = self.bf16 or (self.native_bf16 and (not self.use_cpu or cpu_has_bf16()))
+        super().__post_init__()
 
 
 class Scenes(Dataset):
@@ -364,7 +369,7 @@ def make_trainer(
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Trains and saves; returns, and writes beside the checkpoint, steps, seconds and accuracy by kind on dev."""
+    """Trains and saves; returns, and writes beside the checkpoint, steps, seconds, precision and accuracy by kind on dev."""
     parser = HfArgumentParser((ModelArguments, DataArguments, SceneTrainingArguments), description=__doc__)
     sizes, data, args = parser.parse_args_into_dataclasses(argv)
     if args.max_steps < 1:
@@ -395,7 +400,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     metrics = trainer.evaluate()
     last = f"accuracy_layer_{model.config.decoder_layers}"
     accuracy = {name.removeprefix("eval_").removesuffix(f"_{last}"): x for name, x in metrics.items() if last in name}
-    report = {"steps": trainer.state.global_step, "seconds": seconds, "accuracy": accuracy}
+    report = {"steps": trainer.state.global_step, "seconds": seconds, "bf16": args.bf16, "accuracy": accuracy}
     save(model, processor, args.output_dir)
     Path(args.output_dir, "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     finish_processes()
