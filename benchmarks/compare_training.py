@@ -45,8 +45,8 @@ VARIANTS: dict[str, list[str]] = {
 # They take the time of "paper", not its steps.
 SMALLER = ("layers-2", "layers-3")
 LAYERS = 6
-TRAINING = """--use_cpu --native_bf16 --learning_rate 2e-3 --muon_learning_rate 6e-3 --warmup_steps 100 --weight_decay 0.01
---adam_beta2 0.98 --freeze_trunk --told_share 0.1 --captions_per_image 1 --ema_decay 0.995
+TRAINING = """--use_cpu --native_bf16 --learning_rate 2e-3 --muon_learning_rate 6e-3 --warmup_steps 100
+--weight_decay 0.01 --adam_beta2 0.98 --freeze_trunk --told_share 0.1 --captions_per_image 1 --ema_decay 0.995
 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --save_steps 200 --save_total_limit 1
 --logging_steps 100 --report_to none""".split()
 LESSONS = {

@@ -369,7 +369,7 @@ def make_trainer(
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Trains and saves; returns, and writes beside the checkpoint, steps, seconds, precision and accuracy by kind on dev."""
+    """Trains and saves; returns, and writes beside the checkpoint, steps, seconds, and accuracy by kind on dev."""
     parser = HfArgumentParser((ModelArguments, DataArguments, SceneTrainingArguments), description=__doc__)
     sizes, data, args = parser.parse_args_into_dataclasses(argv)
     if args.max_steps < 1:

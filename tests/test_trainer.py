@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install mue-hf[train]")
@@ -430,7 +432,28 @@ class TestMuon:
     def test_missing_timm_is_named(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "timm.optim.muon", None)
         with pytest.raises(ImportError, match="needs timm 1.0.23 or newer"):
-            muon_class()
+            muon_class(torch.device("cpu"))
+
+    @pytest.mark.parametrize("native", [True, False])
+    def test_no_bfloat16_where_it_is_emulated(self, native, monkeypatch):
+        pytest.importorskip("timm", reason="Muon is timm's: pip install mue-hf[timm]")
+        monkeypatch.setattr("mue_hf.trainer.cpu_has_bf16", lambda: native)
+        weight = torch.nn.Parameter(torch.zeros(8, 8))
+        weight.grad = 2 * torch.eye(8) + torch.eye(8).roll(1, 0)
+        optimizer, seen = muon_class(torch.device("cpu"))([weight], lr=0.1), set()
+
+        class Look(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                output = func(*args, **kwargs or {})
+                seen.update(one.dtype for one in tree_leaves(output) if isinstance(one, torch.Tensor))
+                return output
+
+        with Look():
+            optimizer.step()
+        assert (torch.bfloat16 in seen) == native
+        # Newton-Schulz leaves singular values near 1, times timm's scale of an 8 x 8 matrix
+        values = torch.linalg.svdvals(weight.detach() / (0.1 * 0.2 * 8**0.5))
+        assert values.sub(1).abs().max() < 0.4
 
 
 class TestScst:
