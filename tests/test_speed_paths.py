@@ -20,7 +20,7 @@ from mue_hf.costs_mue import device_key, shrinking_pays
 from mue_hf.early_exit_mue import similarity
 from mue_hf.generation_mue import _ExitRun
 from mue_hf.layers_mue import MuELinear, relative_bias
-from mue_hf.memo_mue import WeightMemo
+from mue_hf.memo_mue import WeightMemo, modules_of, weights_of
 from mue_hf.vision_mue import add_patch_bias, inference_trunk, patch_relative_index, trunk_features
 
 PROMPT = torch.tensor([[5, 17, 23, 8, 2]])
@@ -305,6 +305,10 @@ class TestPrompt:
                 assert torch.equal(output.text_exit_layers, expected.text_exit_layers)
 
 
+class Subclass(torch.Tensor):
+    """Not a plain tensor, as quantised weights are."""
+
+
 class TestMemo:
     def test_keeps_the_latest(self):
         memo, weight, made = WeightMemo(2), nn.Linear(2, 2).weight, []
@@ -317,10 +321,15 @@ class TestMemo:
         memo.clear()
         assert len(memo) == 0 and memo.get("a", None, lambda: 1) is None
 
-    def test_every_weight_is_watched(self):
+    @pytest.mark.parametrize("kind", [torch.Tensor, Subclass])
+    def test_every_weight_is_watched(self, kind):
         """Fused optimizers and merged adapters write without counting."""
-        weights = [nn.Parameter(torch.randn(2, 3, dtype=dtype)) for dtype in (torch.float32, torch.float64) * 29]
-        weights += [torch.tensor(3), nn.Parameter(torch.empty(0)), nn.Parameter(torch.randn(()))]
+        dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16) * 15
+        weights = [torch.randn(2, 3, dtype=dtype) for dtype in dtypes]
+        weights += [torch.tensor(3), torch.empty(0), torch.randn(()), torch.randn(3, 2).T]
+        weights = [
+            nn.Parameter(weight.as_subclass(kind), requires_grad=weight.is_floating_point()) for weight in weights
+        ]
         memo, made = WeightMemo(1), []
 
         def ask():
@@ -331,6 +340,24 @@ class TestMemo:
         for number, weight in enumerate(weight for weight in weights if weight.numel()):
             weight.data.add_(1)
             assert ask() == number + 2
+
+    def test_others_in_their_place_are_seen(self):
+        memo, weight, made = WeightMemo(1), nn.Parameter(torch.ones(2)), []
+        twin = nn.Parameter(weight.detach())
+        for weights in ([weight], [weight], [twin], [twin, weight], [twin]):
+            memo.get("a", weights, lambda: made.append(1))
+        weight.data = torch.ones(2)
+        memo.get("a", [weight], lambda: made.append(1))
+        memo.get("a", [weight], lambda: made.append(1))
+        assert len(made) == 5
+
+    def test_modules_of_a_model(self, model):
+        assert set(modules_of(model)) == set(model.modules())
+        weights = {id(one) for one in (*model.parameters(), *model.buffers())}
+        assert {id(one) for one in weights_of(modules_of(model))} == weights
+        around = nn.ModuleDict({"inner": nn.Linear(2, 2), "none": None})
+        around.register_module("itself", around)
+        assert len(modules_of(around)) == 2
 
     def test_double_precision_is_not_asked_of_the_device(self):
         """Apple's GPUs have none."""

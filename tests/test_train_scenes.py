@@ -60,9 +60,22 @@ def test_checkpoint_answers_and_captions(told):
 
 def test_report_has_every_kind(told):
     report = json.loads((told / "report.json").read_text())
-    assert report["steps"] == 4 and report["seconds"] > 0
+    assert report["steps"] == 4 and report["seconds"] > 0 and report["bf16"]
     assert report["accuracy"].keys() == {*FORMS, "captions"}
     assert all(0 <= share <= 1 for share in report["accuracy"].values())
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_only_where_it_is_native(native, example, monkeypatch, tmp_path, caplog):
+    for module in ("train_scenes", "mue_hf.training_args"):
+        monkeypatch.setattr(f"{module}.cpu_has_bf16", lambda: native)
+
+    def arguments(**options):
+        return example.SceneTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
+
+    assert arguments(native_bf16=True).bf16 == native
+    assert not arguments().bf16 and "bf16" not in caplog.text
+    assert arguments(bf16=True).bf16 and ("steps can take ten times as long" in caplog.text) != native
 
 
 def test_resumed_run_ends_with_the_same_weights(example, told, tmp_path):

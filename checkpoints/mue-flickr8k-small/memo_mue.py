@@ -1,6 +1,8 @@
 """What inference makes of weights alone, kept as long as the weights stay as they are."""
 
 from collections.abc import Callable, Hashable, Iterable
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 # Where modules come from that compute the same of the same weights.
 PLAIN = ("torch.nn.modules.", "transformers.", "timm.")
+STATE = attrgetter("_version", "dtype")
 
 
 class _Seen:
@@ -15,21 +18,28 @@ class _Seen:
     those of fused optimizers. So the first value of each weight is looked at too."""
 
     def __init__(self, weights: list[Tensor]):
-        # the addresses of what is held here no others may take
+        # what is held here keeps its address to itself
         self.weights = weights
-        self.first: dict[torch.device, list[Tensor]] = {}
-        for weight in weights:
-            if weight.numel():
-                self.first.setdefault(weight.device, []).append(weight.detach()[(0,) * weight.dim()])
-        self.state = self._state(weights)
+        # the bytes of first values where Python can read them, and the values by device where it cannot
+        self.bytes: list[Any] = []
+        self.values: dict[torch.device, list[Tensor]] = {}
+        for weight in (weight.detach() for weight in weights if weight.numel()):
+            first = weight[(0,) * weight.dim()]
+            if weight.device.type == "cpu" and type(weight) is Tensor:
+                self.bytes.append(first.reshape(1).view(torch.uint8).numpy())
+            else:
+                self.values.setdefault(weight.device, []).append(first)
+        self.state = self._state()
 
     def still(self, weights: list[Tensor]) -> bool:
         """Whether these are the same weights, and nobody has replaced, moved, cast or written to one."""
-        return self.state == self._state(weights)
+        same = len(weights) == len(self.weights) and all(map(is_, weights, self.weights))
+        return same and self.state == self._state()
 
-    def _state(self, weights: list[Tensor]) -> tuple:
-        values = [torch.stack(some).tolist() for some in self.first.values()]
-        return values, [(weight.data_ptr(), weight._version, weight.dtype, weight.device) for weight in weights]
+    def _state(self) -> tuple:
+        # every call of `generate` waits for this: each part is one pass in C
+        values = [torch.stack(some).tolist() for some in self.values.values()]
+        return b"".join(self.bytes), values, list(map(Tensor.data_ptr, self.weights)), list(map(STATE, self.weights))
 
 
 class WeightMemo:
@@ -60,14 +70,15 @@ class WeightMemo:
     def get(self, key: Hashable, weights: list[Tensor] | None, make: Callable[[], Any]) -> Any:
         """The value of `key`: the kept one if it was made of `weights` as they are now, else what `make` returns.
         None where changes of the weights would go unseen."""
+        entry = self._entries.get(key)
+        if weights is not None and entry is not None and entry[0].still(weights):
+            return entry[1]
         # tensors made in inference mode count no writes
         if weights is None or any(weight.is_inference() or weight.is_meta for weight in weights):
             return None
-        entry = self._entries.get(key)
-        if entry is None or not entry[0].still(weights):
-            entry = (_Seen(weights), make())
-            kept = {name: value for name, value in self._entries.items() if name != key}
-            self._entries = dict([*kept.items(), (key, entry)][-self.size :])
+        entry = (_Seen(weights), make())
+        kept = {name: value for name, value in self._entries.items() if name != key}
+        self._entries = dict([*kept.items(), (key, entry)][-self.size :])
         return entry[1]
 
 
@@ -86,9 +97,19 @@ def plain_weights(modules: Iterable[nn.Module]) -> list[Tensor] | None:
 
 
 def weights_of(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers that modules hold themselves, tied ones more than once; in one pass, for every call."""
-    held = (weight for module in modules for weight in (*module._parameters.values(), *module._buffers.values()))
-    return [weight for weight in held if weight is not None]
+    """Parameters and buffers that modules hold themselves, tied ones more than once."""
+    held = chain.from_iterable((module._parameters.values(), module._buffers.values()) for module in modules)
+    return [weight for weight in chain.from_iterable(held) if weight is not None]
 
 
-__all__ = ["WeightMemo", "plain_weights", "weights_of"]
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """`model.modules()` in another order, and in a fraction of its time."""
+    found, seen = [model], {model}
+    for module in found:
+        new = [one for one in module._modules.values() if one is not None and one not in seen]
+        found.extend(new)
+        seen.update(new)
+    return found
+
+
+__all__ = ["WeightMemo", "modules_of", "plain_weights", "weights_of"]

@@ -34,7 +34,7 @@ from transformers.modeling_outputs import ModelOutput
 from .answers_mue import answer_contexts, answer_scores, answer_tree
 from .cache_mue import MuECache
 from .early_exit_mue import CONFIG_NAMES, ExitSchedule, check_names, chosen_preset, resolve_options
-from .memo_mue import WeightMemo, weights_of
+from .memo_mue import WeightMemo, modules_of, weights_of
 
 # Processors that do not look at the scores of tokens that a prefix constraint forbids.
 MASKING = (
@@ -187,7 +187,7 @@ class MuEGenerationMixin(GenerationMixin):
         expected = preset.get("weights_fingerprint")
         if expected is None:
             return
-        make, weights = partial(weights_fingerprint, self), weights_of(self.modules())
+        make, weights = partial(weights_fingerprint, self), weights_of(modules_of(self))
         # the memo says None where changes would go unseen
         if (self.fingerprints.get("weights", weights, make) or make()) not in (None, expected):
             warnings.warn(
