@@ -1,6 +1,7 @@
 """The encoder: one stack of layers over an image stream and a text stream (MuE), or over both joined (OFA)."""
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers.utils import auto_docstring
 
 from .early_exit_mue import ExitDecider, ExitOptions, ExitPolicy, StackResult, run_stack
 from .layers_mue import MuEEncoderLayer, mask_value, position_scores, relative_bias, text_relative_index
-from .memo_mue import WeightMemo, plain_weights
+from .memo_mue import WeightMemo, modules_of, plain_weights
 from .vision_mue import (
     add_patch_bias,
     check_features,
@@ -305,7 +306,7 @@ class MuEEncoder(nn.Module):
         if not torch.is_autocast_enabled(source.states.device.type):
             parts = (self.embed_tokens, self.layernorm_embedding, self.type_embedding, self.embed_positions)
             parts += (self.pos_ln, self.pos_q_linear, self.pos_k_linear, self.token_rel_pos_table_list, self.layers)
-            weights = plain_weights(module for part in parts for module in part.modules())
+            weights = plain_weights(chain.from_iterable(map(modules_of, parts)))
             stream = self.prompts.get((source.prompt, policy, self.config._attn_implementation), weights, run)
         stream = stream or run()
         batch = source.states.shape[0]

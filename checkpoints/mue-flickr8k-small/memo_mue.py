@@ -1,6 +1,7 @@
 """What inference makes of weights alone, kept as long as the weights stay as they are."""
 
 from collections.abc import Callable, Hashable, Iterable
+from functools import lru_cache
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -89,11 +90,16 @@ def plain_weights(modules: Iterable[nn.Module]) -> list[Tensor] | None:
     """
     modules = list(modules)
     for module in modules:
-        kind = type(module).__module__
-        known = kind.startswith(PLAIN) or kind.rpartition(".")[0] == __name__.rpartition(".")[0]
-        if not known or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        if hooked or not _is_plain(type(module)):
             return None
     return weights_of(modules)
+
+
+@lru_cache
+def _is_plain(kind: type[nn.Module]) -> bool:
+    package = __name__.rpartition(".")[0]
+    return kind.__module__.startswith(PLAIN) or kind.__module__.rpartition(".")[0] == package
 
 
 def weights_of(modules: Iterable[nn.Module]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import AutoBackbone, PreTrainedModel
 
-from .memo_mue import WeightMemo, plain_weights
+from .memo_mue import WeightMemo, modules_of, plain_weights
 
 # Pixels of one call on a CPU: memory for the feature maps of more is mapped anew by every operation.
 # An image of 480 x 480 has less.
@@ -62,7 +62,7 @@ def inference_trunk(trunk: nn.Module, pixel_values: Tensor) -> nn.Module:
     if pixel_values.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(pixel_values.device.type):
         # in half precision the folded weights would be rounded once more
         return trunk
-    whole, *modules = trunk.modules()
+    whole, *modules = modules_of(trunk)
     if any(module._compiled_call_impl is not None for module in (whole, *modules)):
         return trunk
     weights = plain_weights(modules)
