@@ -88,8 +88,8 @@ def build(args: argparse.Namespace) -> tuple[MuEForConditionalGeneration, dict[s
     return model, {name: tensor.to(args.device) for name, tensor in inputs.items()}
 
 
-def step(model: MuEForConditionalGeneration, batch: dict[str, Tensor], loss: Loss, autocast: bool) -> None:
-    """Forward, loss and backward; gradients are made anew."""
+def step(model: MuEForConditionalGeneration, batch: dict[str, Tensor], loss: Loss, autocast: bool) -> float:
+    """Forward, loss and backward; gradients are made anew. Returns the loss."""
     model.zero_grad(set_to_none=True)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=autocast):
@@ -97,6 +97,7 @@ def step(model: MuEForConditionalGeneration, batch: dict[str, Tensor], loss: Los
         value = loss(model, states, batch["labels"])
     del states
     value.backward()
+    return value.item()
 
 
 def peak_bytes(run: Callable[[], None], device: str) -> int:

@@ -293,7 +293,7 @@ def test_another_record_is_not_touched(content, head, message, tmp_path):
 @pytest.fixture
 def tiny_sizes(monkeypatch):
     """`--size` gives a tiny model."""
-    monkeypatch.setattr(MuEConfig, "from_size", classmethod(lambda cls, size: tiny_config()))
+    monkeypatch.setattr(MuEConfig, "from_size", classmethod(lambda cls, size, **fields: tiny_config(**fields)))
 
 
 @pytest.fixture
@@ -499,3 +499,21 @@ def test_scripts_write_their_records(tiny_sizes, tmp_path):
             assert all(row[screen]["same_best"] == 1 for row in record["heads"] for screen in ("int8", "rank 4"))
         else:
             assert [row["draft_layers"] for row in record["rows"]] == [1, 2, 3]
+
+
+def test_layerwise_loss_script_compares_the_same_loss(tiny_sizes, tmp_path):
+    benchmark = script("layerwise_loss")
+    output, table = tmp_path / "loss.json", tmp_path / "loss.md"
+    options = ["--images", "2", "--captions-per-image", "2", "--tokens", "4", "--grid", "3", "--repeats", "1"]
+    benchmark.main([*options, "--output", str(output), "--table", str(table)])
+    record = json.loads(output.read_text())
+    assert record["losses"].keys() == benchmark.LOSSES.keys() and table.read_text().count("\n|") == 6
+    assert all(one["peak_mib"] > 0 and one["seconds"] > 0 for one in record["losses"].values())
+    model, batch = benchmark.build(SimpleNamespace(**record["settings"]))
+    losses, gradients = {}, {}
+    for name in ("last_layer", "naive", "layerwise"):
+        losses[name] = benchmark.step(model.eval(), batch, benchmark.LOSSES[name], False)
+        gradients[name] = model.lm_head.weight.grad.clone()
+    assert losses["layerwise"] == pytest.approx(losses["naive"], rel=1e-5)
+    assert losses["naive"] > 1.5 * losses["last_layer"]
+    torch.testing.assert_close(gradients["layerwise"], gradients["naive"])

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mue_hf.bounds import METHODS, binomial_tail, fixed_sequence, risk_pvalue, risk_upper_bound, smallest_budget
+from mue_hf.bounds import (
+    METHODS,
+    binomial_tail,
+    fixed_sequence,
+    risk_pvalue,
+    risk_upper_bound,
+    rounded_up,
+    smallest_budget,
+)
 
 both_methods = pytest.mark.parametrize("method", METHODS)
 samples = st.lists(st.floats(0, 1), min_size=1, max_size=60)
@@ -177,3 +185,12 @@ def test_refuses_bad_arguments(arguments, message):
 def test_an_empty_sample_has_no_budget():
     with pytest.raises(ValueError, match="`units` must be at least 1, got 0"):
         smallest_budget(0)
+
+
+@given(st.floats(1e-6, 1.0))
+def test_published_bounds_are_no_smaller_than_they_are(value):
+    assert value * (1 - 1e-9) <= rounded_up(value) <= 1.0101 * value
+
+
+def test_published_bounds_keep_what_has_three_digits():
+    assert [rounded_up(value) for value in (0.05, 0.07, 0.05511, 0.123, 1.0)] == [0.05, 0.07, 0.0552, 0.123, 1.0]

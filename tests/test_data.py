@@ -5,6 +5,7 @@ import json
 import pickle
 from collections import Counter
 from functools import partial
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -55,6 +56,14 @@ def entailment(tmp_path):
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def jpeg() -> bytes:
+    """A picture with something in it, so that most of the file is its data."""
+    file = BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    PilImage.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
 
 
 def color(image: PilImage.Image) -> int:
@@ -200,10 +209,13 @@ class TestCaptioning:
     @pytest.fixture
     def bad(self, folder):
         (folder / "images" / "text.png").write_text("no picture")
+        whole = (folder / "images" / "0.png").read_bytes()
+        (folder / "images" / "cut.png").write_bytes(whole[: len(whole) // 2])
         rows = [
             {"image": "images/0.png", "captions": ["a dog", " . "]},
             {"image": "images/9.png", "captions": ["a cat"]},
             {"image": "images/text.png", "captions": ["a cat"]},
+            {"image": "images/cut.png", "captions": ["a cat"]},
             {"image": None, "captions": ["a cat"]},
             {"image": "images/1.png", "captions": []},
             {"image": "images/2.png", "captions": ["", None]},
@@ -212,23 +224,25 @@ class TestCaptioning:
 
     @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
     def test_bad_rows(self, bad, captioning, streaming, caplog):
-        match = r"caption without words: 3 \(first in row 0: .*unreadable image: 3 \(first in row 1: .*9.png.*skip_bad"
+        match = r"caption without words: 3 \(first in row 0: .*unreadable image: 4 \(first in row 1: .*9.png.*skip_bad"
         with pytest.raises(ValueError, match=match):
             list(captioning(bad, None, streaming=streaming))
         skipped = Counter()
         rows = list(captioning(bad, None, streaming=streaming, skip_bad=True, skipped=skipped))
         assert [row["references"] for row in rows] == [["a dog"]]
-        assert skipped == {"missing or unreadable image": 3, "caption without words": 3, "no caption": 2}
-        assert "Left out of" in caplog.text and "missing or unreadable image: 3 (first in row 1" in caplog.text
+        assert skipped == {"missing or unreadable image": 4, "caption without words": 3, "no caption": 2}
+        assert "Left out of" in caplog.text and "missing or unreadable image: 4 (first in row 1" in caplog.text
 
     def test_bad_embedded_rows(self, folder, captioning):
         good = (folder / "images" / "0.png").read_bytes()
-        images = [None, {"bytes": b"", "path": "9.png"}, {"bytes": good, "path": None}]
+        broken = [b"", b"no picture", good[: len(good) // 2], jpeg()[:-400]]
+        images = [None, *({"bytes": one, "path": "9.png"} for one in broken), {"bytes": good, "path": None}]
         schema = Features(CAPTIONING_FEATURES)
-        table = {"image": images, "image_id": ["0", "1", "2"], "references": CAPTIONS}
+        references = [*2 * CAPTIONS[:2], CAPTIONS[1], CAPTIONS[2]]
+        table = {"image": images, "image_id": list("012345"), "references": references}
         Dataset.from_dict(table, features=schema).to_parquet(folder / "rows.parquet")
         for streaming in (False, True):
-            with pytest.raises(ValueError, match="missing or unreadable image: 2"):
+            with pytest.raises(ValueError, match="missing or unreadable image: 5"):
                 list(captioning(folder / "rows.parquet", None, streaming=streaming))
             (row,) = captioning(folder / "rows.parquet", None, streaming=streaming, skip_bad=True)
             assert row["references"] == CAPTIONS[2] and color(row["image"]) == 0

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, cli
 from mue_hf.benchmarking.stock import nothing_kept
-from mue_hf.evaluate import read_records
+from mue_hf.evaluate import describe_records, read_records
 from mue_hf.evaluation.measure import (
     Meter,
     depth_by_position,
@@ -118,7 +118,34 @@ def test_records_are_complete(evaluate, tmp_path):
     assert 0 < first["flops"]["skipped"] < first["flops"]["skipped_without_trunk"] < 1
     assert first["depth_counts"]["decoder"] == {"1": 12}
     lines = table.read_text().splitlines()
-    assert len(lines) == 4 and "cider_plain" in lines[0] and lines[3].startswith("| first |")
+    assert "cider_plain" in lines[0] and lines[3].startswith("| first |")
+    # all images have the same depth
+    conditions, load = lines[5:]
+    assert conditions.startswith("Split test of scenes:1:3, 3 rows of 3 images; float32, ")
+    assert f"torch {torch.__version__}" in conditions and load.startswith("Load average between ")
+
+
+def test_easiest_and_hardest_images():
+    def output(image_id, image, decoder):
+        return Prediction(image_id, "a", (5, 2), image, 3, (decoder, decoder), 4, 0.1)
+
+    predictions = [output("b", 1, 2), output("a", 3, 2), output("c", 1, 1), output("b", 3, 4)]
+    easiest, hardest = extremes(predictions, 2)
+    assert easiest == [{"image_id": "c", "depth": 3.0}, {"image_id": "a", "depth": 5.0}]
+    assert hardest == [{"image_id": "b", "depth": 5.5}, {"image_id": "a", "depth": 5.0}]
+    record = {
+        "name": "early",
+        "criterion": "similarity",
+        "source": {"split": "test", "data": "some.jsonl"},
+        "rows": 4,
+        "image_count": 3,
+        "dtype": "float32",
+        "environment": {"hardware": "a CPU", "device": "cpu", "threads": 2, "versions": {"torch": "2"}},
+        "easiest": easiest,
+        "hardest": hardest,
+    }
+    told = describe_records([record, record | {"name": "later"}])
+    assert told.endswith("decoder; easiest: c (3.0), a (5.0); hardest: b (5.5), a (5.0).") and "later" not in told
 
 
 def test_entailment_records(evaluate):
@@ -287,6 +314,7 @@ def test_files_are_read(evaluate, tmp_path):
         ("entailment", ["--limit", "8", "--images", "shuffled"], "need at least two images"),
         ("entailment", ["--output", "points.json"], "must be a .jsonl file"),
         ("entailment", ["--data", "scenes:1"], "must be scenes:SEED:COUNT"),
+        ("entailment", ["--data-option", "label_column=answer"], r"got \['label_column'\] for 'scenes:1:3'"),
         ("entailment", ["--data", "no/such.jsonl"], "`source` must exist"),
     ],
 )

@@ -144,9 +144,11 @@ def test_frozen_trunk_and_generated_scenes(task, run, origin):
     assert changed and not any("embed_images" in name for name in changed)
 
 
+@pytest.mark.parametrize("source", ["files", "scenes"])
 @pytest.mark.parametrize("task", TASKS)
-def test_streaming(task, run):
-    folder = run(task, "--do_train", "--do_eval", "--streaming")
+def test_streaming(task, source, run):
+    options = ["--data", "scenes:0:4"] if source == "scenes" else []
+    folder = run(task, "--do_train", "--do_eval", "--streaming", *options)
     assert len(losses(folder)) == 4
 
 

@@ -387,6 +387,21 @@ class TestComputeMetrics:
         with pytest.raises(ValueError, match=r"got shape \(2, 3, 12\); set `predict_with_generate=True`"):
             entailment_metrics(self.processor)(prediction)
 
+    def test_intervals_fit_a_log(self):
+        generated = self.processor.ids("yes", "maybe", "no", "rain", padding=1)
+        labels = self.processor.ids("yes", "maybe", "yes", "no", padding=-100)
+        options = {"resamples": 50, "image_ids": ["a", "a", "b", "c"]}
+        scores = entailment_metrics(self.processor, **options)(EvalPrediction(generated, labels))
+        expected = entailment_scores(
+            ["entailment", "neutral", "contradiction", "rain"],
+            ["entailment", "neutral", "entailment", "contradiction"],
+            labels=list(self.processor.entailment_answers),
+            **options,
+        )
+        low, high = expected["intervals"]["accuracy"]
+        assert (scores["accuracy_low"], scores["accuracy_high"]) == (low, high) and low < 0.5 < high
+        assert all(isinstance(value, int | float) for value in scores.values())
+
     def test_options_that_would_not_fit_a_log_are_refused(self):
         with pytest.raises(TypeError, match=r"got \['per_image'\]"):
             caption_metrics(self.processor, REFERENCES, per_image=True)

@@ -5,7 +5,7 @@ is above the allowed risk: where it is at most delta, the risk is certified with
 """
 
 from collections.abc import Iterable
-from math import ceil, e, fsum, log, log1p
+from math import ceil, e, floor, fsum, log, log1p, log10
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -190,4 +190,19 @@ def _check_method(method: str) -> None:
         raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}; choose one of them.")
 
 
-__all__ = ["METHODS", "binomial_tail", "fixed_sequence", "risk_pvalue", "risk_upper_bound", "smallest_budget"]
+def rounded_up(value: float) -> float:
+    """A bound in (0, 1] to three digits, never smaller than it is."""
+    digits = 2 - floor(log10(value))
+    # a product such as 0.07 * 10,000 is a little too large
+    return ceil(round(value * 10**digits, 6)) / 10**digits
+
+
+__all__ = [
+    "METHODS",
+    "binomial_tail",
+    "fixed_sequence",
+    "risk_pvalue",
+    "risk_upper_bound",
+    "rounded_up",
+    "smallest_budget",
+]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .bounds import METHODS
+from .bounds import METHODS, rounded_up
 from .calibration import (
     CALIBRATED,
     OBJECTIVES,
@@ -128,7 +128,7 @@ def _show(calibration: Calibration, name: str, written: bool) -> str:
     if preset is None:
         lines.append("No setting could be certified: already the safest one lost too much. Nothing was written.")
         return "\n".join(lines)
-    promise = preset["budget"] if "budget" in preset else preset["bound"]
+    promise = rounded_up(preset.get("budget", preset["bound"]))
     lines.append(
         f"{name}: mean loss ({preset['risk']}) of at most {promise:.3g} with confidence {1 - preset['delta']:g}, from "
         f"{preset['n']} images; {preset['flops']:.0%} of full depth's FLOPs, {preset['seconds']:.0%} of its time."

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from io import BytesIO
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
-import pyarrow.compute as pc
 import torch
 from datasets import (
     ClassLabel,
@@ -162,18 +162,15 @@ class _Reader:
     def wanted_splits(self) -> set[str] | None:
         return None if self.split is None or self.split_column is None else set(self.split.split("+"))
 
-    def _image_fault(self, embedded: bool, path: str | None) -> str | None:
-        if embedded or (path is not None and "://" in path):
-            return None
+    def _image_fault(self, stored: bytes | None, path: str | None) -> str | None:
+        if stored:
+            return _decoding_fault(BytesIO(stored))
         if path is None:
             return "there is none"
+        if "://" in path:
+            return None
         if path not in self.checked_paths:
-            try:
-                with PilImage.open(path):
-                    self.checked_paths[path] = None
-            # Pillow's decoders raise many kinds of errors.
-            except Exception as error:
-                self.checked_paths[path] = str(error)
+            self.checked_paths[path] = _decoding_fault(path)
         return self.checked_paths[path]
 
     def _image_path(self, row: dict[str, Any]) -> str | None:
@@ -184,13 +181,13 @@ class _Reader:
         return self.image_column.format(**row) if "{" in self.image_column else row[self.image_column]
 
     def normalized(
-        self, number: int, row: dict[str, Any], embedded: bool, path: str | None, fields: Callable
+        self, number: int, row: dict[str, Any], stored: bytes | None, path: str | None, fields: Callable
     ) -> dict[str, Any] | None:
         """One row in the schema, without its image's bytes; None if it is bad or of another split."""
         if self.wanted_splits is not None and row[self.split_column] not in self.wanted_splits:
             return None
-        located = path if embedded or path is None or "://" in path else str(self.root / path)
-        if fault := self._image_fault(embedded, located):
+        located = path if stored or path is None or "://" in path else str(self.root / path)
+        if fault := self._image_fault(stored, located):
             self.faults.add("missing or unreadable image", number, fault)
             return None
         texts = fields(row, lambda reason, detail: self.faults.add(reason, number, detail))
@@ -231,7 +228,7 @@ class _Reader:
                 row = {name: values[index] for name, values in columns.items()}
                 image = row[self.image_column] if embedded else {"bytes": None, "path": self._image_path(row)}
                 image = image or {"bytes": None, "path": None}
-                one = self.normalized(number, row, bool(image["bytes"]), image["path"], fields)
+                one = self.normalized(number, row, image["bytes"], image["path"], fields)
                 if one is not None:
                     one["image"] = image | {"path": one["path"]}
                     for name in features:
@@ -248,7 +245,7 @@ class _Reader:
         seen_splits: set[str] = set()
         pictures = self._embedded() if embedded else None
         for number, row in enumerate(tqdm(self.rows.select_columns(needed), desc="checking", unit="row", delay=2)):
-            stored, path = next(pictures) if embedded else (False, self._image_path(row))
+            stored, path = next(pictures) if embedded else (None, self._image_path(row))
             if self.split_column is not None:
                 seen_splits.add(row[self.split_column])
             one = self.normalized(number, row, stored, path, fields)
@@ -280,13 +277,23 @@ class _Reader:
             images = images.rename_column(self.image_column, "image")
         return concatenate_datasets([images, texts], axis=1).select(list(by_number))
 
-    def _embedded(self) -> Iterator[tuple[bool, str | None]]:
-        """For each row whether the image is stored in it, and its path, without reading the image."""
-        for table in self.rows.select_columns([self.image_column]).with_format("arrow").iter(1000):
-            for chunk in table.column(self.image_column).chunks:
-                stored, paths = chunk.flatten()
-                present = pc.greater(pc.binary_length(stored), 0).fill_null(False)
-                yield from zip(present.to_pylist(), paths.to_pylist(), strict=True)
+    def _embedded(self) -> Iterator[tuple[bytes | None, str | None]]:
+        """For each row the encoded image if it is stored there, and its path."""
+        for table in self.rows.select_columns([self.image_column]).with_format("arrow").iter(100):
+            for image in table.column(self.image_column):
+                yield (image["bytes"].as_py(), image["path"].as_py()) if image.is_valid else (None, None)
+
+
+def _decoding_fault(file: str | BytesIO) -> str | None:
+    """Why an image can't be decoded; JPEGs are, at an eighth of their size, which takes a fraction of the time."""
+    try:
+        with PilImage.open(file) as image:
+            image.draft("RGB", (1, 1))
+            image.load()
+    # Pillow's decoders raise many kinds of errors.
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return None
 
 
 Fault = Callable[[str, str], None]

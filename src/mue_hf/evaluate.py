@@ -44,8 +44,9 @@ Several processes share the rows: accelerate launch -m mue_hf.cli evaluate ... (
 is that of the first process, while the others wait.
 
 Layers skipped (R, as the paper counts it), FLOPs skipped and time are different things; all three are reported.
-FLOPs are those of an output that is alone in its batch. Time is that of trunk, encoder and decoder without reading
-and resizing the image, in turns with full depth on a part of the data."""
+FLOPs are those of an output that is alone in its batch; under beam search the depths of the returned caption stand for
+those of the other beams. Time is that of trunk, encoder and decoder without reading and resizing the image, in turns
+with full depth on a part of the data."""
 
 
 def sweep(text: str) -> tuple[str, Any]:
@@ -456,7 +457,8 @@ class Evaluation:
             **{name: value for name, value in self.scoring.items() if name != "against"},
             **figures,
             "time": timed,
-            "environment": environment(self.model, args.batch_size) | {"processes": self.processes.count},
+            "environment": environment(self.model, args.batch_size)
+            | {"processes": self.processes.count, "load_average": list(os.getloadavg())},
             "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
             "measuring_seconds": time.time() - start,
         }
@@ -555,6 +557,37 @@ def make_table(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def describe_environment(record: Mapping[str, Any]) -> tuple[str, str]:
+    """What a record was measured on, and with which versions, in words."""
+    environment = record["environment"]
+    machine = environment["hardware"]
+    if environment["device"] == "cpu":
+        machine += f", threads: {environment['threads']}"
+    return machine, ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
+
+
+def describe_records(records: Sequence[Mapping[str, Any]], names: int = 3) -> str:
+    """What stands below the table: data, machine and versions, and of the presets (else of the first point that does
+    not give all images the same depth) the images that needed least and most."""
+    first = records[0]
+    machine, versions = describe_environment(first)
+    loads = [record["environment"]["load_average"][0] for record in records if "load_average" in record["environment"]]
+    source = f"Split {first['source']['split']} of {first['source']['data']}"
+    rows = f"{first['rows']} rows of {first['image_count']} images"
+    lines = [f"{source}, {rows}; {first['dtype']}, {machine}; {versions}."]
+    if loads:
+        lines.append(f"Load average between {min(loads):.1f} and {max(loads):.1f}.")
+    told = [one for one in records if one["easiest"][0]["depth"] < one["hardest"][0]["depth"]]
+    for record in [one for one in told if one["criterion"] == "presets"] or told[:1]:
+        ends = (
+            f"{end}: " + ", ".join(f"{one['image_id']} ({one['depth']:.1f})" for one in record[end][:names])
+            for end in ("easiest", "hardest")
+        )
+        what = f"{record['name']}, images by layers of the encoder (mean of streams) and of the decoder"
+        lines.append(f"{what}; {'; '.join(ends)}.")
+    return "\n\n".join(lines)
+
+
 def run(args: argparse.Namespace) -> int:
     """Measures the points that are missing, and prints all of them.
 
@@ -566,7 +599,7 @@ def run(args: argparse.Namespace) -> int:
     finish_processes()
     if not evaluation.processes.is_main:
         return 0
-    table = make_table(records) + "\n"
+    table = f"{make_table(records)}\n\n{describe_records(records)}\n"
     if args.table is not None:
         write_whole(args.table, table)
     if not args.json:
@@ -574,4 +607,4 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-__all__ = ["add_arguments", "make_table", "read_records", "run"]
+__all__ = ["add_arguments", "describe_environment", "describe_records", "make_table", "read_records", "run"]

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.modelcard import TrainingSummary
 
+from .bounds import rounded_up
 from .early_exit_mue import CONFIG_NAMES
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -218,9 +219,9 @@ def _describe_preset(name: str, preset: Mapping[str, Any], dtype: str | None) ->
 def _promise(preset: Mapping[str, Any], dtype: str | None) -> str:
     if "risk" not in preset:
         return "none: chosen by hand"
-    limit = preset.get("budget", preset["bound"])
+    limit = rounded_up(preset.get("budget", preset["bound"]))
     if preset["risk"] == "disagreement":
-        what = f"on average over images, at most {limit:.1%} of the outputs differ from those at full depth"
+        what = f"on average over images, at most {100 * limit:.3g}% of the outputs differ from those at full depth"
     else:
         what = f"the metric loses at most {limit:.3g} on average"
     sentence = (
@@ -240,7 +241,7 @@ def _data_name(record: Mapping[str, Any], about: About) -> str:
 def _describe_group(group: Sequence[Mapping[str, Any]], about: About) -> dict[str, str | None]:
     try:
         # Here, since an installation that does not evaluate lacks what it imports.
-        from .evaluate import make_table
+        from .evaluate import describe_environment, make_table
     except ImportError as error:
         raise ImportError(
             f"A card with an evaluation needs what `mue-hf evaluate` does ({error}): pip install 'mue-hf[eval,train]'"
@@ -255,11 +256,7 @@ def _describe_group(group: Sequence[Mapping[str, Any]], about: About) -> dict[st
         name: value for name, value in first["decoding"].items() if value is not None and "token_id" not in name
     }
     settings = ", ".join(f"{name}={value!r}" for name, value in sorted(decoding.items()))
-    environment = first["environment"]
-    machine = environment["hardware"]
-    if environment["device"] == "cpu":
-        machine += f", threads: {environment['threads']}"
-    versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
+    machine, versions = describe_environment(first)
     lines = [f"Split {first['source']['split']}, {rows}, {first['dtype']}, {first['measured_at'][:10]}."]
     if first["task"] == "captioning":
         lines.append(f"Decoding: `{settings}`.")

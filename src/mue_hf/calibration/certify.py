@@ -1,6 +1,5 @@
 """The promise: candidates tested in order on images that the search never saw, until one fails."""
 
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bounds import fixed_sequence, risk_pvalue, risk_upper_bound, smallest_budget
+from ..bounds import fixed_sequence, risk_pvalue, risk_upper_bound, rounded_up, smallest_budget
 from .search import Candidate
 
 
@@ -104,14 +103,9 @@ def check_size(images: int, budget: float, delta: float, method: str) -> None:
     while smallest_budget(needed, delta, method) > budget:
         needed += max(1, needed // 50)
     raise ValueError(
-        f"`budget` must be at least {_rounded_up(smallest)} for the {images} images that are left for the test at "
+        f"`budget` must be at least {rounded_up(smallest)} for the {images} images that are left for the test at "
         f"delta {delta}, got {budget}; allow that much, or take more images (the test needs about {needed})."
     )
-
-
-def _rounded_up(value: float) -> float:
-    digits = 2 - math.floor(math.log10(value))
-    return math.ceil(value * 10**digits) / 10**digits
 
 
 __all__ = ["Outcome", "Tested", "certify", "check_size", "split_images", "summarize"]

@@ -98,8 +98,8 @@ def calibrate(
         delta (`float`, *optional*, defaults to 0.05): probability that the promise is false.
         risk (`str`, *optional*, defaults to `"disagreement"`): the loss of a row. "disagreement" needs no labels: 1 if
             the output differs from that at full depth. "metric": by how much it is worse, at most 1: for captions the
-            drop of CIDEr-D, where 1 is what is often written as 100, with the document frequencies of these rows'
-            references; for answers 1 if a right answer is lost.
+            drop of CIDEr-D, where 1 is what is often written as 100, with the document frequencies of the references
+            of part A; for answers 1 if a right answer is lost.
         objective (`str`, *optional*, defaults to `"flops"`): what cost means: "flops", or "time", measured once for
             each candidate.
         method (`str`, *optional*, defaults to `"hoeffding-bentkus"`): see [`risk_pvalue`].
@@ -146,7 +146,8 @@ def calibrate(
     part_a, part_b = (_part(data, images) for images in (search, test))
     reward = None
     if risk == "metric" and task == "captioning":
-        reward = CiderDReward([processor.encode_captions(row["references"]) for row in data.fields])
+        # of part A: losses on part B must not depend on each other's images
+        reward = CiderDReward([processor.encode_captions(row["references"]) for row in part_a.texts])
     common = {} if folder is None else _common(model, processor, data, task, batch_size, prompt_type)
     folder = None if folder is None else Path(folder)
     runner = Runner(model, processor, task, risk, options, batch_size, prompt_type, reward, folder, common)

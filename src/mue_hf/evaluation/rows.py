@@ -2,15 +2,17 @@
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
+from itertools import chain, islice
 from typing import Any
 
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, Features, Image, IterableDataset, Value
 from tqdm import tqdm
 
-from ..data import load_captioning, load_entailment
+from ..data import CAPTIONING_FEATURES, ENTAILMENT_FEATURES, load_captioning, load_entailment
 from ..features import image_digest
 from ..scenes import SceneDataset
 
@@ -70,10 +72,11 @@ def load_rows(
         options: of the loader; streamed rows keep the order of the source.
 
     Raises:
-        ValueError: if the source cannot be read, or is not of the form scenes:SEED:COUNT.
+        ValueError: if the source cannot be read, or is not of the form scenes:SEED:COUNT, or if scenes are given
+            options of files.
     """
     if source.startswith("scenes:"):
-        return _scenes(task, source, split)[:limit]
+        return _load_scenes(task, source, split, limit, **options)
     if kind_column is not None:
         options["keep_columns"] = [kind_column]
     rows = LOADERS[task](source, None if split == "all" else split, **options)
@@ -89,7 +92,15 @@ def load_rows(
     return rows
 
 
-def _scenes(task: str, source: str, split: str) -> list[dict[str, Any]]:
+def _load_scenes(
+    task: str, source: str, split: str, limit: int | None, *, streaming: bool = False, **options: Any
+) -> list[dict[str, Any]] | IterableDataset:
+    # no row of theirs is bad
+    if unknown := sorted(options.keys() - {"skip_bad", "skipped"}):
+        raise ValueError(
+            f"options of `source` must be those it has, got {unknown} for {source!r}: generated scenes have no "
+            "columns or files to choose; leave them out."
+        )
     try:
         _, seed, count = source.split(":")
         seed, count = int(seed), int(count)
@@ -97,16 +108,25 @@ def _scenes(task: str, source: str, split: str) -> list[dict[str, Any]]:
         raise ValueError(
             f"`source` must be scenes:SEED:COUNT with two integers, got {source!r}; try scenes:0:1250."
         ) from error
-    if task == "captioning":
-        scenes = SceneDataset(count, seed, split, statements=0)
-        return [scenes[index] for index in range(count)]
-    rows = []
-    scenes = SceneDataset(count, seed, split, captions=False)
-    for scene in (scenes[index] for index in range(count)):
-        common = {"image": scene["image"], "image_id": scene["image_id"], "premise": None}
-        for text, label, kind in zip(scene["hypothesis"], scene["label"], scene["kind"], strict=True):
-            rows.append(common | {"hypothesis": text, "label": label, "kind": kind})
-    return rows
+    draw = partial(_scenes, task, seed, count, split, limit)
+    if not streaming:
+        return list(draw())
+    features = CAPTIONING_FEATURES if task == "captioning" else ENTAILMENT_FEATURES | {"kind": Value("string")}
+    return IterableDataset.from_generator(draw, features=Features(features))
+
+
+def _scenes(task: str, seed: int, count: int, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
+    captions = task == "captioning"
+    scenes = SceneDataset(count, seed, split, captions=captions, **{"statements": 0} if captions else {})
+    drawn = (scenes[index] for index in range(count))
+    return islice(drawn if captions else chain.from_iterable(map(_statements, drawn)), limit)
+
+
+def _statements(scene: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each statement about a scene."""
+    common = {"image": scene["image"], "image_id": scene["image_id"], "premise": None}
+    for text, label, kind in zip(scene["hypothesis"], scene["label"], scene["kind"], strict=True):
+        yield common | {"hypothesis": text, "label": label, "kind": kind}
 
 
 def row_fields(rows: Any) -> list[dict[str, Any]]:

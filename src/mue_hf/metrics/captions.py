@@ -1,5 +1,6 @@
 """BLEU, METEOR, ROUGE-L, CIDEr-D and SPICE of captions, as the field reports them."""
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from transformers import EvalPrediction
 
 from .generated import generated_ids
-from .intervals import check_resampling, percentile_interval, resampling_weights
+from .intervals import check_resampling, flat_intervals, percentile_interval, resampling_weights
 
 METRICS = ("bleu", "meteor", "rouge_l", "cider", "spice")
 TOKENIZERS = ("ptb", "plain", "pretokenized")
@@ -109,20 +110,22 @@ def caption_metrics(
     Args:
         processor (`MuEProcessor`): turns generated ids into captions.
         references (sequence [images] of sequences of `str`): of the evaluation set, in its order.
-        options: `metrics` and `tokenizer` of [`caption_scores`].
+        options: of [`caption_scores`], but for `per_image`.
 
     Returns:
-        `Callable`: from `EvalPrediction` with `predictions` [images, tokens] to scores.
+        `Callable`: from `EvalPrediction` with `predictions` [images, tokens] to scores; with `resamples` also the ends
+        of their intervals, "<score>_low" and "<score>_high".
 
     Raises:
         TypeError: for other options.
     """
-    if unknown := sorted(options.keys() - {"metrics", "tokenizer"}):
-        raise TypeError(f"`caption_metrics` takes the options `metrics` and `tokenizer`, got {unknown}.")
+    known = inspect.signature(caption_scores).parameters.keys() - {"predictions", "references", "per_image"}
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"`caption_metrics` takes the options {sorted(known)}, got {unknown}.")
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         ids = generated_ids(prediction, processor)
-        return caption_scores(processor.post_process_captions(ids), references, **options)
+        return flat_intervals(caption_scores(processor.post_process_captions(ids), references, **options))
 
     return compute_metrics
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from transformers import EvalPrediction
 
 from .generated import generated_ids, without_masks
-from .intervals import check_resampling, group_sums, percentile_interval, resampling_weights
+from .intervals import check_resampling, flat_intervals, group_sums, percentile_interval, resampling_weights
 
 
 def entailment_scores(
@@ -86,14 +86,26 @@ def _share(part: NDArray, whole: NDArray) -> NDArray:
     return part / np.maximum(whole, 1)
 
 
-def entailment_metrics(processor: Any) -> Callable[[EvalPrediction], dict[str, float]]:
+def entailment_metrics(
+    processor: Any,
+    *,
+    image_ids: Sequence[Hashable] | None = None,
+    resamples: int = 0,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Callable[[EvalPrediction], dict[str, float]]:
     """`compute_metrics` of a trainer with `predict_with_generate=True`.
 
     Args:
         processor (`MuEProcessor`): turns ids into texts, and its `entailment_answers` texts into classes.
+        image_ids (sequence [pairs], *optional*): as in [`entailment_scores`], of the evaluation set in its order.
+        resamples (`int`, defaults to 0): draws of images for bootstrap intervals; 0 for none.
+        confidence (`float`, defaults to 0.95): share of the draws inside an interval.
+        seed (`int`, defaults to 0): of the draws.
 
     Returns:
-        `Callable`: from `EvalPrediction` to the scores of [`entailment_scores`]. Its `predictions` [pairs, tokens] are
+        `Callable`: from `EvalPrediction` to the scores of [`entailment_scores`], with `resamples` also the ends of
+        their intervals, "<score>_low" and "<score>_high". Its `predictions` [pairs, tokens] are
         generated ids, which may begin with the decoder prompt; its `label_ids` [pairs, tokens] hold the answers, -100
         elsewhere.
     """
@@ -108,7 +120,8 @@ def entailment_metrics(processor: Any) -> Callable[[EvalPrediction], dict[str, f
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         answers = named(generated_ids(prediction, processor))
         true = named(without_masks(prediction.label_ids, processor))
-        return entailment_scores(answers, true, labels=list(classes.values()))
+        options = {"image_ids": image_ids, "resamples": resamples, "confidence": confidence, "seed": seed}
+        return flat_intervals(entailment_scores(answers, true, labels=list(classes.values()), **options))
 
     return compute_metrics
 

@@ -23,6 +23,13 @@ def percentile_interval(resampled: ArrayLike, confidence: float) -> tuple[float,
     return float(low), float(high)
 
 
+def flat_intervals(scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores for a log, which holds numbers alone: the ends of an interval as "<score>_low" and "<score>_high"."""
+    intervals = scores.pop("intervals", {})
+    ends = {name: {"low": low, "high": high} for name, (low, high) in intervals.items()}
+    return scores | {f"{name}_{end}": value for name, both in ends.items() for end, value in both.items()}
+
+
 def group_sums(values: NDArray, groups: Sequence[Hashable] | None) -> NDArray:
     """Sums of `values` [outputs, ...] over the outputs of each image: [images, ...], in order of appearance."""
     if groups is None:
