@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEProcessor
-from mue_hf.evaluate import add_arguments, read_records, run
+from mue_hf.evaluate import add_arguments, describe_environment, read_records, run
 from mue_hf.evaluation.measure import similarity_curves
 from mue_hf.evaluation.rows import load_rows
 from mue_hf.files import write_whole
@@ -210,7 +210,12 @@ def make_table(records: list[dict[str, Any]]) -> str:
                 mean_cosine(record, "decoder"),
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    machine, versions = describe_environment(records[0])
+    lines = ["| " + " | ".join(line) + " |" for line in lines]
+    precision = "bfloat16" if records[0]["bf16"] else "float32"
+    rows = f"{records[0]['rows']} test statements about {records[0]['asked']['scenes']} scenes"
+    lines += ["", f"{rows}; trained in {precision}; {machine}; {versions}."]
+    return "\n".join(lines) + "\n"
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:

@@ -240,7 +240,8 @@ def test_comparison_of_two_variants(compare, told, tmp_path, monkeypatch, capsys
     assert criteria[0] >= {"full", "similarity", "fixed", "fixed encoder", "fixed decoder"}
     assert criteria[1] >= {"full", "similarity", "fixed", "fixed image", "fixed decoder"}
     table = (tmp_path / "table.md").read_text()
-    assert capsys.readouterr().out.endswith(f"{table}\n") and table.count("\n") == 4
+    assert capsys.readouterr().out.endswith(f"{table}\n") and table.count("\n|") == 3
+    assert "\n\n16 test statements about 2 scenes; trained in float32; " in table
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     # what is finished is not made again
     monkeypatch.setattr(compare, "train", None)

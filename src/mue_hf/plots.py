@@ -99,12 +99,14 @@ def _points(axes: Any, records: Sequence[Mapping[str, Any]], place: Mapping[str,
         low, high = record["identical_interval"] if score is None else record["intervals"][score]
         # Percentile intervals of few images may lie beside the score.
         groups[record["criterion"]].append((place[record["key"]], value, max(value - low, 0), max(high - value, 0)))
-    for criterion, points in groups.items():
+    for number, (criterion, points) in enumerate(groups.items()):
         x, y, below, above = zip(*sorted(points), strict=True)
         if criterion == "full":
             axes.axhline(y[0], linestyle="--", color="grey", label="full depth")
         else:
-            axes.errorbar(x, y, (below, above), marker="o", markersize=4, elinewidth=0.5, label=criterion)
+            # colours come again after ten criteria, markers do not
+            marker = "os^D"[number // 10 % 4]
+            axes.errorbar(x, y, (below, above), marker=marker, markersize=4, elinewidth=0.5, label=criterion)
     axes.legend(**LEGEND)
 
 
