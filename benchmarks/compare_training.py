@@ -4,7 +4,7 @@ Every variant is trained by examples/train_scenes.py and measured as `mue-hf eva
 without the layer-wise loss; without decomposition (a joint encoder); models of two and three layers, which take as
 many more steps as fit into the same time; the options of MuETrainer one by one, and together. As in the paper, they
 fine-tune a model that is joint and was trained on its last layer alone. It has two layers, and grows to those of the
-variant without a change of what it computes:
+variant without a change of what it computes (where no variant has two layers, a start may have three):
 
     make runs/plain/relations/report.json REPRODUCED=runs/plain LAYERS=2 LESSON_ARGS="--joint --layer_weights 0 1"
     python benchmarks/compare_training.py --start_from runs/plain/relations --output_dir runs/compare
@@ -43,7 +43,7 @@ VARIANTS: dict[str, list[str]] = {
     "depth-and-distillation": ["--random_exit_depth", "--self_distillation", "1"],
 }
 # They take the time of "paper", not its steps.
-SMALLER = ("layers-2", "layers-3")
+SMALLER = {"layers-2": 2, "layers-3": 3}
 LAYERS = 6
 TRAINING = """--use_cpu --native_bf16 --learning_rate 2e-3 --muon_learning_rate 6e-3 --warmup_steps 100
 --weight_decay 0.01 --adam_beta2 0.98 --freeze_trunk --told_share 0.1 --captions_per_image 1 --ema_decay 0.995
@@ -255,8 +255,9 @@ def main(argv: list[str] | None = None) -> None:
     args, args.training = parser.parse_known_args(argv)
     if not 0 <= args.telling_share < 1 or round(args.telling_share * args.steps) >= args.steps:
         parser.error(f"--telling_share must leave steps for judging, got {args.telling_share}.")
-    if (layers := MuEConfig.from_pretrained(args.start_from).decoder_layers) > 2:
-        parser.error(f"--start_from must have two layers, as the smallest variant, got {layers}.")
+    smallest = min(SMALLER.get(name, LAYERS) for name in args.variants)
+    if (layers := MuEConfig.from_pretrained(args.start_from).decoder_layers) > smallest:
+        parser.error(f"--start_from must have at most {smallest} layers, as the smallest variant, got {layers}.")
     example = load_example()
     records = [make_record(example, args.output_dir, name, args) for name in args.variants]
     table = make_table(records)
