@@ -257,7 +257,7 @@ def test_comparison_starts_from_what_can_grow(compare, told, tmp_path, capsys):
     config.save_pretrained(tmp_path / "deep")
     with pytest.raises(SystemExit):
         compare.main([f"--output_dir={tmp_path / 'out'}", f"--start_from={tmp_path / 'deep'}"])
-    assert "--start_from must have two layers, as the smallest variant, got 3" in capsys.readouterr().err
+    assert "--start_from must have at most 2 layers, as the smallest variant, got 3" in capsys.readouterr().err
 
 
 def test_joint_and_decomposed_start_from_either(example, told, tmp_path):
