@@ -1,5 +1,6 @@
 """The checkpoints in the repository: small, whole, in step with the code, able to caption and to answer."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors import safe_open
 
 import mue_hf
 from mue_hf import MuEForConditionalGeneration, MuEProcessor
-from mue_hf.scenes import FORMS, SceneDataset
+from mue_hf.scenes import COLORS, FORMS, SHAPES, SceneDataset, make_scene
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "mue-flickr8k-small"
@@ -79,3 +80,19 @@ def test_judges_scenes_with_and_without_exits(options):
         assert mean["existence"] + 1 < mean["two_relations"] < 6
     elif not options:
         assert set(mean.values()) == {6}
+
+
+@pytest.mark.parametrize("options", [{}, {"exit_preset": "balanced"}], ids=str)
+def test_captions_of_scenes_name_what_is_there(options):
+    model, processor = MuEForConditionalGeneration.from_pretrained(SCENES).eval(), MuEProcessor.from_pretrained(SCENES)
+    count, right = 20, []
+    rows = SceneDataset(count, split="dev", statements=0)
+    inputs = processor(images=[rows[index]["image"] for index in range(count)])
+    captions = processor.post_process_captions(model.generate(**inputs, **options))
+    for index, caption in enumerate(captions):
+        there = {(one.color, one.shape) for one in make_scene(index, split="dev").visible}
+        named = [pair for pair in pairwise(caption.split()) if pair[0] in COLORS and pair[1] in SHAPES]
+        assert named, caption
+        right += [pair in there for pair in named]
+    # a pair at random is there about one time in five
+    assert sum(right) >= 0.9 * len(right)
