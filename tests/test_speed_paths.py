@@ -351,6 +351,22 @@ class TestMemo:
         memo.get("a", [weight], lambda: made.append(1))
         assert len(made) == 5
 
+    def test_storage_stays_resizable(self):
+        """FSDP frees whole weights between their uses."""
+        memo, flat, made = WeightMemo(1), torch.ones(5), []
+        weight = nn.Parameter(flat[3:])
+
+        def ask():
+            return memo.get("a", [weight], lambda: made.append(1) or len(made))
+
+        assert (ask(), ask()) == (1, 1)
+        flat.untyped_storage().resize_(0)
+        assert ask() is None
+        flat.untyped_storage().resize_(20)
+        with torch.no_grad():
+            flat.fill_(2)
+        assert (ask(), ask()) == (2, 2)
+
     def test_modules_of_a_model(self, model):
         assert set(modules_of(model)) == set(model.modules())
         weights = {id(one) for one in (*model.parameters(), *model.buffers())}

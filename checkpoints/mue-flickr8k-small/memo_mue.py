@@ -1,6 +1,7 @@
 """What inference makes of weights alone, kept as long as the weights stay as they are."""
 
 from collections.abc import Callable, Hashable, Iterable
+from ctypes import c_char
 from functools import lru_cache
 from itertools import chain
 from operator import attrgetter, is_
@@ -19,28 +20,33 @@ class _Seen:
     those of fused optimizers. So the first value of each weight is looked at too."""
 
     def __init__(self, weights: list[Tensor]):
-        # what is held here keeps its address to itself
-        self.weights = weights
-        # the bytes of first values where Python can read them, and the values by device where it cannot
+        # what is held here keeps its address to itself, also when a weight gets other data
+        self.weights, self.held = weights, [weight.detach() for weight in weights]
+        # first values: where they lie in the memory that Python reads, and by device where it cannot
         self.bytes: list[Any] = []
         self.values: dict[torch.device, list[Tensor]] = {}
-        for weight in (weight.detach() for weight in weights if weight.numel()):
-            first = weight[(0,) * weight.dim()]
+        for weight in self.held:
+            if not weight.numel():
+                continue
             if weight.device.type == "cpu" and type(weight) is Tensor:
-                self.bytes.append(first.reshape(1).view(torch.uint8).numpy())
+                # not through numpy, after which nobody can resize the storage any more
+                self.bytes.append((c_char * weight.element_size()).from_address(weight.data_ptr()))
             else:
-                self.values.setdefault(weight.device, []).append(first)
-        self.state = self._state()
+                self.values.setdefault(weight.device, []).append(weight[(0,) * weight.dim()])
+        self.places, self.first = self._places(), self._first()
 
     def still(self, weights: list[Tensor]) -> bool:
         """Whether these are the same weights, and nobody has replaced, moved, cast or written to one."""
         same = len(weights) == len(self.weights) and all(map(is_, weights, self.weights))
-        return same and self.state == self._state()
+        # an address is read only where it is still that of a weight
+        return same and self.places == self._places() and self.first == self._first()
 
-    def _state(self) -> tuple:
-        # every call of `generate` waits for this: each part is one pass in C
-        values = [torch.stack(some).tolist() for some in self.values.values()]
-        return b"".join(self.bytes), values, list(map(Tensor.data_ptr, self.weights)), list(map(STATE, self.weights))
+    # Every call of `generate` waits for these: each is a few passes in C.
+    def _places(self) -> tuple:
+        return list(map(Tensor.data_ptr, self.weights)), list(map(STATE, self.weights))
+
+    def _first(self) -> tuple:
+        return b"".join(self.bytes), [torch.stack(some).tolist() for some in self.values.values()]
 
 
 class WeightMemo:
@@ -74,13 +80,22 @@ class WeightMemo:
         entry = self._entries.get(key)
         if weights is not None and entry is not None and entry[0].still(weights):
             return entry[1]
-        # tensors made in inference mode count no writes
-        if weights is None or any(weight.is_inference() or weight.is_meta for weight in weights):
+        if weights is None or not all(map(_can_be_watched, weights)):
             return None
         entry = (_Seen(weights), make())
         kept = {name: value for name, value in self._entries.items() if name != key}
         self._entries = dict([*kept.items(), (key, entry)][-self.size :])
         return entry[1]
+
+
+def _can_be_watched(weight: Tensor) -> bool:
+    # tensors made in inference mode count no writes
+    if weight.is_inference() or weight.is_meta:
+        return False
+    if weight.device.type != "cpu" or type(weight.detach()) is not Tensor or not weight.numel():
+        return True
+    # FSDP frees weights that are not in use
+    return weight.untyped_storage().nbytes() >= (weight.storage_offset() + 1) * weight.element_size()
 
 
 def plain_weights(modules: Iterable[nn.Module]) -> list[Tensor] | None:
