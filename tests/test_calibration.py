@@ -26,6 +26,7 @@ from mue_hf.evaluation.rows import describe_rows
 from mue_hf.features import cache_trunk_features
 from mue_hf.generation_mue import weights_fingerprint
 from mue_hf.predict import predict
+from mue_hf.rewards import CiderDReward
 from mue_hf.scenes import SceneDataset
 from mue_hf.signals import SignalRecorder, replay, threshold_levels, without_decay
 
@@ -621,6 +622,20 @@ class TestWarning:
         model.generate(**inputs, exit_preset="mine")
         assert 1 <= first <= 3
         assert len(reads) == first
+
+    def test_losses_of_the_test_do_not_depend_on_each_others_references(self, parts, scenes, monkeypatch):
+        """The bounds hold for independent losses: document frequencies must come from the images of the search."""
+        seen = []
+
+        class Watched(CiderDReward):
+            def __init__(self, references):
+                seen.append(len(references))
+                super().__init__(references)
+
+        monkeypatch.setattr("mue_hf.calibration.procedure.CiderDReward", Watched)
+        options = {"budget": 0.9, "risk": "metric", "criteria": ("fixed",), "candidates": 1}
+        calibrated(parts, scenes, "captioning", **options)
+        assert seen == [round(0.3 * IMAGES)]
 
     def test_fingerprint_survives_saving_and_tells_dtypes_apart(self, parts, checkpoint):
         model = MuEForConditionalGeneration.from_pretrained(checkpoint)

@@ -458,7 +458,8 @@ class Evaluation:
             **figures,
             "time": timed,
             "environment": environment(self.model, args.batch_size)
-            | {"processes": self.processes.count, "load_average": list(os.getloadavg())},
+            # Windows has no load average
+            | {"processes": self.processes.count, "load_average": list(getattr(os, "getloadavg", list)())},
             "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
             "measuring_seconds": time.time() - start,
         }
@@ -571,7 +572,7 @@ def describe_records(records: Sequence[Mapping[str, Any]], names: int = 3) -> st
     not give all images the same depth) the images that needed least and most."""
     first = records[0]
     machine, versions = describe_environment(first)
-    loads = [record["environment"]["load_average"][0] for record in records if "load_average" in record["environment"]]
+    loads = [load[0] for record in records if (load := record["environment"].get("load_average"))]
     source = f"Split {first['source']['split']} of {first['source']['data']}"
     rows = f"{first['rows']} rows of {first['image_count']} images"
     lines = [f"{source}, {rows}; {first['dtype']}, {machine}; {versions}."]
