@@ -41,7 +41,7 @@ reproduce: $(REPRODUCED)/table.md ## Draw scenes, train a small model, calibrate
 	@cat $<
 
 $(REPRODUCED)/scenes: | $(VENV)/dev.installed
-	$(BIN)/python -c 'from mue_hf.scenes import write_scenes; write_scenes("$@", {"dev": 400, "test": 150})'
+	$(BIN)/python -c 'from mue_hf.data.scenes import write_scenes; write_scenes("$@", {"dev": 400, "test": 150})'
 	@touch $@
 
 $(REPRODUCED)/seeing/report.json: | $(VENV)/dev.installed
@@ -107,11 +107,9 @@ newest: ## Run the tests on the newest versions, transformers 5 among them, in .
 soak: $(VENV)/dev.installed ## Caption 2,000 images, damaged ones among them, under kills at random moments
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(SOAK_ARGS)
 
-style: $(VENV)/dev.installed ## Format the code, fix what can be fixed, renew the checkpoint's copies of it
+style: $(VENV)/dev.installed ## Format the code, fix what can be fixed
 	$(BIN)/ruff check --fix $(check_dirs)
 	$(BIN)/ruff format $(check_dirs)
-	@# a checkpoint carries the code that loads it where the package is not installed
-	for checkpoint in checkpoints/*/; do cp src/mue_hf/*_mue.py $$checkpoint; done
 
 cards: $(VENV)/dev.installed ## Render the model cards from what lies beside them
 	@for about in model_cards/*.toml; do \

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import mue_hf
 from mue_hf import MuEConfig, MuEForConditionalGeneration
-from mue_hf.model_card import About, render_card
-from mue_hf.report import draw_report, save_png
+from mue_hf.app.report import draw_report, save_png
+from mue_hf.publishing.model_card import About, render_card
 
 TRUNK = {
     "model_type": "resnet",
@@ -79,7 +79,7 @@ def main(source: str) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         model.save_pretrained(folder)
         carried = {path.name for path in Path(folder).glob("*_mue.py")}
-        if carried != {path.name for path in installed.glob("*_mue.py")}:
+        if carried != {path.name for path in installed.glob("model/*_mue.py")}:
             raise SystemExit(f"The checkpoint carries only {sorted(carried)} of the hub half.")
         loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         if not torch.equal(model(**inputs).logits, loaded(**inputs).logits):

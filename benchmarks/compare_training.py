@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEProcessor
-from mue_hf.evaluate import add_arguments, describe_environment, read_records, run
 from mue_hf.evaluation.measure import similarity_curves
 from mue_hf.evaluation.rows import load_rows
+from mue_hf.evaluation.run import add_arguments, describe_environment, read_records, run
+from mue_hf.evaluation.signals import SignalRecorder
 from mue_hf.files import write_whole
-from mue_hf.predict import predict
-from mue_hf.signals import SignalRecorder
+from mue_hf.inference.predict import predict
 
 VARIANTS: dict[str, list[str]] = {
     "paper": [],

@@ -27,9 +27,9 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration
-from mue_hf.configuration_mue import SIZES
 from mue_hf.files import write_whole
-from mue_hf.losses import layerwise_loss
+from mue_hf.model.configuration_mue import SIZES
+from mue_hf.training.losses import layerwise_loss
 
 Loss = Callable[[MuEForConditionalGeneration, tuple[Tensor, ...], Tensor], Tensor]
 

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mue_hf.bench import add_model_arguments, load_model
 from mue_hf.benchmarking.cells import ratio
 from mue_hf.benchmarking.probes import component_seconds
+from mue_hf.benchmarking.run import add_model_arguments, load_model
 from mue_hf.evaluation.measure import environment
 from mue_hf.files import write_whole
 

@@ -25,12 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mue_hf.bench import add_model_arguments, load_model
 from mue_hf.benchmarking.cells import ratio
-from mue_hf.cache_mue import MuECache
-from mue_hf.early_exit_mue import ExitPolicy
+from mue_hf.benchmarking.run import add_model_arguments, load_model
 from mue_hf.evaluation.measure import environment
 from mue_hf.files import write_whole
+from mue_hf.model.cache_mue import MuECache
+from mue_hf.model.criteria_mue import ExitPolicy
 
 # Whether a drafted token [] is kept, given the token that all layers say.
 Keep = Callable[[Tensor, Tensor], bool]

@@ -42,7 +42,7 @@ from mue_hf import (
     MuETrainingArguments,
     cache_trunk_features,
 )
-from mue_hf.caption import setting
+from mue_hf.cli.caption import setting
 from mue_hf.evaluation.processes import finish_processes
 from mue_hf.evaluation.rows import load_rows, row_fields
 from mue_hf.files import write_whole

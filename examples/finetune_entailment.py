@@ -4,7 +4,7 @@
 # ///
 """Fine-tune a MuE checkpoint, such as a converted OFA, on visual entailment; the defaults are those of the MuE paper.
 
-DATA is whatever `mue_hf.data.load_entailment` reads, such as SNLI-VE: a JSONL, JSON, CSV or parquet file, an
+DATA is whatever `mue_hf.data.loaders.load_entailment` reads, such as SNLI-VE: a JSONL, JSON, CSV or parquet file, an
 `imagefolder`, a data set of the Hub, or scenes:SEED:COUNT for generated scenes with eight statements each.
 
     accelerate launch examples/finetune_entailment.py --model_name_or_path OFA --data DATA --output_dir OUTPUT \\
@@ -34,7 +34,7 @@ from mue_hf import (
     MuETrainingArguments,
     cache_trunk_features,
 )
-from mue_hf.caption import setting
+from mue_hf.cli.caption import setting
 from mue_hf.evaluation.processes import finish_processes
 from mue_hf.evaluation.rows import load_rows, row_fields
 from mue_hf.files import write_whole

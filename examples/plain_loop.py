@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mue_hf import CaptionPairs, MuEDataCollator, MuEForConditionalGeneration, MuEProcessor
 from mue_hf.evaluation.processes import finish_processes
 from mue_hf.evaluation.rows import load_rows, row_fields
-from mue_hf.losses import layerwise_loss
+from mue_hf.training.losses import layerwise_loss
 
 
 def training_loss(model: torch.nn.Module, inner: MuEForConditionalGeneration, batch: dict) -> torch.Tensor:

@@ -48,12 +48,12 @@ from torch.utils.data import Dataset
 from transformers import GenerationConfig, HfArgumentParser, TimmBackboneConfig, set_seed
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
-from mue_hf.data import MuEDataCollator, load_captioning, load_entailment
+from mue_hf.data.features import cache_trunk_features
+from mue_hf.data.loaders import MuEDataCollator, load_captioning, load_entailment
 from mue_hf.evaluation.processes import finish_processes
-from mue_hf.features import cache_trunk_features
-from mue_hf.rewards import CiderDReward
-from mue_hf.trainer import MuETrainer
-from mue_hf.training_args import MuETrainingArguments
+from mue_hf.metrics.rewards import CiderDReward
+from mue_hf.training.arguments import MuETrainingArguments
+from mue_hf.training.trainer import MuETrainer
 
 # Words of OFA's prompts and answers: with them in the vocabulary the checkpoint can be fine-tuned on entailment too.
 OFA_TEXTS = [

@@ -46,12 +46,23 @@ from torch.utils.data import Dataset
 from transformers import GenerationConfig, HfArgumentParser, ResNetConfig, Trainer, TrainerCallback, set_seed
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
-from mue_hf.data import MuEDataCollator
+from mue_hf.data.loaders import MuEDataCollator
+from mue_hf.data.scenes import (
+    COLORS,
+    FORMS,
+    GRID,
+    RADIUS,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    SceneDataset,
+    draw_scene,
+    make_scene,
+)
 from mue_hf.evaluation.processes import finish_processes
-from mue_hf.processing_mue import CAPTION_PROMPT, ENTAILMENT_PROMPT
-from mue_hf.scenes import COLORS, FORMS, GRID, RADIUS, RELATIONS, SHAPES, Scene, SceneDataset, draw_scene, make_scene
-from mue_hf.trainer import MuETrainer
-from mue_hf.training_args import MuETrainingArguments, cpu_has_bf16
+from mue_hf.model.processing_mue import CAPTION_PROMPT, ENTAILMENT_PROMPT
+from mue_hf.training.arguments import MuETrainingArguments, cpu_has_bf16
+from mue_hf.training.trainer import MuETrainer
 
 LAYER = re.compile(r"(.*coder\.(?:layers|\w+_table_list)\.)(\d+)(\..*)")
 NAMES = (tuple(COLORS), SHAPES, tuple(RADIUS))

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
 
+PHOTO_SIZE = (90, 60)
 BALANCED = {"image_exit_threshold": -2.0, "text_exit_threshold": 2.0, "decoder_exit_threshold": -2.0}
 DAMAGES = ("truncated", "text", "empty", "bomb", "postscript", "missing")
 

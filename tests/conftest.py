@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from bulk_fixtures import PHOTO_SIZE, make_checkpoint
+from PIL import Image
 
-from mue_hf import MuEConfig, MuEForConditionalGeneration
+from mue_hf import MuEConfig, MuEForConditionalGeneration, MuETokenizer
 
 SHARED = Path(__file__).parents[2] / "shared"
+SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +82,13 @@ def tiny_inputs(batch: int = 3, length: int = 7, dtype: torch.dtype = torch.floa
     }
 
 
+def character_tokenizer() -> MuETokenizer:
+    """One token per byte of printable ASCII, no merges, no codes: enough for every law that is not about OFA's ids."""
+    letters = ["Ġ", *(chr(code) for code in range(33, 127))]
+    vocab = {token: index for index, token in enumerate([*SPECIALS, *letters, "<mask>"])}
+    return MuETokenizer(vocab=vocab, merges=[], num_codes=0, num_bins=0)
+
+
 @pytest.fixture
 def model() -> MuEForConditionalGeneration:
     return tiny_model()
@@ -87,3 +97,20 @@ def model() -> MuEForConditionalGeneration:
 @pytest.fixture
 def inputs() -> dict:
     return tiny_inputs()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three images, two of one name, and a file that is none."""
+    paths = [tmp_path / name for name in ("a.png", "b.jpg", "other/a.png")]
+    for shade, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        image = Image.linear_gradient("L").resize(PHOTO_SIZE).rotate(60 * shade)
+        image.save(path)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    return [str(path) for path in paths]

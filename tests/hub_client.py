@@ -34,8 +34,8 @@ def command(token: str, *arguments: str) -> dict[str, Any]:
 def push(checkpoint: str, output_dir: str) -> None:
     """`push_to_hub` of a model and a processor to org/pushed, of a trainer to org/trained."""
     from mue_hf import MuEForConditionalGeneration, MuEProcessor
-    from mue_hf.trainer import MuETrainer
-    from mue_hf.training_args import MuETrainingArguments
+    from mue_hf.training.arguments import MuETrainingArguments
+    from mue_hf.training.trainer import MuETrainer
 
     model = MuEForConditionalGeneration.from_pretrained(checkpoint)
     processor = MuEProcessor.from_pretrained(checkpoint)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, gelu, linear
 
-from mue_hf.layers_mue import position_scores, relative_bias, text_relative_index
+from mue_hf.model.layers_mue import position_scores, relative_bias, text_relative_index
 
 
 def attention(module, x: Tensor, source: Tensor, bias: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from mue_hf import MuEForConditionalGeneration, MuEProcessor
-from mue_hf.app import build_page, find_photos, serve
+from mue_hf.app.page import build_page, find_photos, serve
 
 MODEL = os.environ.get("MODEL", "ORG/NAME")
 PHOTOS = Path(__file__).parent / "photos"

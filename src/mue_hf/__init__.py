@@ -6,6 +6,7 @@ Importing the package registers its classes with the Auto classes and its pipeli
 What training takes is imported when it is first asked for, and needs the packages of the extra `train`.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -20,26 +21,27 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .cache_mue import MuECache
-from .configuration_mue import MuEConfig
-from .early_exit_mue import ExitOptions
-from .modeling_mue import MuEForConditionalGeneration, MuEModel, MuEPreTrainedModel
-from .pipeline_mue import MuEImageTextToTextPipeline, MuEImageToTextPipeline, register_pipelines
-from .processing_mue import MuEImageProcessor, MuEImageProcessorPil, MuEProcessor, MuETokenizer
+from ._moved import MovedModules
+from .model.cache_mue import MuECache
+from .model.configuration_mue import MuEConfig
+from .model.exit_options_mue import ExitOptions
+from .model.modeling_mue import MuEForConditionalGeneration, MuEModel, MuEPreTrainedModel
+from .model.pipeline_mue import MuEImageTextToTextPipeline, MuEImageToTextPipeline, register_pipelines
+from .model.processing_mue import MuEImageProcessor, MuEImageProcessorPil, MuEProcessor, MuETokenizer
 
 __version__ = version("mue-hf")
 
 # Name -> its module.
 _TRAINING = {
-    "CaptionPairs": "data",
-    "CiderDReward": "rewards",
-    "MuEDataCollator": "data",
-    "MuETrainer": "trainer",
-    "MuETrainingArguments": "training_args",
-    "SceneDataset": "scenes",
-    "cache_trunk_features": "features",
-    "load_captioning": "data",
-    "load_entailment": "data",
+    "CaptionPairs": "data.loaders",
+    "CiderDReward": "metrics.rewards",
+    "MuEDataCollator": "data.loaders",
+    "MuETrainer": "training.trainer",
+    "MuETrainingArguments": "training.arguments",
+    "SceneDataset": "data.scenes",
+    "cache_trunk_features": "data.features",
+    "load_captioning": "data.loaders",
+    "load_entailment": "data.loaders",
 }
 
 AutoConfig.register("mue", MuEConfig, exist_ok=True)
@@ -54,6 +56,7 @@ AutoModelForSeq2SeqLM.register(MuEConfig, MuEForConditionalGeneration, exist_ok=
 AutoProcessor.register(MuEConfig, MuEProcessor, exist_ok=True)
 AutoTokenizer.register(MuEConfig, tokenizer_class=MuETokenizer, exist_ok=True)
 register_pipelines()
+sys.meta_path.append(MovedModules())
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from ..metrics.intervals import percentile_interval
-from .arms import Arm
 from .probes import component_seconds, count_flops, decode_peak, encoder_clock, synchronize
+from .variants import Arm
 
 # Rounds that are run whatever time they take.
 FEWEST_ROUNDS = 3

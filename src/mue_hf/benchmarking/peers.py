@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .arms import Arm
+from .variants import Arm
 
 # Tokens of Florence-2's sentence for a caption, and of an empty prompt's [BOS] [SEP] for BLIP.
 FLORENCE_PROMPT, BLIP_PROMPT = 8, 2

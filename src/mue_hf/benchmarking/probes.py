@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
-from ..flops import CPU_ATTENTION
+from ..inference.flops import CPU_ATTENTION
 from .stock import StockModel
 
 DECODE_STARTS = "mue_hf: decode starts"

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from ..encoder_mue import MuEEncoderOutput
-from ..layers_mue import MuEDecoderLayer, mask_value, position_scores, relative_bias, text_relative_index
-from ..memo_mue import WeightMemo
+from ..model.encoder_mue import MuEEncoderOutput
+from ..model.layers_mue import MuEDecoderLayer, mask_value, position_scores, relative_bias, text_relative_index
+from ..model.memo_mue import WeightMemo
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.plots import require_matplotlib
 from ..files import write_whole
-from ..plots import require_matplotlib
 
 COMPONENTS = (
     *("trunk", "encoder", "image_encoder", "text_encoder", "cross_keys", "decoder_layers", "head"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bounds import fixed_sequence, risk_pvalue, risk_upper_bound, rounded_up, smallest_budget
+from .bounds import fixed_sequence, risk_pvalue, risk_upper_bound, rounded_up, smallest_budget
 from .search import Candidate
 
 

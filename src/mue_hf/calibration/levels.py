@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.settings import GRIDS
-from ..signals import Signals, threshold_levels, without_decay
+from ..evaluation.signals import Signals, threshold_levels, without_decay
 from .runner import Runner, layers
 
 

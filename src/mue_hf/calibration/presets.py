@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..early_exit_mue import SHIPPED_PRESETS
+from ..model.exit_options_mue import SHIPPED_PRESETS
 
 
 def write_preset(folder: str | os.PathLike, name: str, preset: Mapping[str, Any]) -> None:

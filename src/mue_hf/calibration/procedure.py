@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..bounds import METHODS
-from ..early_exit_mue import CONFIG_NAMES, CRITERIA
+from ..data.features import TrunkFeatureDataset, trunk_fingerprint
 from ..evaluation.rows import ChosenRows, EvaluationData
 from ..evaluation.store import content_key
-from ..features import TrunkFeatureDataset, trunk_fingerprint
-from ..generation_mue import weights_fingerprint
-from ..modeling_mue import MuEForConditionalGeneration
-from ..predict import TASKS, Prediction
-from ..processing_mue import MuEProcessor
-from ..rewards import CiderDReward
+from ..inference.predict import TASKS, Prediction
+from ..metrics.rewards import CiderDReward
+from ..model.criteria_mue import CRITERIA
+from ..model.exit_options_mue import CONFIG_NAMES
+from ..model.generation_mue import weights_fingerprint
+from ..model.modeling_mue import MuEForConditionalGeneration
+from ..model.processing_mue import MuEProcessor
+from .bounds import METHODS
 from .certify import Outcome, Tested, certify, check_size, split_images, summarize
 from .levels import decoder_levels, fixed_levels, similarity_levels
 from .runner import DEFAULTS, SHARED_OPTIONS, Part, Runner

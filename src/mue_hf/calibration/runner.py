@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..configuration_mue import MuEConfig
-from ..early_exit_mue import USED_BY, ExitOptions
 from ..evaluation.measure import Meter
 from ..evaluation.rows import ChosenRows
+from ..evaluation.signals import SignalRecorder, Signals
 from ..evaluation.store import content_key, read_predictions, read_signals, write_predictions, write_signals
-from ..modeling_mue import MuEForConditionalGeneration
-from ..predict import Prediction, predict
-from ..processing_mue import MuEProcessor
-from ..rewards import CiderDReward
-from ..signals import SignalRecorder, Signals
+from ..inference.predict import Prediction, predict
+from ..metrics.rewards import CiderDReward
+from ..model.configuration_mue import MuEConfig
+from ..model.criteria_mue import CRITERIA
+from ..model.exit_options_mue import ExitOptions
+from ..model.modeling_mue import MuEForConditionalGeneration
+from ..model.processing_mue import MuEProcessor
 from .certify import Outcome
 
 # No cosine is above it.
@@ -86,7 +87,7 @@ class Runner:
         off: dict[str, Any] = {f"{stream}_exit_threshold": NEVER for stream in self.streams}
         off |= {f"{stream}_exit_layer": layers(self.model.config, stream) for stream in self.streams}
         every = self.shared | off | dict(exits)
-        return {name: value for name, value in every.items() if name in USED_BY[every["exit_criterion"]]}
+        return {name: value for name, value in every.items() if name in CRITERIA[every["exit_criterion"]].options}
 
     def predictions(self, part: Part, exits: Mapping[str, Any] | None) -> list[Prediction]:
         """Of a candidate, or at full depth for None; from disk where they are."""

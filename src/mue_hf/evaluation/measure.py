@@ -15,14 +15,15 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..answers_mue import answer_tree
-from ..early_exit_mue import resolve_options
-from ..flops import LOOKING, caption_flops, decoder_layer_flops, trunk_flops
+from ..inference.flops import caption_flops, decoder_layer_flops, trunk_flops
+from ..inference.predict import Prediction, predict
 from ..metrics import bootstrap_interval, caption_scores, entailment_scores
 from ..metrics.intervals import percentile_interval, resampling_weights
-from ..predict import Prediction, predict
-from ..processing_mue import MuEProcessor
-from ..signals import Signals
+from ..model.answers_mue import answer_tree
+from ..model.criteria_mue import CRITERIA
+from ..model.exit_options_mue import resolve_options
+from ..model.processing_mue import MuEProcessor
+from .signals import Signals
 
 VERSIONS = ("mue-hf", "torch", "transformers", "timm", "numpy")
 
@@ -177,7 +178,7 @@ class Meter:
         count = self._answer_flops if self.task == "entailment" else caption_flops
         totals: Counter[str] = Counter()
         for one in predictions:
-            image = bool(one.image_depth)
+            image = bool(one.image_exit_layers)
             sizes = common | {
                 "image_tokens": image_tokens * image,
                 "text_tokens": one.text_tokens,
@@ -186,15 +187,17 @@ class Meter:
             depth = config.encoder_layers
             ran = count(
                 config,
-                one.token_depths,
-                image_depth=one.image_depth,
-                text_depth=one.text_depth,
+                one.decoder_exit_layers,
+                image_exit_layers=one.image_exit_layers,
+                text_exit_layers=one.text_exit_layers,
                 exit_kv=options.exit_kv,
                 criterion=options.exit_criterion if options.active else "never",
                 **sizes,
             )
-            everything = [config.decoder_layers] * len(one.token_depths)
-            full = count(config, everything, image_depth=depth * image, text_depth=depth, criterion="never", **sizes)
+            everything = [config.decoder_layers] * len(one.decoder_exit_layers)
+            full = count(
+                config, everything, image_exit_layers=depth * image, text_exit_layers=depth, criterion="never", **sizes
+            )
             totals.update(ran=sum(ran.values()), full=sum(full.values()), trunk=sizes["trunk"])
             totals.update({f"part {name}": value for name, value in ran.items()})
         rows = len(predictions)
@@ -226,7 +229,9 @@ class Meter:
         parts["cross_keys"] += max(depths) * 2 * 2 * memory * config.d_model**2
         parts["decoder"] += sum(depths) * length * decoder_layer_flops(config, length - 1, memory)
         # Criteria that look at the output read the whole vocabulary.
-        looks = sum(min(depth, config.decoder_layers - 1) for depth in depths) if criterion in LOOKING else 0
+        looks = (
+            sum(min(depth, config.decoder_layers - 1) for depth in depths) if CRITERIA[criterion].needs_logits else 0
+        )
         rows = sum(map(len, parting.values())) + looks * config.vocab_size
         parts["head"] = 2 * config.d_model * rows
         return parts
@@ -302,28 +307,28 @@ def expected_time_reduction(config: Any, predictions: Sequence[Prediction]) -> d
     ran: Counter[str] = Counter()
     full: Counter[str] = Counter()
     for one in predictions:
-        words, tokens = len(one.token_depths), sum(one.token_depths)
-        streams = [depth for depth in (one.image_depth, one.text_depth) if depth]
+        words, tokens = len(one.decoder_exit_layers), sum(one.decoder_exit_layers)
+        streams = [depth for depth in (one.image_exit_layers, one.text_exit_layers) if depth]
         parts = {
             "mean": (sum(streams) / max(len(streams), 1), encoder * bool(streams)),
             "sum": (sum(streams), encoder * len(streams)),
-            "without_text": (one.image_depth, encoder * bool(one.image_depth)),
+            "without_text": (one.image_exit_layers, encoder * bool(one.image_exit_layers)),
         }
         for name, (depth, deepest) in parts.items():
             ran[name] += words * depth + tokens
             full[name] += words * (deepest + decoder)
     reductions: dict[str, float | None] = {name: 1 - ran[name] / full[name] if full[name] else 0.0 for name in full}
-    if not all(one.image_depth for one in predictions):
+    if not all(one.image_exit_layers for one in predictions):
         reductions["without_text"] = None
     return reductions
 
 
 def mean_depths(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Mean layers of "image" and "text" over rows, and of "decoder" over tokens."""
-    tokens = [depth for one in predictions for depth in one.token_depths]
+    tokens = [depth for one in predictions for depth in one.decoder_exit_layers]
     return {
-        "image": fmean(one.image_depth for one in predictions),
-        "text": fmean(one.text_depth for one in predictions),
+        "image": fmean(one.image_exit_layers for one in predictions),
+        "text": fmean(one.text_exit_layers for one in predictions),
         "decoder": fmean(tokens or [0]),
     }
 
@@ -331,9 +336,9 @@ def mean_depths(predictions: Sequence[Prediction]) -> dict[str, float]:
 def depth_counts(predictions: Sequence[Prediction]) -> dict[str, dict[str, int]]:
     """How many rows ("image", "text") and tokens ("decoder") ran how many layers."""
     counts = {
-        "image": Counter(one.image_depth for one in predictions),
-        "text": Counter(one.text_depth for one in predictions),
-        "decoder": Counter(depth for one in predictions for depth in one.token_depths),
+        "image": Counter(one.image_exit_layers for one in predictions),
+        "text": Counter(one.text_exit_layers for one in predictions),
+        "decoder": Counter(depth for one in predictions for depth in one.decoder_exit_layers),
     }
     # JSON has text keys only.
     return {name: {str(depth): count[depth] for depth in sorted(count)} for name, count in counts.items()}
@@ -341,8 +346,11 @@ def depth_counts(predictions: Sequence[Prediction]) -> dict[str, dict[str, int]]
 
 def depth_by_position(predictions: Sequence[Prediction]) -> list[dict[str, float]]:
     """Mean decoder layers and number of outputs at each token position, from the first."""
-    longest = max(len(one.token_depths) for one in predictions)
-    columns = [[one.token_depths[at] for one in predictions if at < len(one.token_depths)] for at in range(longest)]
+    longest = max(len(one.decoder_exit_layers) for one in predictions)
+    columns = [
+        [one.decoder_exit_layers[at] for one in predictions if at < len(one.decoder_exit_layers)]
+        for at in range(longest)
+    ]
     return [{"depth": fmean(column), "outputs": len(column)} for column in columns]
 
 
@@ -385,7 +393,7 @@ def token_oracle(full: Sequence[Prediction], signals: Signals) -> list[Predictio
     depths: list[list[int]] = [[] for _ in full]
     for sample, depth in zip(signals.samples[signals.rows].tolist(), (layers - settled + 1).tolist(), strict=True):
         depths[sample].append(depth)
-    return [replace(one, token_depths=tuple(some)) for one, some in zip(full, depths, strict=True)]
+    return [replace(one, decoder_exit_layers=tuple(some)) for one, some in zip(full, depths, strict=True)]
 
 
 def environment(model: PreTrainedModel, batch_size: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..signals import Signals, threshold_levels
+from .signals import Signals, threshold_levels
 
 SWEEPS = (
     *("similarity", "similarity-encoder", "similarity-decoder"),

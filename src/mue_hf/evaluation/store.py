@@ -11,8 +11,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from ..files import write_whole
-from ..predict import Prediction
-from ..signals import Signals
+from ..inference.predict import Prediction
+from .signals import Signals
 
 # Names of the encoder's streams in a file of signals begin with it.
 ENCODER = "encoder."

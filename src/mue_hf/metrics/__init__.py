@@ -11,8 +11,8 @@ from .captions import caption_metrics, caption_scores
 from .entailment import entailment_metrics, entailment_scores
 from .intervals import bootstrap_interval
 
-CAPTION_MODULE = str(Path(__file__).with_name("mue_captions.py"))
-ENTAILMENT_MODULE = str(Path(__file__).with_name("mue_entailment.py"))
+CAPTION_MODULE = str(Path(__file__).with_name("captions_module.py"))
+ENTAILMENT_MODULE = str(Path(__file__).with_name("entailment_module.py"))
 
 __all__ = [
     "CAPTION_MODULE",

@@ -1,0 +1,187 @@
+"""`mue-hf calibrate`: finds exit thresholds that keep a budget and writes them into the checkpoint as a preset."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..calibration import (
+    CALIBRATED,
+    OBJECTIVES,
+    RISKS,
+    SHARED_OPTIONS,
+    Calibration,
+    calibrate,
+    check_preset,
+    write_preset,
+)
+from ..calibration.bounds import METHODS, rounded_up
+from ..data.features import cache_trunk_features
+from ..evaluation.rows import describe_rows, load_rows
+from ..inference.predict import TASKS
+from .options import at_least, load_model, setting
+
+EPILOG = """examples:
+  mue-hf calibrate my-checkpoint --task captioning --data captions.jsonl --budget 0.05 --preset balanced
+  mue-hf calibrate my-checkpoint --task entailment --data scenes:0:2000 --compute 0.6 --preset fast
+
+With --budget, the preset changes at most that share of the outputs (or loses at most that much of the metric) on
+average over images like these, with confidence 1 - delta; nothing is written if no setting can be certified. With
+--compute, it is the setting of the least expected loss within that share of full depth, and its bound is reported.
+Exit codes: 0 a preset was found, 1 none could be certified, 2 bad input or too few images for the budget."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what `mue-hf calibrate` takes."""
+    parser.epilog = EPILOG
+    parser.add_argument("model", metavar="CKPT", help="checkpoint folder; its generation_config.json gets the preset")
+    parser.add_argument("--preset", default="calibrated", metavar="NAME", help="name of the preset (calibrated)")
+    parser.add_argument("--dry-run", action="store_true", help="report, and write nothing")
+    data = parser.add_argument_group("data")
+    data.add_argument("--task", choices=TASKS, required=True)
+    data.add_argument(
+        "--data",
+        required=True,
+        metavar="SOURCE",
+        help="JSONL, JSON, CSV or parquet file, folder, Hub id, or scenes:SEED:COUNT for generated scenes",
+    )
+    data.add_argument("--split", default="dev", help="which rows; all for every one (default: dev)")
+    data.add_argument("--limit", type=at_least(2), metavar="N", help="the first N rows alone")
+    data.add_argument(
+        "--data-option",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of load_captioning or load_entailment, e.g. image_root=photos; may be repeated",
+    )
+    data.add_argument(
+        "--features",
+        metavar="DIR",
+        help="folder where the trunk's features are cached; time is then without the trunk",
+    )
+    data.add_argument("--search-share", type=float, default=0.3, metavar="S", help="share of images to search (0.3)")
+    data.add_argument("--seed", type=int, default=0, metavar="N", help="of the split (0)")
+    goal = parser.add_argument_group("goal")
+    either = goal.add_mutually_exclusive_group()
+    either.add_argument("--budget", type=float, metavar="R", help="allowed mean loss (default: 0.05)")
+    either.add_argument("--compute", type=float, metavar="C", help="allowed cost as a share of full depth")
+    goal.add_argument("--delta", type=float, default=0.05, metavar="D", help="1 - confidence (0.05)")
+    goal.add_argument("--risk", choices=RISKS, default="disagreement", help="changed outputs, or loss of the metric")
+    goal.add_argument("--objective", choices=OBJECTIVES, default="flops", help="what is to be saved (flops)")
+    goal.add_argument("--method", choices=METHODS, default=METHODS[0], help=f"of the test ({METHODS[0]})")
+    settings = parser.add_argument_group("settings to try")
+    settings.add_argument(
+        "--criterion",
+        nargs="+",
+        choices=CALIBRATED,
+        default=["similarity"],
+        metavar="NAME",
+        help=f"criteria to choose from: {', '.join(CALIBRATED)} (similarity); all but fixed are about the decoder, "
+        "which may also be left as it is",
+    )
+    settings.add_argument("--per-layer", action="store_true", help="a threshold for each layer, of similarity")
+    settings.add_argument(
+        "--beta", type=float, nargs="+", default=[1.0], metavar="B", help="decays of the decoder's threshold (1)"
+    )
+    settings.add_argument("--levels", type=at_least(1), default=5, metavar="N", help="thresholds per stream (5)")
+    settings.add_argument("--candidates", type=at_least(1), default=8, metavar="N", help="combinations to test (8)")
+    run_options = parser.add_argument_group("runs")
+    run_options.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    run_options.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    run_options.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's own)")
+    run_options.add_argument("--batch-size", type=at_least(1), default=16, metavar="N", help="rows per call (16)")
+    run_options.add_argument(
+        "--prompt-type", choices=["prev_output", "none"], default="prev_output", help="of entailment (prev_output)"
+    )
+    run_options.add_argument("--num-beams", type=at_least(1), metavar="N", help="default: the checkpoint's own")
+    run_options.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help="default: the checkpoint's own")
+    run_options.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/calibration"),
+        metavar="DIR",
+        help="folder where outputs of runs are kept, so that the same command goes on where it was interrupted "
+        "(runs/calibration)",
+    )
+    run_options.add_argument(
+        "--generate",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"any other option of generate, or one of {', '.join(SHARED_OPTIONS)}; may be repeated",
+    )
+
+
+def _show(calibration: Calibration, name: str, written: bool) -> str:
+    lines = ["   loss  bound  p-value  FLOPs   time  options"]
+    for one in calibration.tested:
+        pvalue = "-" if one.pvalue is None else f"{one.pvalue:.3g}"
+        lines.append(
+            f"  {one.loss:5.3f}  {one.bound:5.3f}  {pvalue:>7}  {one.flops:5.0%}  {one.seconds:5.0%}  "
+            + json.dumps(one.options)
+        )
+    preset = calibration.preset
+    if preset is None:
+        lines.append("No setting could be certified: already the safest one lost too much. Nothing was written.")
+        return "\n".join(lines)
+    promise = rounded_up(preset.get("budget", preset["bound"]))
+    lines.append(
+        f"{name}: mean loss ({preset['risk']}) of at most {promise:.3g} with confidence {1 - preset['delta']:g}, from "
+        f"{preset['n']} images; {preset['flops']:.0%} of full depth's FLOPs, {preset['seconds']:.0%} of its time."
+    )
+    lines.append(f"Written to generation_config.json as {name!r}." if written else "Nothing was written.")
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrates and writes the preset.
+
+    Returns:
+        `int`: 0, or 1 if nothing could be certified.
+    """
+    check_preset(args.model, args.preset)
+    rows = load_rows(args.task, args.data, args.split, limit=args.limit, **dict(args.data_option))
+    data = describe_rows(rows)
+    model, processor = load_model(args)
+    if args.features is not None:
+        # In the model's dtype, so that nothing changes.
+        data = replace(data, rows=cache_trunk_features(model, processor, rows, args.features, dtype=model.dtype))
+    options = dict(args.generate)
+    for name in ("num_beams", "max_new_tokens"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    calibration = calibrate(
+        model,
+        processor,
+        data,
+        args.task,
+        budget=0.05 if args.budget is None and args.compute is None else args.budget,
+        compute=args.compute,
+        delta=args.delta,
+        risk=args.risk,
+        objective=args.objective,
+        method=args.method,
+        criteria=args.criterion,
+        per_layer=args.per_layer,
+        betas=args.beta,
+        levels=args.levels,
+        candidates=args.candidates,
+        search_share=args.search_share,
+        seed=args.seed,
+        options=options,
+        batch_size=args.batch_size,
+        prompt_type=args.prompt_type,
+        folder=args.runs,
+    )
+    write = calibration.preset is not None and not args.dry_run
+    if write:
+        write_preset(args.model, args.preset, calibration.preset)
+    tqdm.write(_show(calibration, args.preset, write))
+    return 0 if calibration.preset is not None else 1
+
+
+__all__ = ["add_arguments", "run"]

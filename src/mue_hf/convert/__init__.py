@@ -1,0 +1,1 @@
+"""OFA's published weights, in both layouts, to checkpoints of this package."""

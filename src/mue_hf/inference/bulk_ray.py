@@ -1,0 +1,131 @@
+"""Bulk work on many machines: `bulk_rows` inside a pool of Ray actors, for `mue-hf caption --ray`."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from .bulk import bulk_rows
+from .loading import load_checkpoint
+from .sources import Row, Source
+
+# Batches that an actor is given at once, and that are done again where it dies.
+BATCHES = 4
+MOST_SHARES = 10_000
+
+
+class _Actor:
+    """A model, and the source it reads its share of by itself. Ray starts it anew, elsewhere, where it dies."""
+
+    def __init__(
+        self,
+        checkpoint: Mapping[str, Any],
+        source: Mapping[str, Any],
+        rows: Mapping[str, Any],
+        work: Mapping[str, Any],
+        first: int,
+        share: int,
+    ) -> None:
+        self.model, self.processor = load_checkpoint(**checkpoint)
+        self.source, self.arguments, self.work = Source(**source), rows, work
+        self.first, self.share = first, share
+        self.position = 0
+        self.rows: Iterator[Row] = iter(())
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list]:
+        """The results of one share as JSON, which needs no common type; and what was run, beside the first."""
+        start = self.first + int(batch["id"][0]) * self.share
+        # Shares come in order as a rule; where one is repeated, reading begins anew.
+        if self.position == 0 or start < self.position:
+            self.position, self.rows = 0, self.source.rows(**self.arguments)
+        mine = list(islice(self.rows, start - self.position, start - self.position + self.share))
+        self.position = start + len(mine)
+        totals: Counter = Counter()
+        records = list(bulk_rows(self.model, self.processor, mine, totals=totals, **self.work))
+        rest = [0.0] * (len(records) - 1)
+        return {
+            "record": [json.dumps(record) for record in records],
+            **{name: [float(totals[name]), *rest] for name in ("ran", "full")},
+        }
+
+
+def ray_rows(
+    checkpoint: Mapping[str, Any],
+    rows: Iterator[Row],
+    totals: Counter,
+    *,
+    address: str,
+    actors: int,
+    source: Mapping[str, Any],
+    row_arguments: Mapping[str, Any],
+    total: int | None,
+    work: Mapping[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """
+    What [`bulk_rows`] gives for `rows`, computed by actors, in the same order.
+
+    Every machine needs this package, and sees the checkpoint, the source and the images under the same names. An actor
+    that dies is replaced and its share done again; only whole shares count.
+
+    Args:
+        checkpoint (`dict`): arguments of [`load_checkpoint`].
+        rows (iterator of [`Row`]): those that are to be done, without a gap; only the first is looked at.
+        totals (`Counter`): as of [`bulk_rows`].
+        address (`str`): of a cluster, or "local" for one on this machine that ends with the work.
+        actors (`int`): models at work at the same time, each with a processor core, or with a GPU where its device
+            is one.
+        source, row_arguments (`dict`): arguments of [`Source`] and of its `rows`.
+        total (`int` or None): number of rows in the source.
+        work (`dict`): arguments of [`bulk_rows`].
+
+    Returns:
+        `Iterator[dict]`: see [`bulk_rows`].
+
+    Raises:
+        ValueError: if the length of the source is not known.
+        ImportError: without Ray.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError("`--ray` needs Ray: pip install 'mue-hf[ray]'") from error
+    if total is None:
+        raise ValueError("`--ray` needs a source whose length is known, got a streamed data set; store it as parquet.")
+    first = next(rows, None)
+    if first is None:
+        return
+    left = total - first.number
+    share = max(BATCHES * work["batch_size"], -(-left // MOST_SHARES))
+    shares = -(-left // share)
+    # The bar of `bulk_to_file` is enough.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    options = {"num_cpus": actors, "include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
+    try:
+        numbers = ray.data.from_items([{"id": number} for number in range(shares)], override_num_blocks=shares)
+        numbers.context.execution_options.preserve_order = True
+        numbers.context.enable_progress_bars = False
+        results = numbers.map_batches(
+            _Actor,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=1,
+            num_gpus=1 if checkpoint["device"].startswith("cuda") else 0,
+            fn_constructor_args=(checkpoint, source, row_arguments, work, first.number, share),
+        )
+        expected = first.number
+        for result in results.iter_rows():
+            record = json.loads(result["record"])
+            if record["row"] != expected:
+                raise RuntimeError(f"Ray gave row {record['row']} in the place of row {expected}")
+            expected += 1
+            totals.update(rows=1, bad=record["error"] is not None, ran=result["ran"], full=result["full"])
+            yield record
+    finally:
+        ray.shutdown()
+
+
+__all__ = ["ray_rows"]

@@ -1,0 +1,183 @@
+"""How many operations one caption takes, from the sizes of the model and the depths that were reached.
+
+Counted are matrix products and convolutions, one multiply-add as 2 FLOP; norms, activations, softmax and table
+look-ups are left out, as `torch.utils.flop_counter` leaves them out.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..model.criteria_mue import CRITERIA
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """[rows, heads, tokens, head dim] each; scores and their products with the values, masked places included."""
+    rows, heads, queries, width = query
+    return 2 * rows * heads * queries * key[2] * (width + value[3])
+
+
+# torch's counter knows the fused attention of GPUs and not that of CPUs.
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def trunk_flops(model: PreTrainedModel, pixel_shape: Sequence[int]) -> tuple[int, int, int]:
+    """Runs the image trunk once on zeros and counts.
+
+    Args:
+        model (`MuEForConditionalGeneration`): its trunk is run in evaluation mode.
+        pixel_shape (`Sequence[int]`): (3, height, width) of one image.
+
+    Returns:
+        `tuple[int, int, int]`: FLOPs of one image, channels and number of image tokens that come out.
+    """
+    trunk = model.get_encoder().embed_images
+    weight = next(trunk.parameters())
+    pixels = torch.zeros(1, *pixel_shape, dtype=weight.dtype, device=weight.device)
+    training = trunk.training
+    trunk.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            # Not the folded copy, which takes as many: making it would be counted too.
+            features = trunk(pixels).feature_maps[-1]
+    finally:
+        trunk.train(training)
+    return counter.get_total_flops(), features.shape[1], features.shape[2] * features.shape[3]
+
+
+def encoder_flops(config: PreTrainedConfig, tokens: int, layers: int) -> int:
+    """FLOPs of `layers` encoder layers on one stream of `tokens` tokens, its shared position bias included."""
+    if not layers or not tokens:
+        return 0
+    width = config.d_model
+    projections = 4 * 2 * tokens * width**2
+    attention = 2 * 2 * tokens**2 * width
+    feed_forward = 2 * 2 * tokens * width * config.encoder_ffn_dim
+    positions = 2 * 2 * tokens * width**2 + 2 * tokens**2 * width
+    return layers * (projections + attention + feed_forward) + positions
+
+
+def decoder_layer_flops(config: PreTrainedConfig, position: int, memory: int) -> int:
+    """FLOPs of one decoder layer on the token at `position` (from 0) with `memory` encoder tokens to look at."""
+    width = config.d_model
+    self_attention = 4 * 2 * width**2 + 2 * 2 * (position + 1) * width
+    cross_attention = 2 * 2 * width**2 + 2 * 2 * memory * width
+    return self_attention + cross_attention + 2 * 2 * width * config.decoder_ffn_dim
+
+
+def filled_layers(depths: Sequence[int]) -> list[int]:
+    """Layers that each token was given keys and values for after it had left, because a later token went deeper."""
+    deepest, filled = 0, []
+    for depth in reversed(depths):
+        filled.append(max(deepest - depth, 0))
+        deepest = max(deepest, depth)
+    return filled[::-1]
+
+
+def caption_flops(
+    config: PreTrainedConfig,
+    decoder_exit_layers: Sequence[int],
+    *,
+    image_tokens: int,
+    text_tokens: int,
+    image_exit_layers: int,
+    text_exit_layers: int,
+    channels: int,
+    max_tokens: int,
+    trunk: int = 0,
+    beams: int = 1,
+    exit_kv: str = "project",
+    criterion: str = "similarity",
+) -> dict[str, int]:
+    """FLOPs of one caption by its parts, for the depths that were reached and an image that is alone in its batch.
+
+    Args:
+        config (`MuEConfig`): sizes of the model.
+        decoder_exit_layers (`Sequence[int]`): layers that each generated token ran, in order; with beams, those of the
+            returned sequence stand for the others.
+        image_tokens, text_tokens (`int`): encoder tokens of the image and of the prompt.
+        image_exit_layers, text_exit_layers (`int`): encoder layers that each stream ran; equal in the joint mode.
+        channels (`int`): channels of the trunk's output.
+        max_tokens (`int`): tokens that the call could have generated: it prepares that many positions.
+        trunk (`int`, *optional*, defaults to 0): FLOPs of the trunk for this image.
+        beams (`int`, *optional*, defaults to 1): rows that are decoded for the image.
+        exit_kv (`str`, *optional*, defaults to `"project"`): what a skipped layer costs when it is needed later: its
+            key and value projections ("project"), nothing ("copy") or the layer itself ("exact").
+        criterion (`str`, *optional*, defaults to `"similarity"`): one that looks at the output ("confidence",
+            "margin", "entropy", "patience") runs the whole output head after every layer but the last; layers that it
+            may not leave from are counted with the others. What `generate` emits takes the rows of text alone.
+
+    Returns:
+        `dict[str, int]`: "trunk", "image_encoder", "text_encoder" ("encoder" in the joint mode), "cross_keys",
+        "decoder", "fill", "head".
+
+    Raises:
+        `ValueError`: `exit_kv` is not one of the three policies.
+    """
+    if exit_kv not in ("copy", "exact", "project"):
+        raise ValueError(f'`exit_kv` must be "project", "copy" or "exact", got {exit_kv!r}.')
+    width, memory = config.d_model, image_tokens + text_tokens
+    projection = 2 * image_tokens * channels * width
+    parts = {"trunk": trunk}
+    if config.modality_decomposition:
+        parts["image_encoder"] = projection + encoder_flops(config, image_tokens, image_exit_layers)
+        parts["text_encoder"] = encoder_flops(config, text_tokens, text_exit_layers)
+    else:
+        parts["encoder"] = projection + encoder_flops(config, memory, max(image_exit_layers, text_exit_layers))
+    # The position keys of the encoder tokens are shared by all layers.
+    parts["cross_keys"] = max(decoder_exit_layers, default=0) * 2 * 2 * memory * width**2 + 2 * memory * width**2
+    fill_cost = {"project": lambda position: 2 * 2 * width**2, "copy": lambda position: 0}.get(
+        exit_kv, lambda position: decoder_layer_flops(config, position, memory)
+    )
+    layers = fill = 0
+    for position, (depth, filled) in enumerate(
+        zip(decoder_exit_layers, filled_layers(decoder_exit_layers), strict=True)
+    ):
+        layers += depth * decoder_layer_flops(config, position, memory)
+        fill += filled * fill_cost(position)
+    # Position biases are made once for all layers, rows and steps.
+    positions = 3 * 2 * max_tokens * width**2 + 2 * max_tokens * (max_tokens + memory) * width
+    parts["decoder"] = beams * layers + positions
+    parts["fill"] = beams * fill
+    looks = (
+        sum(min(depth, config.decoder_layers - 1) for depth in decoder_exit_layers)
+        if CRITERIA[criterion].needs_logits
+        else 0
+    )
+    parts["head"] = beams * 2 * width * (len(decoder_exit_layers) * config.num_text_tokens + looks * config.vocab_size)
+    return parts
+
+
+def full_depth_flops(config: PreTrainedConfig, tokens: int, **sizes: int) -> dict[str, int]:
+    """`caption_flops` of as many tokens with every layer of both stacks run."""
+    depths = [config.decoder_layers] * tokens
+    depth = config.encoder_layers
+    return caption_flops(config, depths, image_exit_layers=depth, text_exit_layers=depth, **sizes)
+
+
+def layers_skipped(
+    config: PreTrainedConfig, decoder_exit_layers: Sequence[int], image_exit_layers: int, text_exit_layers: int
+) -> float:
+    """The share of layers skipped as the MuE paper counts it: 1 - sum(n_E + n_D) / sum(N_E + N_D) over the tokens.
+
+    The paper leaves open how the depths of image and text make n_E; here it is their mean. A layer counts the same
+    whatever it costs, so this is neither FLOPs nor time.
+    """
+    encoder = (image_exit_layers + text_exit_layers) / 2
+    full = len(decoder_exit_layers) * (config.encoder_layers + config.decoder_layers)
+    return 1 - (len(decoder_exit_layers) * encoder + sum(decoder_exit_layers)) / full if full else 0.0
+
+
+__all__ = [
+    "CPU_ATTENTION",
+    "caption_flops",
+    "decoder_layer_flops",
+    "encoder_flops",
+    "filled_layers",
+    "full_depth_flops",
+    "layers_skipped",
+    "trunk_flops",
+]

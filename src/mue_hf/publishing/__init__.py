@@ -1,0 +1,1 @@
+"""Checkpoints with their model card, in a folder or on the Hub."""

@@ -1,0 +1,309 @@
+"""The model card of a checkpoint: what it is, what was measured on it, and what its exit presets promise."""
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path, PurePath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+from transformers.modelcard import TrainingSummary
+
+from ..calibration.bounds import rounded_up
+from ..model.exit_options_mue import CONFIG_NAMES
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+# Scores that a model index names: how it calls the metric, and how people do.
+INDEXED = {
+    "accuracy": ("accuracy", "accuracy"),
+    "bleu_4": ("bleu", "BLEU-4"),
+    "cider": ("cider", "CIDEr-D"),
+    "meteor": ("meteor", "METEOR"),
+    "rouge_l": ("rouge", "ROUGE-L"),
+    "spice": ("spice", "SPICE"),
+}
+# Records that differ in one of these cannot stand in one table.
+GROUPED = ("task", "data", "decoding", "prompt_type", "premise", "images", "dtype")
+
+
+@dataclass(frozen=True)
+class About:
+    """
+    What neither a checkpoint nor a record of an evaluation knows, from a TOML file with these names.
+
+    Args:
+        summary (`str`): what the model is, in a paragraph.
+        language (`str`): code of the language of its outputs, e.g. "en".
+        base_model, datasets (`list[str]`): Hub ids of what it was made from and trained on.
+        commands (`str`): what calibrated the presets and evaluated them, as it was typed.
+        training (`str`): data and training, in Markdown.
+        license (`str`): as the Hub calls it, e.g. "apache-2.0", or "other".
+        license_name, license_link (`str`): of a license "other".
+        license_note (`str`): what to say about it, in Markdown.
+        limits (`list[str]`): what the model cannot do, a sentence each.
+        data_names (`dict[str, str]`): what people call the data of evaluations: file name or Hub id to name.
+    """
+
+    summary: str = ""
+    language: str = ""
+    base_model: list[str] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+    commands: str = ""
+    training: str = ""
+    license: str = ""
+    license_name: str = ""
+    license_link: str = ""
+    license_note: str = ""
+    limits: list[str] = field(default_factory=list)
+    data_names: dict[str, str] = field(default_factory=dict)
+
+
+def read_about(path: str | os.PathLike) -> About:
+    """
+    Reads what a card states beside measurements.
+
+    Raises:
+        ValueError: if the file cannot be read, or has a name or a type that [`About`] does not have.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`--about` must be a TOML file, got {path}: {error}; mend or drop it.") from error
+    types = {one.name: one.type for one in fields(About)}
+    if unknown := sorted(content.keys() - types.keys()):
+        raise ValueError(f"`--about` has {unknown} in {path}, which no card shows; it may have {sorted(types)}.")
+    containers: dict[Any, type] = {list[str]: list, dict[str, str]: dict}
+    for name, value in content.items():
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        container = containers.get(types[name], str)
+        if not isinstance(value, container) or not all(isinstance(item, str) for item in items):
+            raise ValueError(f"`{name}` must be a {types[name]} of text in {path}, got {value!r}; see `About`.")
+    return About(**content)
+
+
+def read_evaluation(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """
+    The records of a file that `mue-hf evaluate` wrote; of points with one name the last.
+
+    Raises:
+        ValueError: if the file cannot be read or holds something else.
+    """
+    points: dict[str, dict[str, Any]] = {}
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            points[json.dumps([record[name] for name in ("name", "weights_fingerprint", *GROUPED)])] = record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`--evaluation` must be a file of `mue-hf evaluate --output`, got {path}: {error!r}; run it again."
+        ) from error
+    if not points:
+        raise ValueError(f"`--evaluation` must hold records, got none in {path}; run `mue-hf evaluate`.")
+    return list(points.values())
+
+
+def public_record(record: Mapping[str, Any], model_id: str) -> dict[str, Any]:
+    """A record for others to read: under the model's public name, and without the folders of this machine."""
+    images = {
+        name: [{**one, "image_id": _without_folders(one["image_id"])} for one in record[name]]
+        for name in ("easiest", "hardest")
+    }
+    source = {**record["source"], "data": _without_folders(record["source"]["data"])}
+    return {**record, **images, "model": model_id, "source": source}
+
+
+def _without_folders(path: str) -> str:
+    outside = PurePath(path).is_absolute() or path.startswith((".", "~"))
+    return PurePath(path).name if outside else path
+
+
+def evaluation_groups(records: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Records that may stand in one table: of the same task, data and decoding, in their order."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(json.dumps([record[name] for name in GROUPED], sort_keys=True), []).append(record)
+    return list(groups.values())
+
+
+def render_card(
+    model: PreTrainedModel,
+    model_id: str,
+    about: About,
+    groups: Sequence[Sequence[Mapping[str, Any]]] = (),
+    plots: Sequence[str] = (),
+    dtypes: Mapping[str, str] | None = None,
+) -> str:
+    """
+    The card as Markdown with a metadata block.
+
+    Args:
+        model ([`MuEForConditionalGeneration`]): whose configuration and exit presets are described.
+        model_id (`str`): Hub id or folder by which it is loaded.
+        about ([`About`]): what its makers state.
+        groups: see [`evaluation_groups`].
+        plots (sequence of `str`): the name of a picture for each group, empty for none.
+        dtypes (`dict[str, str]`, *optional*): names of calibrated presets to the dtype in which they hold.
+    """
+    name = PurePath(model_id).name
+    presets = [
+        _describe_preset(label, preset, (dtypes or {}).get(label))
+        for label, preset in (getattr(model.generation_config, "exit_presets", None) or {}).items()
+    ]
+    trunk = model.config.backbone_config
+    data = ModelCardData(
+        language=about.language or None,
+        license=about.license or None,
+        license_name=about.license_name or None,
+        license_link=about.license_link or None,
+        # Another library here, and `pipeline(model=...)` would refuse the model.
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=about.base_model or None,
+        datasets=about.datasets or None,
+        tags=["mue", "ofa", "early-exit", "image-captioning"],
+        model_name=name,
+        eval_results=[result for group in groups for result in _index(group, about)] or None,
+    )
+    if data.eval_results is None:
+        data.model_name = None
+    described = [
+        _describe_group(group, about) | {"plot": plots[index] if index < len(plots) else ""}
+        for index, group in enumerate(groups)
+    ]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        about=about,
+        config=model.config,
+        groups=described,
+        model_id=model_id,
+        model_name=name,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        presets=presets,
+        trunk=getattr(trunk, "backbone", None) or trunk.model_type,
+    )
+    return f"{card}\n"
+
+
+def trainer_card(trainer: Any, *args: Any, **kwargs: Any) -> str:
+    """The card of what a [`MuETrainer`] has trained; the other arguments are those of `Trainer.create_model_card`."""
+    summary = TrainingSummary.from_trainer(trainer, *args, **kwargs)
+    steps = [f"* {name}: {value}" for name, value in (summary.hyperparameters or {}).items()]
+    results = [f"* {name}: {value}" for name, value in (summary.eval_results or {}).items()]
+    parts = ["Trained with `MuETrainer` on the loss of all decoder layers.", "\n".join(steps)]
+    if results:
+        parts += ["On its evaluation data:", "\n".join(results)]
+    about = About(
+        language=_listed(summary.language)[0] if summary.language else "",
+        base_model=_listed(summary.finetuned_from),
+        datasets=_listed(summary.dataset_tags),
+        training="\n\n".join(parts),
+        license=summary.license or "",
+    )
+    model_id = trainer.hub_model_id or summary.model_name
+    return render_card(trainer.accelerator.unwrap_model(trainer.model), model_id, about)
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) and value else list(value or [])
+
+
+def _describe_preset(name: str, preset: Mapping[str, Any], dtype: str | None) -> dict[str, str]:
+    options = ", ".join(f"{option}={value!r}" for option, value in preset.items() if option in CONFIG_NAMES)
+    return {"name": name, "options": options, "promise": _promise(preset, dtype)}
+
+
+def _promise(preset: Mapping[str, Any], dtype: str | None) -> str:
+    if "risk" not in preset:
+        return "none: chosen by hand"
+    limit = rounded_up(preset.get("budget", preset["bound"]))
+    if preset["risk"] == "disagreement":
+        what = f"on average over images, at most {100 * limit:.3g}% of the outputs differ from those at full depth"
+    else:
+        what = f"the metric loses at most {limit:.3g} on average"
+    sentence = (
+        f"{what}, with confidence {1 - preset['delta']:.0%}; tested on {preset['n']} images ({preset['task']}) that "
+        f"the search had not seen ({preset['method']})"
+    )
+    if preset.get("generation"):
+        sentence += f", under `{json.dumps(preset['generation'])}`"
+    return sentence + (f", in {dtype}" if dtype else "")
+
+
+def _data_name(record: Mapping[str, Any], about: About) -> str:
+    data = record["source"]["data"]
+    return about.data_names.get(data) or about.data_names.get(PurePath(data).name) or data
+
+
+def _describe_group(group: Sequence[Mapping[str, Any]], about: About) -> dict[str, str | None]:
+    try:
+        # Here, since an installation that does not evaluate lacks what it imports.
+        from ..evaluation.run import describe_environment, make_table
+    except ImportError as error:
+        raise ImportError(
+            f"A card with an evaluation needs what `mue-hf evaluate` does ({error}): pip install 'mue-hf[eval,train]'"
+        ) from error
+    first = group[0]
+    notes = {"shuffled": ["shuffled images"], "none": ["without images"]}.get(first["images"], [])
+    if first["task"] == "entailment" and not first["premise"]:
+        notes.append("without premises")
+    rows = f"{first['rows']} rows of {first['image_count']} images"
+    title = ", ".join([f"{first['task'].capitalize()} on {_data_name(first, about)}", *notes])
+    decoding = {
+        name: value for name, value in first["decoding"].items() if value is not None and "token_id" not in name
+    }
+    settings = ", ".join(f"{name}={value!r}" for name, value in sorted(decoding.items()))
+    machine, versions = describe_environment(first)
+    lines = [f"Split {first['source']['split']}, {rows}, {first['dtype']}, {first['measured_at'][:10]}."]
+    if first["task"] == "captioning":
+        lines.append(f"Decoding: `{settings}`.")
+    timed = next((record["time"] for record in group if record["time"]), None)
+    if timed:
+        lines.append(
+            f"Time is end to end without reading the image, at batch {timed['batch_size']}, in turns with full depth, "
+            f"medians of {timed['repeats']} runs on {timed['rows']} rows ({machine})."
+        )
+    lines.append(f"Versions: {versions}.")
+    return {"title": title, "table": make_table(group), "conditions": " ".join(lines)}
+
+
+def _index(group: Sequence[Mapping[str, Any]], about: About) -> list[EvalResult]:
+    """Entries of the model index: the points at full depth and of presets."""
+    results = []
+    for record in group:
+        if record["criterion"] not in ("full", "presets") or record["images"] != "own":
+            continue
+        name = _data_name(record, about)
+        for score, value in record["quality"].items():
+            plain = score.removesuffix("_plain").removesuffix("_pretokenized")
+            if plain not in INDEXED:
+                continue
+            metric, label = INDEXED[plain]
+            results.append(
+                EvalResult(
+                    task_type="image-to-text" if record["task"] == "captioning" else "visual-question-answering",
+                    task_name=record["task"],
+                    dataset_type=name.lower().replace(" ", "-"),
+                    dataset_name=name,
+                    dataset_split=record["source"]["split"],
+                    metric_type=metric,
+                    metric_name=f"{label}, {record['name']}",
+                    metric_value=round(value, 4),
+                )
+            )
+    return results
+
+
+__all__ = [
+    "TEMPLATE",
+    "About",
+    "evaluation_groups",
+    "public_record",
+    "read_about",
+    "read_evaluation",
+    "render_card",
+    "trainer_card",
+]

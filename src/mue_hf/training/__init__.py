@@ -1,0 +1,1 @@
+"""MuETrainer: transformers' Seq2SeqTrainer with MuE's layer-wise loss."""

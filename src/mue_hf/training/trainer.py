@@ -1,0 +1,561 @@
+"""`MuETrainer`: transformers' Seq2SeqTrainer with MuE's layer-wise loss, its options, and SCST for captions."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..files import write_whole
+from ..model.exit_options_mue import CONFIG_NAMES
+from ..publishing.model_card import trainer_card
+from .arguments import MuETrainingArguments, cpu_has_bf16
+from .losses import IGNORED, LayerwiseLoss, layerwise_loss
+
+AVERAGE_NAME = "average.safetensors"
+
+# Captions as token ids, and the references of each -> a score of each.
+Reward = Callable[[Sequence[list[int]], Sequence[list[list[int]]]], Sequence[float]]
+
+
+class MuETrainer(Seq2SeqTrainer):
+    """Trains a [`MuEForConditionalGeneration`] on all decoder layers at once (MuE, section 3.3).
+
+    Batches hold what the model's `forward` takes, and `labels` [rows, tokens]; several rows per image are allowed.
+    `decoder_input_ids` are made from the labels unless given. The logs have the loss and accuracy of every decoder
+    layer, averaged over the tokens since the last log; evaluation has them over its whole data, and `eval_loss` is
+    the last layer's cross-entropy without smoothing. Gradient accumulation and several processes give the gradients
+    of one big batch.
+
+    With `predict_with_generate` predictions are those of [`predict`]: the decoder reads what stands before the labels
+    in `decoder_input_ids`, under the exits that are saved with the model or passed to `evaluate`. In several processes
+    an image must then have one text, since what fills the last batch up is counted in images.
+
+    Args:
+        model (`MuEForConditionalGeneration`): what to train. Frozen parts lose `requires_grad`.
+        args (`MuETrainingArguments`, *optional*): how.
+        answers (list of lists of `int`, *optional*): a closed set of answers, from `processor.encode_answers([...])`:
+            with `predict_with_generate` the predictions are the tokens of the best of them by `score_answers`.
+        reward (`Callable`, *optional*): for `scst_samples`: captions as lists of token ids, and the references of
+            each -> a score of each, e.g. [`CiderDReward`]. The references are the rows of `labels` of an image.
+        kwargs: what `Seq2SeqTrainer` takes.
+
+    Raises:
+        ValueError: for options that do not fit the model, each other, or the way the processes were started.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: MuETrainingArguments | None = None,
+        reward: Reward | None = None,
+        answers: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
+    ):
+        args = MuETrainingArguments() if args is None else args
+        _check_trainer(model, args, reward, kwargs)
+        super().__init__(model, args, **kwargs)
+        _check_launch(self)
+        # every layer's loss is smoothed here; the base class would smooth the last layer's alone
+        self.label_smoother = None
+        if args.scst_samples:
+            # the number of sampled tokens is not known before the batches of a step are: a mean of means
+            self.loss_is_scaled_for_ga = False
+        self.reward, self.answers = reward, answers
+        self._gen_kwargs: dict[str, Any] = {}
+        self.frozen = freeze(model, args.freeze_trunk, args.freeze_batch_norm)
+        self.average = None if args.ema_decay is None else WeightAverage(self.model, args.ema_decay)
+        if self.average is not None:
+            self.add_callback(self.average)
+        self._sums: dict[str, Tensor] = {}
+        self._rewards: list[Tensor] = []
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of `Trainer`, or Muon; see `muon_learning_rate`."""
+        if self.args.muon_learning_rate is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                # a table is no map from one space to another
+                matrix = parameter.ndim > 1 and not any(part in name for part in ("shared", "embed", "table"))
+                groups[matrix].append(parameter)
+        self.optimizer = muon_class(self.args.device)(
+            [
+                {"params": groups[True], "lr": self.args.muon_learning_rate},
+                {"params": groups[False], "use_fallback": True, "weight_decay": 0.0},
+            ],
+            lr=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            nesterov=True,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+        )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The layer-wise loss in training, the last layer's cross-entropy otherwise; see `Trainer.compute_loss`."""
+        if "labels" not in inputs:
+            raise ValueError(f"the batch must hold `labels`, got {sorted(inputs)}; the collator makes them.")
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        if model.training:
+            for module in self.frozen:
+                module.eval()
+            if self.args.scst_samples:
+                return self._scst_loss(model, inputs, labels)
+        else:
+            labels = self._without_repeats(inputs, labels)
+        if "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self._run(model, inputs, with_logits=return_outputs)
+        result = self._layerwise(outputs, labels, model.training, num_items_in_batch)
+        self._record("train" if model.training else "eval", result)
+        loss = result.loss
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # the processes' gradients are averaged, but the tokens were counted over all of them
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each layer's loss and accuracy to what the training loop logs; see `Trainer.log`."""
+        if "loss" in logs:
+            logs = logs | self._layer_means("train", "")
+            if self._rewards:
+                reward = self.accelerator.reduce(torch.stack(self._rewards).mean(), "mean")
+                logs["reward"], self._rewards = reward.item(), []
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Adds each layer's loss and accuracy to the metrics, under the averaged weights if there are any."""
+        self._sums.pop("eval", None)
+        if self.accelerator.num_processes > 1:
+            # what fills the last batch up is no prediction; one process fills nothing up
+            self.gather_function = self.accelerator.gather_for_metrics
+        with nullcontext() if self.average is None else self.average.applied():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        means = self._layer_means("eval", f"{metric_key_prefix}_")
+        if means:
+            # exact over tokens, where the base class has a mean over batches
+            output.metrics[f"{metric_key_prefix}_loss"] = means[
+                f"{metric_key_prefix}_loss_layer_{self.model.config.decoder_layers}"
+            ]
+            output.metrics.update(means)
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss of every layer also beside `generate`, and without the logits of all tokens where nobody reads them."""
+        generates = self.args.predict_with_generate and not prediction_loss_only
+        if "labels" not in inputs or not (generates or prediction_loss_only):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.no_grad():
+            loss = self.compute_loss(model, inputs)
+        if prediction_loss_only:
+            return loss, None, None
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        if "decoder_input_ids" in inputs:
+            inputs |= self._decoder_prompts(inputs.pop("decoder_input_ids"), labels)
+        if self.answers is None:
+            tokens = super().prediction_step(model, inputs, False, ignore_keys, **gen_kwargs)[1]
+        else:
+            tokens = self._best_answers(inputs, gen_kwargs or self._gen_kwargs)
+        if self.accelerator.num_processes > 1 and len(tokens) != _images(inputs):
+            raise ValueError(
+                f"evaluation in several processes needs one text for each image, got {len(tokens)} for "
+                f"{_images(inputs)}; give each text a row of its own."
+            )
+        # several references of an image: its first one stands beside the prediction
+        return loss, tokens, labels[:: len(labels) // len(tokens)]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md from this package's template; see `Trainer.create_model_card` for the arguments."""
+        if self.is_world_process_zero():
+            write_whole(Path(self.args.output_dir) / "README.md", trainer_card(self, *args, **kwargs))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # before the trainer's state, the mark of a whole checkpoint
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.average is not None and self.args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            self.average.save(os.path.join(folder, AVERAGE_NAME))
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.load(os.path.join(resume_from_checkpoint, AVERAGE_NAME))
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def _without_repeats(self, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        """`labels` with -100 in rows of images that only fill up the last batch of several processes."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        images = _images(inputs)
+        kept = max(0, state.remainder - self.accelerator.process_index * images) * len(labels) // images
+        return labels.masked_fill(torch.arange(len(labels), device=labels.device).unsqueeze(1) >= kept, IGNORED)
+
+    def _decoder_prompts(self, decoder_input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What the decoder reads before its first label, padded on the left; empty for the start token alone."""
+        lengths = ((labels != IGNORED).int().argmax(1) + 1).tolist()
+        if max(lengths) == 1:
+            return {}
+        prompts = [ids[:length] for ids, length in zip(decoder_input_ids, lengths, strict=True)]
+        pad = self.model.config.pad_token_id
+        return {
+            "decoder_input_ids": pad_sequence(prompts, True, pad, padding_side="left"),
+            "decoder_attention_mask": pad_sequence(list(map(torch.ones_like, prompts)), True, 0, padding_side="left"),
+        }
+
+    @torch.no_grad()
+    def _best_answers(self, inputs: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
+        """The tokens of each row's best answer [rows, tokens], padded on the right."""
+        exits = {name: value for name, value in options.items() if name in CONFIG_NAMES}
+        scores = self.model.score_answers(self.answers, **inputs, **exits)
+        tokens = pad_sequence([torch.tensor(list(answer)) for answer in self.answers], True, IGNORED)
+        return tokens.to(scores.device)[scores.argmax(1)]
+
+    # --- training on labels ----------------------------------------------------------------------------------------
+
+    def _run(self, model: nn.Module, inputs: dict[str, Any], with_logits: bool = False) -> Any:
+        depths = self._random_depths(inputs) if model.training and self.args.random_exit_depth else {}
+        # The head runs piece by piece in the loss. It still takes part here, over no token: several processes learn
+        # from the output which parameters a step uses.
+        keep = 0 if with_logits else torch.empty(0, dtype=torch.long, device=self.args.device)
+        return model(**inputs, **depths, output_hidden_states=True, use_cache=False, logits_to_keep=keep)
+
+    def _random_depths(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        images = inputs["pixel_values"] if "pixel_values" in inputs else inputs.get("image_features")
+        streams = {"image": images, "text": inputs.get("input_ids")}
+        if not self.model.config.modality_decomposition:
+            streams = {"encoder": images if inputs.get("input_ids") is None else inputs["input_ids"]}
+        layers = self.model.config.encoder_layers
+        depths = {
+            f"{name}_exit_layer": torch.randint(1, layers + 1, (len(stream),))
+            for name, stream in streams.items()
+            if stream is not None
+        }
+        return {"exit_criterion": "fixed"} | depths
+
+    def _layerwise(
+        self, outputs: Any, labels: Tensor, training: bool, num_items_in_batch: Tensor | int | None, **options: Any
+    ) -> LayerwiseLoss:
+        args, states = self.args, outputs.decoder_hidden_states[1:]
+        if training:
+            options |= {
+                "label_smoothing": args.label_smoothing_factor,
+                "layer_weights": args.layer_weights,
+                "self_distillation": args.self_distillation,
+                "intermediate_token_share": args.intermediate_token_share,
+            }
+        else:
+            options |= {"layer_weights": [0.0] * (len(states) - 1) + [1.0]}
+        with self._whole_head(training) as (norm, weight), self.accelerator.autocast():
+            return layerwise_loss(states, norm, weight, labels, num_items_in_batch=num_items_in_batch, **options)
+
+    @contextmanager
+    def _whole_head(self, training: bool) -> Iterator[tuple[nn.Module, Tensor]]:
+        """The decoder's last norm and the output head, which FSDP keeps in pieces outside of the model's forward."""
+        sharded = isinstance(self.model, FSDPModule)
+        if sharded:
+            self.model.unshard()
+        yield self.model.model.decoder.layer_norm, self.model.lm_head.weight
+        # in training the backward pass needs them, and takes them apart when it is through
+        if sharded and not training:
+            self.model.reshard()
+
+    # --- self-critical training ------------------------------------------------------------------------------------
+
+    def _scst_loss(self, model: nn.Module, inputs: dict[str, Any], references: Tensor) -> Tensor:
+        """Sampled captions, each weighted by its reward above the mean of the others of its image."""
+        inputs = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+        sequences, labels = self._sample(inputs)
+        count = self.args.scst_samples
+        images = len(sequences) // count
+        per_image = len(references) // images
+        truths = _token_lists(references)
+        rewards = self.reward(
+            _token_lists(labels),
+            [truths[image * per_image : (image + 1) * per_image] for image in range(images) for _ in range(count)],
+        )
+        rewards = torch.tensor(rewards, dtype=torch.float32, device=labels.device)
+        self._rewards.append(rewards.mean())
+        outputs = self._run(model, inputs | {"decoder_input_ids": sequences[:, :-1]})
+        advantages = scst_advantages(rewards.view(images, count)).flatten()
+        return self._layerwise(outputs, labels, True, None, row_weights=advantages).loss
+
+    @torch.no_grad()
+    def _sample(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Captions of the full-depth model [images x samples, 1 + tokens], and their tokens as labels."""
+        count = self.args.scst_samples
+        self.model.eval()
+        with self.accelerator.autocast():
+            sequences = self.model.generate(
+                **inputs,
+                exit_criterion="never",
+                do_sample=not self.args.scst_beam_search,
+                num_beams=count if self.args.scst_beam_search else 1,
+                num_return_sequences=count,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                no_repeat_ngram_size=0,
+                return_dict_in_generate=False,
+            )
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
+        eos = torch.tensor(self.model.generation_config.eos_token_id, device=sequences.device)
+        ends = torch.isin(sequences[:, 1:], eos)
+        return sequences, sequences[:, 1:].masked_fill(ends.cumsum(1) - ends.long() > 0, IGNORED)
+
+    # --- logs ------------------------------------------------------------------------------------------------------
+
+    def _record(self, mode: str, result: LayerwiseLoss) -> None:
+        sums = torch.stack([result.loss_sums.float(), result.correct.float(), result.tokens.float()])
+        self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
+
+    def _layer_means(self, mode: str, prefix: str) -> dict[str, float]:
+        if mode not in self._sums:
+            return {}
+        losses, correct, tokens = self.accelerator.reduce(self._sums.pop(mode), "sum").cpu()
+        means = {"loss": losses / tokens.clamp_min(1), "accuracy": correct / tokens.clamp_min(1)}
+        return {
+            f"{prefix}{name}_layer_{layer}": value
+            for name, values in means.items()
+            for layer, value in enumerate(values.tolist(), start=1)
+        }
+
+
+class WeightAverage(TrainerCallback):
+    """Exponential moving average of the trained weights, which takes their place when training ends.
+
+    Args:
+        model (`nn.Module`): whose parameters are averaged, those that have `requires_grad`.
+        decay (`float`): share of the average that a step keeps. The first steps keep less, (1 + step) / (10 + step),
+            so that the initial weights are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.decay = decay
+        self.averages: dict[str, Tensor] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.averages is None:
+            self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.averages = {name: self.averages[name].to(p.device) for name, p in self.parameters.items()}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - kept)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._swap()
+        self.averages = None
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averaged weights inside, if training goes on."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def save(self, path: str) -> None:
+        """Writes the averages as safetensors, whole or not at all."""
+        save_file({name: average.contiguous() for name, average in self.averages.items()}, f"{path}.part")
+        os.replace(f"{path}.part", path)
+
+    def load(self, path: str) -> None:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: if the file is missing or belongs to other parameters.
+        """
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"`ema_decay` needs the average that a checkpoint of such a run has, but {path} does not exist; "
+                "resume without `ema_decay`, or from another checkpoint."
+            )
+        self.averages = load_file(path)
+        if self.averages.keys() != self.parameters.keys():
+            differing = sorted(self.averages.keys() ^ self.parameters.keys())
+            raise ValueError(
+                f"{path} must average the parameters that are trained; only one of them has {differing[:5]}; "
+                "freeze the same parts as before."
+            )
+
+    def _swap(self) -> None:
+        if self.averages is None:
+            return
+        for name, parameter in self.parameters.items():
+            average = self.averages[name].clone()
+            self.averages[name].copy_(parameter.data)
+            parameter.data.copy_(average)
+
+
+def muon_class(device: torch.device) -> type[torch.optim.Optimizer]:
+    """timm's Muon, which trains what is no matrix with AdamW.
+
+    Raises:
+        ImportError: if timm is missing or too old.
+    """
+    try:
+        muon = import_module("timm.optim.muon")
+    except ImportError as error:
+        raise ImportError("`muon_learning_rate` needs timm 1.0.23 or newer: pip install 'mue-hf[timm]'.") from error
+    if device.type != "cpu" or cpu_has_bf16():
+        return muon.Muon
+
+    # timm has no option for the precision of its Newton-Schulz steps; emulated bfloat16 takes fifty times as long
+    usual = muon.zeropower_via_newtonschulz
+
+    class Muon(muon.Muon):
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            muon.zeropower_via_newtonschulz = partial(usual, dtype=torch.float32)
+            try:
+                return super().step(closure)
+            finally:
+                muon.zeropower_via_newtonschulz = usual
+
+    return Muon
+
+
+def scst_advantages(rewards: Tensor) -> Tensor:
+    """Rewards [images, samples] above the mean of the image's other samples (self-critical training without a greedy
+    pass). They sum to 0 for each image."""
+    count = rewards.shape[1]
+    return rewards - (rewards.sum(1, keepdim=True) - rewards) / (count - 1)
+
+
+def _images(inputs: dict[str, Any]) -> int:
+    """The number of images in a batch, or of texts where there are none."""
+    names = [name for name in ("pixel_values", "image_features", "input_ids") if name in inputs]
+    return len(inputs[names[0]])
+
+
+def _token_lists(labels: Tensor) -> list[list[int]]:
+    """Rows of labels [rows, tokens] as lists without what is ignored."""
+    return [[token for token in row if token != IGNORED] for row in labels.tolist()]
+
+
+def freeze(model: nn.Module, trunk: bool = False, batch_norm: bool = False) -> list[nn.Module]:
+    """Takes parts of a [`MuEForConditionalGeneration`] out of training; returns the modules to be kept in eval mode.
+
+    Args:
+        trunk (`bool`): the backbone.
+        batch_norm (`bool`): every batch norm.
+
+    Raises:
+        ValueError: if batch norms are to be frozen and there are none.
+    """
+    frozen = [model.model.encoder.embed_images] if trunk else []
+    if batch_norm:
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            raise ValueError("`freeze_batch_norm=True`, but the model has no batch norm; drop it.")
+        frozen += norms
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
+
+
+def _check_trainer(model: Any, args: Any, reward: Any, kwargs: dict[str, Any]) -> None:
+    if not isinstance(args, MuETrainingArguments):
+        raise ValueError(f"`args` must be MuETrainingArguments, got {type(args).__name__}; it has the same fields.")
+    if model is None:
+        raise ValueError("`model` must be given, got None; `model_init` is not supported.")
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "mue" or model.get_output_embeddings() is None:
+        raise ValueError(f"`model` must be a MuEForConditionalGeneration, got {type(model).__name__}.")
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError("`compute_loss_func` would replace the layer-wise loss; use Seq2SeqTrainer for that.")
+    if args.layer_weights is not None and len(args.layer_weights) != config.decoder_layers:
+        raise ValueError(
+            f"`layer_weights` must hold one factor for each of the {config.decoder_layers} decoder layers, got "
+            f"{args.layer_weights}."
+        )
+    if args.scst_samples and reward is None:
+        raise ValueError("`scst_samples` needs `reward`, got None; pass e.g. CiderDReward(training references).")
+    if reward is not None and not args.scst_samples:
+        raise ValueError("`reward` is used by `scst_samples` only, which is 0; set it to 2 or more.")
+
+
+def _check_launch(trainer: Seq2SeqTrainer) -> None:
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"one process cannot share {trainer.args.n_gpu} GPUs here; start one process per GPU with `accelerate "
+            "launch`, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "the loss reads the whole output head, which DeepSpeed ZeRO-3 splits; use FSDP 2, DDP or ZeRO-1/2."
+        )
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(trainer.args, getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1))
+
+
+def _check_fsdp(args: MuETrainingArguments, version: int) -> None:
+    if version != 2:
+        raise ValueError(f"`fsdp_version` must be 2, got {version}; see examples/fsdp.yaml.")
+    reasons = {
+        "ema_decay": "averages whole weights",
+        "muon_learning_rate": "needs whole matrices",
+        "random_exit_depth": "leaves out layers that another process waits for",
+        "scst_samples": "generates with whole weights",
+    }
+    for name, reason in reasons.items():
+        if getattr(args, name):
+            raise ValueError(f"`{name}` (got {getattr(args, name)}) {reason}, which FSDP splits; drop it, or use DDP.")
+    if args.predict_with_generate:
+        raise ValueError(
+            "`predict_with_generate` (got True) generates with whole weights, which FSDP splits; pass "
+            "`--predict_with_generate False` and score the saved model with `mue-hf evaluate`."
+        )
+
+
+__all__ = ["MuETrainer", "WeightAverage", "freeze", "scst_advantages"]

@@ -1,0 +1,519 @@
+"""`mue-hf bench`: the stock reference, forced depths, what is counted, the record, and the command on tiny models."""
+
+import json
+import shutil
+import time
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_inputs, tiny_model
+from torch.nn.modules import module
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BlipConfig, BlipForConditionalGeneration, EncoderDecoderCache
+
+from mue_hf import MuEConfig, bench, cli
+from mue_hf.benchmarking import peers
+from mue_hf.benchmarking.cells import measure_cell, ratio, summary
+from mue_hf.benchmarking.probes import component_seconds, count_flops, decode_peak
+from mue_hf.benchmarking.record import Record
+from mue_hf.benchmarking.stock import StockModel
+from mue_hf.benchmarking.tables import draw_plot, markdown
+from mue_hf.benchmarking.variants import ARMS, half_pattern, make_arms, plain_paths, spread_pattern
+from mue_hf.inference.flops import caption_flops, trunk_flops
+from mue_hf.model.vision_mue import inference_trunk
+
+STEPS = 6
+
+
+def decoding(beams=1, **more):
+    steps = {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
+    return {"num_beams": beams, "do_sample": False, "return_dict_in_generate": True} | steps | more
+
+
+def arms_of(model, inputs, names=ARMS, beams=1, **exits):
+    return {arm.name: arm for arm in make_arms(list(names), model, inputs, exits, beams=beams, steps=STEPS)}
+
+
+def hooks(model):
+    """How many hooks are on the modules of a model, and on all modules."""
+    everywhere = len(module._global_forward_hooks) + len(module._global_forward_pre_hooks)
+    return everywhere + sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
+
+
+@pytest.mark.parametrize("decomposed", [True, False], ids=["decomposed", "joint"])
+@pytest.mark.parametrize("beams", [1, 4])
+def test_stock_says_what_the_model_says(decomposed, beams, inputs):
+    model = tiny_model(modality_decomposition=decomposed)
+    options = decoding(beams, output_logits=True)
+    ours, stock = model.generate(**inputs, **options), StockModel(model).generate(**inputs, **options)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(stock.logits), atol=1e-12, rtol=0)
+    assert torch.equal(ours.sequences, stock.sequences)
+
+
+def test_stock_keeps_keys_of_every_beam(model, inputs):
+    seen = []
+    stock = StockModel(model)
+    stock.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["cache"]), with_kwargs=True)
+    stock.generate(**inputs, **decoding(4))
+    assert type(seen[0]) is EncoderDecoderCache
+    assert seen[0].cross_attention_cache.layers[0].keys.shape[0] == 3 * 4
+
+
+@pytest.mark.parametrize("decomposed", [True, False], ids=["decomposed", "joint"])
+def test_depths_are_forced(decomposed, inputs):
+    model = tiny_model(modality_decomposition=decomposed)
+    for name in ("half", "spread", "synchronised"):
+        arm = arms_of(model, inputs)[name]
+        output = arm.run(decoding())
+        assert torch.equal(output.decoder_exit_layers, arm.pattern.decoder.t())
+        assert torch.equal(output.image_exit_layers, arm.pattern.image)
+        if decomposed:
+            assert output.text_exit_layers.tolist() == [arm.pattern.text] * 3
+    assert hooks(model) == 0
+
+
+def test_depths_of_all_beams_are_forced(model, inputs):
+    arm = arms_of(model, inputs, beams=3)["spread"]
+    assert arm.run(decoding(3)).executed_layers["decoder"] == int(arm.pattern.decoder.sum())
+
+
+@pytest.mark.parametrize("layers", [1, 2, 6, 12])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_spread_depths_are_half_on_average(layers, batch):
+    config = tiny_config(encoder_layers=layers, decoder_layers=layers)
+    spread, half = (make(config, batch, 5, 30) for make in (spread_pattern, half_pattern))
+    assert spread.decoder.double().mean() == pytest.approx(max(layers, 2) / 2, rel=0.1)
+    assert set(spread.decoder.unique().tolist()) == set(range(1, max(layers, 2)))
+    assert set(half.decoder.flatten().tolist()) == {(layers + 1) // 2}
+    together = spread.synchronised()
+    assert torch.equal(together.decoder, spread.decoder.amax(1, keepdim=True).expand(30, batch * 5))
+    assert set(together.image.tolist()) == {int(spread.image.max())}
+    assert spread.text == together.text == half.text
+
+
+def test_exits_that_are_looked_for_and_never_taken(model, inputs):
+    enabled, lossless = (arms_of(model, inputs)[name].run(decoding()) for name in ("enabled", "lossless"))
+    assert torch.equal(enabled.sequences, lossless.sequences)
+    assert enabled.executed_layers == lossless.executed_layers
+
+
+def test_plain_paths_say_the_same_and_are_left(model, inputs):
+    arms, encoder = arms_of(model.requires_grad_(False), inputs), model.get_encoder()
+    kept = encoder.prompts, encoder.grids, encoder.embed_images.folded
+    lossless, plain = (arms[name].run(decoding()) for name in ("lossless", "plain"))
+    assert torch.equal(lossless.sequences, plain.sequences)
+    assert model.config._attn_implementation == "sdpa"
+    assert (encoder.prompts, encoder.grids, encoder.embed_images.folded) == kept
+    # Only the first run of the package's own way counts its text.
+    _, again = (count_flops(lambda arm=arms[name]: arm.run(decoding())) for name in ("plain", "lossless"))
+    trunk, pixels = encoder.embed_images, inputs["pixel_values"]
+    with plain_paths(model), torch.no_grad():
+        assert count_flops(lambda: arms["lossless"].run(decoding()))[1] > again[1]
+        assert inference_trunk(trunk, pixels) is trunk
+    with torch.no_grad():
+        assert inference_trunk(trunk, pixels) is not trunk
+
+
+@pytest.mark.parametrize(("name", "beams"), [("stock", 3), ("lossless", 3), ("spread", 1), ("spread", 3)])
+def test_counts_what_torch_counts_with_eager_attention(name, beams):
+    model, inputs = tiny_model(dtype=torch.float32).requires_grad_(False), tiny_inputs(dtype=torch.float32)
+    arm = arms_of(model, inputs, beams=beams)[name]
+    # The first run prepares what later ones use.
+    arm.run(decoding(beams))
+    _, ours = count_flops(lambda: arm.run(decoding(beams)))
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        arm.run(decoding(beams))
+    assert ours == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("name", ["lossless", "half", "spread"])
+def test_counts_what_the_sizes_say(name):
+    inputs = tiny_inputs(batch=1, dtype=torch.float32)
+    model = tiny_model(dtype=torch.float32).requires_grad_(False)
+    arm = arms_of(model, inputs)[name]
+    with plain_paths(model):
+        output, flops = count_flops(lambda: arm.run(decoding()))
+    trunk, channels, image_tokens = trunk_flops(model, inputs["pixel_values"].shape[1:])
+    parts = caption_flops(
+        model.config,
+        output.decoder_exit_layers[0].tolist(),
+        image_tokens=image_tokens,
+        text_tokens=inputs["input_ids"].shape[1],
+        image_exit_layers=int(output.image_exit_layers),
+        text_exit_layers=int(output.text_exit_layers),
+        channels=channels,
+        max_tokens=STEPS,
+        trunk=trunk,
+    )
+    assert flops == sum(parts.values())
+
+
+def test_memory_of_the_decode(model, inputs):
+    megabyte = torch.ones(1 << 17, dtype=torch.float64)
+
+    @torch.no_grad()
+    def run():
+        megabyte.repeat(8)
+        model.get_encoder()(**inputs)
+        one = megabyte + 1
+        del one
+        return megabyte + 2
+
+    output, peak = decode_peak(run, model.get_encoder(), model.device)
+    assert output[0] == 3
+    # The encoder's own tensors, the eight and the one do not add up.
+    assert megabyte.nbytes * 0.9 < peak < 1.2 * megabyte.nbytes
+    assert hooks(model) == 0
+
+
+def test_stock_takes_more_memory_for_beams(model, inputs):
+    peaks = {}
+    for name, arm in arms_of(model, inputs, beams=4).items():
+        _, peaks[name] = decode_peak(partial(arm.run, decoding(4)), arm.model.get_encoder(), model.device)
+    assert peaks["stock"] > 1.5 * max(peak for name, peak in peaks.items() if name != "stock")
+
+
+@pytest.mark.parametrize("decomposed", [True, False], ids=["decomposed", "joint"])
+@pytest.mark.parametrize("name", ["stock", "lossless", "spread"])
+def test_components(name, decomposed, inputs, monkeypatch):
+    model = tiny_model(modality_decomposition=decomposed)
+    arm = arms_of(model, inputs)[name]
+    # The final norm of the decoder is no component: it comes between the layers and the head.
+    for slow, pause in ((arm.model.lm_head, 0.02), (model.get_decoder().layer_norm, 0.05)):
+        forward = slow.forward
+        monkeypatch.setattr(
+            slow, "forward", lambda *args, call=forward, pause=pause: (time.sleep(pause), call(*args))[1]
+        )
+    start = time.perf_counter()
+    seconds = component_seconds(arm.model, lambda: arm.run(decoding()))
+    assert sum(seconds.values()) <= time.perf_counter() - start
+    streams = {"image_encoder", "text_encoder"} if decomposed else {"encoder"}
+    assert seconds.keys() == streams | {"trunk", "cross_keys", "decoder_layers", "head", "bookkeeping"}
+    assert seconds["head"] >= STEPS * 0.02
+    assert seconds["bookkeeping"] >= STEPS * 0.05
+    assert min(seconds.values()) > 0
+    assert hooks(arm.model) == 0
+
+
+def test_timing_components_changes_nothing_that_runs():
+    inputs = tiny_inputs(batch=2, dtype=torch.float32)
+    # One prompt, which the model keeps.
+    inputs |= {name: inputs[name][:1].repeat(2, 1) for name in ("input_ids", "attention_mask")}
+    model = tiny_model(dtype=torch.float32).requires_grad_(False)
+    arm = arms_of(model, inputs)["lossless"]
+    arm.run(decoding())
+    _, flops = count_flops(lambda: arm.run(decoding()))
+    seconds, watched = count_flops(lambda: component_seconds(model, lambda: arm.run(decoding())))
+    assert watched == flops
+    assert seconds["text_encoder"] == 0 < seconds["image_encoder"]
+
+
+def test_a_cell_compares_its_arms(inputs):
+    model, inputs = tiny_model(dtype=torch.float32).requires_grad_(False), tiny_inputs(dtype=torch.float32)
+    arms = arms_of(model, inputs, ("stock", "lossless", "half"), low={"decoder_exit_threshold": -2.0})
+    runs = []
+    cell = measure_cell(list(arms.values()), decoding(), repeats=4, advance=lambda: runs.append(1))
+    assert len(runs) == 4 * (4 + 3)
+    assert cell["rounds"] == 4
+    figures = cell["arms"]
+    assert list(figures) == ["stock", "lossless", "half", "low"]
+    for one in figures.values():
+        assert len(one["seconds"]) == 4
+        assert one["quartiles"][0] <= one["p50"] <= one["quartiles"][1] <= one["p95"]
+        assert 0 < one["encoder_seconds"] < one["p50"]
+        assert one["time_ratio"]["interval"][0] <= one["time_ratio"]["value"] <= one["time_ratio"]["interval"][1]
+    assert figures["lossless"]["time_ratio"]["value"] == figures["lossless"]["flop_ratio"] == 1
+    assert figures["stock"]["speedup_over_stock"]["value"] == 1
+    assert figures["stock"]["identical"] == 1
+    assert figures["stock"]["encoder_passes"] > 1
+    assert figures["half"]["layers"]["ratio"] == (2 + 2 + 2) / (3 + 3 + 4)
+    assert figures["low"]["layers"]["decoder"] == 1
+    assert figures["half"]["flop_ratio"] < 1
+    saved = 1 - figures["half"]["flop_ratio"]
+    assert figures["half"]["saving_kept"] == pytest.approx((1 - figures["half"]["time_ratio"]["value"]) / saved)
+    assert "saving_kept" not in figures["lossless"]
+
+
+def test_rounds_end_after_the_time_is_up(model, inputs):
+    arms = arms_of(model.requires_grad_(False), inputs, ("lossless",))
+    assert measure_cell(list(arms.values()), decoding(), repeats=9, max_seconds=1e-9)["rounds"] == 3
+
+
+def test_summary_and_ratio():
+    one = summary([(float(x), x / 2) for x in range(1, 101)])
+    assert one["p50"] == 50.5
+    assert one["quartiles"] == [25.75, 75.25]
+    assert one["p95"] == pytest.approx(95.05)
+    assert one["encoder_seconds"] == 25.25
+    # Both arms twice as slow in some rounds, which the ratio does not see.
+    noise = [1.0, 2.0, 1.0, 2.0, 1.0]
+    assert ratio([3 * x for x in noise], noise) == {"value": 3.0, "interval": (3.0, 3.0)}
+    low, high = ratio([3.0, 4.0, 5.0, 6.0], [1.0, 1.0, 1.0, 2.0])["interval"]
+    assert low < median([3, 4, 5, 6]) < high
+
+
+HEAD = {"settings": {"name": "x", "arms": ["half"]}, "environment": {"threads": 1}}
+
+
+def test_a_record_goes_on(tmp_path):
+    path = tmp_path / "deep" / "speed.json"
+    record = Record(path, HEAD)
+    record.add("batch 1, beam 1", {"pair": (1, 2)})
+    again = Record(path, HEAD)
+    assert "batch 1, beam 1" in again and "batch 1, beam 5" not in again
+    assert again.content == json.loads(path.read_text())
+    assert again.content == HEAD | {"exit_costs": None, "cells": {"batch 1, beam 1": {"pair": [1, 2]}}}
+    assert [file.name for file in path.parent.iterdir()] == ["speed.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "head", "message"),
+    [
+        ("{}", HEAD, "is no record"),
+        ("[]", HEAD, "is no record"),
+        ("nonsense", HEAD, "is no record"),
+        (json.dumps(HEAD | {"cells": {}}), HEAD | {"environment": {"threads": 2}}, "threads = 1, this run has 2"),
+    ],
+    ids=["empty", "list", "text", "threads"],
+)
+def test_another_record_is_not_touched(content, head, message, tmp_path):
+    path = tmp_path / "speed.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Record(path, head)
+    assert path.read_text() == content
+
+
+@pytest.fixture
+def tiny_sizes(monkeypatch):
+    """`--size` gives a tiny model."""
+    monkeypatch.setattr(MuEConfig, "from_size", classmethod(lambda cls, size, **fields: tiny_config(**fields)))
+
+
+@pytest.fixture
+def small_peers(monkeypatch):
+    """A peer of one layer."""
+
+    def build(image_size):
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        config = BlipConfig(vision_config=sizes | {"image_size": image_size}, text_config=sizes | {"vocab_size": 99})
+        config.text_config.update({"bos_token_id": 90, "sep_token_id": 91, "eos_token_id": 91, "pad_token_id": 0})
+        ids = torch.tensor([[90, 91]])
+        return BlipForConditionalGeneration(config), (image_size // 16) ** 2 + 1, {"input_ids": ids}
+
+    monkeypatch.setattr(peers, "PEERS", {"small": (build, 16, 48)})
+
+
+@pytest.fixture
+def run_bench(tmp_path, capsys):
+    """Runs the command on a tiny scale; returns its exit code and what it printed."""
+
+    def run(*arguments):
+        fixed = ["--tokens", "4", "--repeats", "1", "--output", str(tmp_path / "speed.json")]
+        code = cli.main(["bench", *fixed, *map(str, arguments)])
+        return code, capsys.readouterr()
+
+    return run
+
+
+SMALL = ("--image-size", 32, "--beams", 2, "--batch-sizes")
+
+
+def test_the_command_measures_shows_and_goes_on(run_bench, tiny_sizes, small_peers, tmp_path, monkeypatch):
+    table, folder = tmp_path / "speed.md", tmp_path / "plots"
+    names = ("stock", "lossless", "spread")
+    common = ("--arms", *names, "--peers", "small", "small:native", "--exits", 'low={"decoder_exit_threshold": -2}')
+    common += SMALL
+    code, captured = run_bench(*common, 1)
+    assert code == 0
+    assert "Batch 1, beam 2 (1 rounds" in captured.out
+    rows = [line.split(" | ") for line in captured.out.splitlines() if line.startswith("|")]
+    for name in (*names, "low", "small", "small:native"):
+        assert [row for row in rows if row[0] == f"| {name}" and len(row) == 12]
+    assert len({len(row) for row in rows if row[0] == "| stock"}) == 2
+
+    measured = []
+    monkeypatch.setattr(bench, "measure_cell", lambda *a, **k: (measured.append(1), measure_cell(*a, **k))[1])
+    code, captured = run_bench(*common, 1, 2, "--table", table, "--plots", folder, "--json")
+    assert code == 0
+    assert len(measured) == 1
+    record = json.loads(captured.out)
+    assert record == json.loads((tmp_path / "speed.json").read_text())
+    assert list(record["cells"]) == ["batch 1, beam 2", "batch 2, beam 2"]
+    assert record["settings"]["image_tokens"] == 4
+    # As many tokens, and one for the whole image.
+    assert [peer["image_size"] for peer in record["settings"]["peers"].values()] == [32, 48]
+    assert [peer["image_tokens"] for peer in record["settings"]["peers"].values()] == [5, 10]
+    assert record["environment"]["hardware"] and record["environment"]["versions"]["torch"]
+    cell = record["cells"]["batch 2, beam 2"]
+    assert cell["arms"]["small"]["layers"] is cell["arms"]["small"]["components"] is None
+    assert cell["arms"]["small"]["flop_ratio"] > 0
+    assert cell["arms"]["low"]["layers"]["decoder"] == 1
+    assert table.read_text() == markdown(record)
+    assert draw_plot(record, folder).read_bytes().startswith(b"\x89PNG")
+
+    code, captured = run_bench(*common, 1, "--tokens", 5)
+    assert code == 2
+    assert "new_tokens = 4, this run has 5" in captured.err
+
+
+def test_on_a_checkpoint(run_bench, checkpoint, photos):  # noqa: F811
+    arguments = ("--model", checkpoint, "--images", *photos, "--preset", "balanced", "--arms", "stock", "lossless")
+    code, captured = run_bench(*arguments, "--batch-sizes", 2, "--beams", 1, 2, "--json")
+    assert code == 0
+    record = json.loads(captured.out)
+    assert record["settings"]["name"].endswith("on 3 photos")
+    for cell in record["cells"].values():
+        assert list(cell["arms"]) == ["stock", "lossless", "balanced"]
+        assert cell["arms"]["stock"]["identical"] == 1
+        assert cell["arms"]["balanced"]["layers"]["decoder"] == 1
+
+
+def test_costs_are_measured_once_used_and_kept(run_bench, checkpoint, tmp_path, monkeypatch):  # noqa: F811
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    before = json.loads((folder / "generation_config.json").read_text())
+    code, captured = run_bench("--model", folder, "--cost-model", "--threads", 1, "--batch-sizes")
+    assert code == 0
+    assert "| decoder | " in captured.out
+    kept = json.loads((folder / "generation_config.json").read_text())
+    assert kept == before | {"exit_costs": kept["exit_costs"]}
+    assert kept["exit_costs"] == json.loads((tmp_path / "speed.json").read_text())["exit_costs"]
+    (costs,) = kept["exit_costs"].values()
+    assert costs.keys() == {"image", "text", "decoder"}
+
+    monkeypatch.setattr(bench, "measure_costs", lambda *args, **kwargs: pytest.fail("measured again"))
+    seen = []
+    nothing = {"rounds": 0, "load_average": [0, 0], "arms": {}}
+    monkeypatch.setattr(bench, "measure_cell", lambda arms, *_, **__: (seen.append(arms), nothing)[1])
+    run_bench("--model", folder, "--cost-model", "--threads", 1, "--batch-sizes", 1, "--beams", 1)
+    assert seen[0][0].model.generation_config.exit_costs == kept["exit_costs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "fast"], "needs a checkpoint"),
+        (["--images", "a.png"], "needs a checkpoint"),
+        (["--image-size", 70], "must be a multiple of 16 up to 96, got 70"),
+        (["--image-size", 112], "must be a multiple of 16 up to 96, got 112"),
+        (["--exits", "half={}"], "a name that no other arm has, got half={}"),
+        (["--exits", "new=3"], "with options in JSON"),
+        (["--image-size", 64, "--exits", 'new={"decoder_exit_threshhold": 1}'], "did you mean"),
+        (["--plots", "x", "--arms", "stock"], "needs the arm lossless"),
+        (["--device", "nowhere"], "`--device` must be"),
+        (["--image-size", 64, "--peers", "clip"], "must name some of"),
+        (["--image-size", 64, "--peers", "blip-base:30"], "must have a multiple of 16"),
+    ],
+    ids=[
+        "preset",
+        "images",
+        "odd size",
+        "large size",
+        "name",
+        "value",
+        "option",
+        "plots",
+        "device",
+        "peer",
+        "peer size",
+    ],
+)
+def test_bad_input_is_a_message_and_code_2(arguments, message, run_bench, tiny_sizes, tmp_path):
+    if "--image-size" not in arguments:
+        arguments = ["--image-size", 64, *arguments]
+    code, captured = run_bench(*arguments)
+    assert code == 2
+    assert message in captured.err
+    assert not (tmp_path / "speed.json").exists()
+
+
+def script(name):
+    """A module of benchmarks/."""
+    spec = spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("draft_layers", [1, 2, 3])
+@pytest.mark.parametrize("draft_tokens", [1, 3, 20])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_self_speculation_says_what_greedy_decoding_says(draft_layers, draft_tokens, seed):
+    speculation = script("self_speculation")
+    model, inputs = tiny_model(seed=seed, std=0.3), tiny_inputs(batch=1, seed=seed)
+    tokens, drafted, kept = speculation.speculate(model, inputs, 12, draft_layers, draft_tokens)
+    assert tokens == speculation.plain(model, inputs, 12)
+    assert 0 <= kept <= drafted
+
+
+def test_self_speculation_counts_layers_when_all_drafts_are_kept(model):
+    speculation, calls = script("self_speculation"), []
+    handles = [
+        layer.register_forward_hook(lambda *_, at=at: calls.append(at))
+        for at, layer in enumerate(model.get_decoder().layers)
+    ]
+    _, drafted, kept = speculation.speculate(model, tiny_inputs(batch=1), 12, 2, 3, keep=lambda *_: True)
+    for handle in handles:
+        handle.remove()
+    # Three times three drafts and a token of all layers, which catch up before it.
+    assert drafted == kept == 9
+    assert [calls.count(layer) for layer in range(4)] == [12, 12, 6, 6]
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0], ids=["low rank", "full rank"])
+@pytest.mark.parametrize("screen", ["int8", "rank"])
+def test_screened_head_is_exact_and_its_bound_holds(spread, screen):
+    screened = script("screened_head")
+    torch.manual_seed(0)
+    weight = 0.3 * torch.randn(2000, 8) @ torch.randn(8, 64) + spread * torch.randn(2000, 64)
+    states = torch.randn(50, 64)
+    head = torch.nn.Linear(64, 2000, bias=False).requires_grad_(False)
+    head.weight.copy_(weight)
+    screen = screened.Int8Screen(weight) if screen == "int8" else screened.LowRankScreen(weight, 8)
+    scores, bounds = screen(states)
+    exact = states.double() @ weight.double().t()
+    ours = screened.ScreenedHead(head, screen, best=3)
+    assert ((scores - exact).abs() <= bounds + ours.slack * states.norm(dim=1, keepdim=True)).all()
+    assert torch.equal(ours(states).topk(3).indices, exact.topk(3).indices)
+    assert ours.candidates(states).sum(1).min() >= 3
+
+
+def test_scripts_write_their_records(tiny_sizes, tmp_path):
+    common = ["--image-size", "32", "--tokens", "4", "--count", "1", "--repeats", "1"]
+    for name, arguments in {
+        "self_speculation": ["--draft-tokens", "2"],
+        "screened_head": ["--rows", "1", "3", "--ranks", "4"],
+    }.items():
+        output, table = tmp_path / f"{name}.json", tmp_path / f"{name}.md"
+        script(name).main([*common, *arguments, "--output", str(output), "--table", str(table)])
+        record = json.loads(output.read_text())
+        assert record["environment"]["hardware"]
+        assert table.read_text().count("\n|") >= 4
+        if name == "screened_head":
+            assert all(row[screen]["same_best"] == 1 for row in record["heads"] for screen in ("int8", "rank 4"))
+        else:
+            assert [row["draft_layers"] for row in record["rows"]] == [1, 2, 3]
+
+
+def test_layerwise_loss_script_compares_the_same_loss(tiny_sizes, tmp_path):
+    benchmark = script("layerwise_loss")
+    output, table = tmp_path / "loss.json", tmp_path / "loss.md"
+    options = ["--images", "2", "--captions-per-image", "2", "--tokens", "4", "--grid", "3", "--repeats", "1"]
+    benchmark.main([*options, "--output", str(output), "--table", str(table)])
+    record = json.loads(output.read_text())
+    assert record["losses"].keys() == benchmark.LOSSES.keys() and table.read_text().count("\n|") == 6
+    assert all(one["peak_mib"] > 0 and one["seconds"] > 0 for one in record["losses"].values())
+    model, batch = benchmark.build(SimpleNamespace(**record["settings"]))
+    losses, gradients = {}, {}
+    for name in ("last_layer", "naive", "layerwise"):
+        losses[name] = benchmark.step(model.eval(), batch, benchmark.LOSSES[name], False)
+        gradients[name] = model.lm_head.weight.grad.clone()
+    assert losses["layerwise"] == pytest.approx(losses["naive"], rel=1e-5)
+    assert losses["naive"] > 1.5 * losses["last_layer"]
+    torch.testing.assert_close(gradients["layerwise"], gradients["naive"])

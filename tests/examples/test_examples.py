@@ -1,0 +1,193 @@
+"""The short examples on a tiny model: each runs, and does what it says it shows."""
+
+import importlib
+import os
+import subprocess
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import GenerationConfig
+
+from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    missing = [name for name in packages if find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed")
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """A script as a module. While the test runs, `examples` is where modules are looked for."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny model whose tokens are bytes."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
+    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
+    model = tiny_model(dtype=torch.float32, vocab_size=len(tokenizer), max_position_embeddings=160)
+    tokens = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+    model.generation_config = GenerationConfig(**tokens, max_new_tokens=6)
+    model.save_pretrained(folder)
+    MuEProcessor(MuEImageProcessor(size={"height": 64, "width": 64}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("photos") / "noise.png"
+    pixels = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)
+    return path
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """Makes a script's trainer stay on the CPU and quiet."""
+
+    def patch(script) -> None:
+        arguments = script.MuETrainingArguments
+        monkeypatch.setattr(script, "MuETrainingArguments", partial(arguments, use_cpu=True, disable_tqdm=True))
+
+    return patch
+
+
+def load(folder: Path) -> MuEForConditionalGeneration:
+    return MuEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    old, new = load(before).state_dict(), load(after).state_dict()
+    assert old.keys() == new.keys()
+    return {name for name, tensor in old.items() if not torch.equal(tensor, new[name])}
+
+
+# PEFT 0.21 asks transformers by an old name
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@needs("accelerate", "datasets", "peft")
+def test_lora_trains_attention_projections_only_and_merges(example, checkpoint, cpu, tmp_path):
+    from peft import PeftModel
+
+    lora = example("lora")
+    cpu(lora)
+    lora.main(["--model", str(checkpoint), "--data", "scenes:0:4", "--output", str(tmp_path), "--steps", "2"])
+    projections = changed(checkpoint, tmp_path / "merged")
+    assert projections and all(name.endswith("_proj.weight") and "_attn." in name for name in projections)
+    # the adapter alone, on the model it was trained on, is the merged model
+    adapted = PeftModel.from_pretrained(load(checkpoint), tmp_path / "adapter")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "pixel_values": torch.ones(1, 3, 64, 64)}
+    with torch.no_grad():
+        expected, found = adapted(**inputs).logits, load(tmp_path / "merged")(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs("accelerate", "datasets")
+@pytest.mark.parametrize("source", ["scenes", "file"])
+def test_streaming(source, example, checkpoint, cpu, tmp_path):
+    streaming, data = example("streaming"), "scenes:0:9"
+    cpu(streaming)
+    if source == "scenes":
+        rows = list(streaming.stream(data))
+        assert len({row["image_id"] for row in rows}) == 9 and all(len(row["references"]) == 2 for row in rows)
+    else:
+        example("mue_hf.data.scenes").write_scenes(tmp_path / "data", {"train": 5}, image_size=64)
+        data = str(tmp_path / "data" / "captions.jsonl")
+    arguments = ["--model", checkpoint, "--data", data, "--output", tmp_path / "out", "--steps", 2, "--batch-size", 2]
+    streaming.main([*map(str, arguments)])
+    assert changed(checkpoint, tmp_path / "out")
+
+
+@needs("accelerate", "datasets")
+def test_plain_loop_and_gradient_checkpointing(example, checkpoint, tmp_path):
+    arguments = ["--model", checkpoint, "--data", "scenes:0:4", "--steps", 3, "--batch-size", 2, "--output"]
+    run = example("plain_loop").main
+    losses = run([*map(str, arguments), str(tmp_path / "kept")])
+    assert changed(checkpoint, tmp_path / "kept")
+    assert run([*map(str, arguments), str(tmp_path / "again"), "--gradient-checkpointing"]) == losses
+    assert not changed(tmp_path / "kept", tmp_path / "again")
+
+
+@needs("accelerate", "datasets")
+def test_plain_loop_in_two_processes(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = ["--model", checkpoint, "--data", "scenes:0:8", "--steps", 2, "--batch-size", 2, "--output", tmp_path]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command += [str(EXAMPLES / "plain_loop.py"), *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert changed(checkpoint, tmp_path)
+
+
+@needs("accelerate")
+def test_big_model_on_one_device_and_with_layers_in_files(example, checkpoint, photo, capsys):
+    run = example("big_model").main
+    arguments = [str(photo), "--model", str(checkpoint)]
+    captions = run(arguments)
+    # one layer of this model has about 45 KB
+    assert run([*arguments, "--memory", "cpu=150KB"]) == captions
+    places = capsys.readouterr().out
+    assert "'cpu'" in places and "'disk'" in places
+
+
+def test_compiled_layers_give_the_same_tokens(example, checkpoint, photo):
+    torch._dynamo.reset()
+    # no compiler is needed: the graphs are made and run as they are
+    arguments = [str(photo), "--model", str(checkpoint), "--backend", "eager", "--repeats", "0"]
+    tokens = example("compile").main([*arguments, "--device", "cpu"])
+    assert tokens["compiled"] == tokens["eager"]
+
+
+@needs("onnx", "onnxruntime", "onnxscript")
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 exports no batch norm to ONNX")
+def test_exported_parts_decode_as_the_model(example, checkpoint, photo, tmp_path, capsys):
+    import onnxruntime
+
+    export, model = example("export"), load(checkpoint)
+    export.main([str(photo), "--model", str(checkpoint), "--output", str(tmp_path)])
+
+    def session(path: Path):
+        part = onnxruntime.InferenceSession(path)
+        names = [value.name for value in part.get_inputs()]
+        return lambda *values: torch.from_numpy(
+            part.run(None, {name: value.numpy() for name, value in zip(names, values, strict=True)})[0]
+        )
+
+    run = {path.stem: session(path) for path in tmp_path.glob("*.onnx")}
+    inputs = MuEProcessor.from_pretrained(checkpoint)(images=Image.open(photo))
+    pixels, config = inputs["pixel_values"], model.config
+    printed = capsys.readouterr().out
+    assert f"depths {export.decode(run, pixels, config)[1]} of 4" in printed
+    ids, _ = export.decode(run, pixels, config, tokens=6, threshold=2.0)
+    assert ids == model.generate(**inputs, max_new_tokens=5)[0].tolist()
+    seen = set()
+    for threshold in (0.6, 0.7, 0.85):
+        ids, depths = export.decode(run, pixels, config, tokens=5, threshold=threshold)
+        seen |= set(depths)
+        for step, depth in enumerate(depths, start=1):
+            prefix = {"decoder_input_ids": torch.tensor([ids[:step]]), "use_cache": False}
+            with torch.no_grad():
+                output = model(**inputs, **prefix, decoder_exit_threshold=threshold)
+            assert (int(output.logits[0, -1].argmax()), int(output.decoder_exit_layers[0])) == (ids[step], depth)
+    assert len(seen) > 1
+
+
+@needs("accelerate")
+def test_the_fsdp_file_is_one_of_accelerate():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(EXAMPLES / "fsdp.yaml"))
+    layers = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    assert layers == MuEForConditionalGeneration._no_split_modules
