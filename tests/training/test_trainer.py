@@ -542,6 +542,18 @@ class TestScst:
         assert run._sample({})[1].tolist() == [[5, 2, -100, -100], [5, 6, 7, 8]]
 
 
+class TestCard:
+    def test_presets_promise_nothing_about_new_weights(self, tmp_path):
+        model = tiny_model()
+        calibrated = {"decoder_exit_threshold": 0.9, "risk": "metric", "budget": 0.01, "delta": 0.05, "n": 100}
+        model.generation_config.exit_presets = {"fast": calibrated, "mine": {"decoder_exit_threshold": 0.8}}
+        trainer(tmp_path, model).create_model_card(finetuned_from="org/base")
+        card = (tmp_path / "README.md").read_text()
+        assert "base_model:\n- org/base" in card and "* seed: 42" in card
+        assert "| `fast` | `decoder_exit_threshold=0.9` | none: calibrated before this training |" in card
+        assert "| `mine` | `decoder_exit_threshold=0.8` | none: chosen by hand |" in card
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),

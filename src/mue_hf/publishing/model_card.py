@@ -4,18 +4,16 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path, PurePath
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult
 from transformers import PreTrainedModel
-from transformers.modelcard import TrainingSummary
 
 from ..calibration.bounds import rounded_up
-from ..model.exit_options_mue import CONFIG_NAMES
+from ..training.card import About, exit_presets, fill_card
 
-TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 # Scores that a model index names: how it calls the metric, and how people do.
 INDEXED = {
     "accuracy": ("accuracy", "accuracy"),
@@ -27,38 +25,6 @@ INDEXED = {
 }
 # Records that differ in one of these cannot stand in one table.
 GROUPED = ("task", "data", "decoding", "prompt_type", "premise", "images", "dtype")
-
-
-@dataclass(frozen=True)
-class About:
-    """
-    What neither a checkpoint nor a record of an evaluation knows, from a TOML file with these names.
-
-    Args:
-        summary (`str`): what the model is, in a paragraph.
-        language (`str`): code of the language of its outputs, e.g. "en".
-        base_model, datasets (`list[str]`): Hub ids of what it was made from and trained on.
-        commands (`str`): what calibrated the presets and evaluated them, as it was typed.
-        training (`str`): data and training, in Markdown.
-        license (`str`): as the Hub calls it, e.g. "apache-2.0", or "other".
-        license_name, license_link (`str`): of a license "other".
-        license_note (`str`): what to say about it, in Markdown.
-        limits (`list[str]`): what the model cannot do, a sentence each.
-        data_names (`dict[str, str]`): what people call the data of evaluations: file name or Hub id to name.
-    """
-
-    summary: str = ""
-    language: str = ""
-    base_model: list[str] = field(default_factory=list)
-    datasets: list[str] = field(default_factory=list)
-    commands: str = ""
-    training: str = ""
-    license: str = ""
-    license_name: str = ""
-    license_link: str = ""
-    license_note: str = ""
-    limits: list[str] = field(default_factory=list)
-    data_names: dict[str, str] = field(default_factory=dict)
 
 
 def read_about(path: str | os.PathLike) -> About:
@@ -147,78 +113,20 @@ def render_card(
         plots (sequence of `str`): the name of a picture for each group, empty for none.
         dtypes (`dict[str, str]`, *optional*): names of calibrated presets to the dtype in which they hold.
     """
-    name = PurePath(model_id).name
-    presets = [
-        _describe_preset(label, preset, (dtypes or {}).get(label))
-        for label, preset in (getattr(model.generation_config, "exit_presets", None) or {}).items()
-    ]
-    trunk = model.config.backbone_config
-    data = ModelCardData(
-        language=about.language or None,
-        license=about.license or None,
-        license_name=about.license_name or None,
-        license_link=about.license_link or None,
-        # Another library here, and `pipeline(model=...)` would refuse the model.
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        base_model=about.base_model or None,
-        datasets=about.datasets or None,
-        tags=["mue", "ofa", "early-exit", "image-captioning"],
-        model_name=name,
-        eval_results=[result for group in groups for result in _index(group, about)] or None,
-    )
-    if data.eval_results is None:
-        data.model_name = None
+    promises = {
+        name: _promise(preset, (dtypes or {}).get(name)) if "risk" in preset else "none: chosen by hand"
+        for name, preset in exit_presets(model).items()
+    }
     described = [
         _describe_group(group, about) | {"plot": plots[index] if index < len(plots) else ""}
         for index, group in enumerate(groups)
     ]
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        about=about,
-        config=model.config,
-        groups=described,
-        model_id=model_id,
-        model_name=name,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        presets=presets,
-        trunk=getattr(trunk, "backbone", None) or trunk.model_type,
+    return fill_card(
+        model, model_id, about, promises, described, [one for group in groups for one in _index(group, about)]
     )
-    return f"{card}\n"
-
-
-def trainer_card(trainer: Any, *args: Any, **kwargs: Any) -> str:
-    """The card of what a [`MuETrainer`] has trained; the other arguments are those of `Trainer.create_model_card`."""
-    summary = TrainingSummary.from_trainer(trainer, *args, **kwargs)
-    steps = [f"* {name}: {value}" for name, value in (summary.hyperparameters or {}).items()]
-    results = [f"* {name}: {value}" for name, value in (summary.eval_results or {}).items()]
-    parts = ["Trained with `MuETrainer` on the loss of all decoder layers.", "\n".join(steps)]
-    if results:
-        parts += ["On its evaluation data:", "\n".join(results)]
-    about = About(
-        language=_listed(summary.language)[0] if summary.language else "",
-        base_model=_listed(summary.finetuned_from),
-        datasets=_listed(summary.dataset_tags),
-        training="\n\n".join(parts),
-        license=summary.license or "",
-    )
-    model_id = trainer.hub_model_id or summary.model_name
-    return render_card(trainer.accelerator.unwrap_model(trainer.model), model_id, about)
-
-
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) and value else list(value or [])
-
-
-def _describe_preset(name: str, preset: Mapping[str, Any], dtype: str | None) -> dict[str, str]:
-    options = ", ".join(f"{option}={value!r}" for option, value in preset.items() if option in CONFIG_NAMES)
-    return {"name": name, "options": options, "promise": _promise(preset, dtype)}
 
 
 def _promise(preset: Mapping[str, Any], dtype: str | None) -> str:
-    if "risk" not in preset:
-        return "none: chosen by hand"
     limit = rounded_up(preset.get("budget", preset["bound"]))
     if preset["risk"] == "disagreement":
         what = f"on average over images, at most {100 * limit:.3g}% of the outputs differ from those at full depth"
@@ -298,12 +206,10 @@ def _index(group: Sequence[Mapping[str, Any]], about: About) -> list[EvalResult]
 
 
 __all__ = [
-    "TEMPLATE",
     "About",
     "evaluation_groups",
     "public_record",
     "read_about",
     "read_evaluation",
     "render_card",
-    "trainer_card",
 ]

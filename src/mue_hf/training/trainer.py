@@ -19,8 +19,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import write_whole
 from ..model.exit_options_mue import CONFIG_NAMES
-from ..publishing.model_card import trainer_card
 from .arguments import MuETrainingArguments, cpu_has_bf16
+from .card import trainer_card
 from .losses import IGNORED, LayerwiseLoss, layerwise_loss
 
 AVERAGE_NAME = "average.safetensors"
