@@ -78,7 +78,7 @@ def evaluate(checkpoint, tmp_path, capsys):
 
 def prediction(image_exit_layers, text_exit_layers, decoder_exit_layers, image_id="a", output="x"):
     return Prediction(
-        image_id, output, decoder_exit_layers, image_exit_layers, text_exit_layers, decoder_exit_layers, 7, 0.1
+        image_exit_layers, text_exit_layers, decoder_exit_layers, image_id, output, decoder_exit_layers, 7, 0.1
     )
 
 
@@ -129,7 +129,7 @@ def test_records_are_complete(evaluate, tmp_path):
 
 def test_easiest_and_hardest_images():
     def output(image_id, image, decoder):
-        return Prediction(image_id, "a", (5, 2), image, 3, (decoder, decoder), 4, 0.1)
+        return Prediction(image, 3, (decoder, decoder), image_id, "a", (5, 2), 4, 0.1)
 
     predictions = [output("b", 1, 2), output("a", 3, 2), output("c", 1, 1), output("b", 3, 4)]
     easiest, hardest = extremes(predictions, 2)

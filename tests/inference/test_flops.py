@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration
 from mue_hf.benchmarking.stock import nothing_kept
-from mue_hf.inference.flops import caption_flops, filled_layers, full_depth_flops, layers_skipped, trunk_flops
+from mue_hf.inference.depths import Depths, layers_skipped
+from mue_hf.inference.flops import caption_flops, filled_layers, full_depth_flops, trunk_flops
 
 TRUNK = {
     "model_type": "resnet",
@@ -168,8 +169,16 @@ def test_unknown_policy_is_refused():
 
 @pytest.mark.parametrize(
     ("depths", "image", "text", "expected"),
-    [([4, 4], 3, 3, 0.0), ([2, 2], 3, 3, 2 / 7), ([4], 1, 2, 1.5 / 7), ([], 3, 3, 0.0)],
-    ids=["none", "decoder", "encoder", "empty"],
+    [
+        ([4, 4], 3, 3, 0.0),
+        ([2, 2], 3, 3, 2 / 7),
+        ([4], 1, 2, 1.5 / 7),
+        ([], 3, 3, 0.0),
+        ([4, 4], 0, 3, 0.0),
+        ([4], 1, 0, 2 / 7),
+    ],
+    ids=["none", "decoder", "encoder", "empty", "no image", "no text"],
 )
 def test_layers_skipped(depths, image, text, expected):
-    assert layers_skipped(make_config(), depths, image, text) == pytest.approx(expected)
+    """A stream that an output lacks does not count as skipped."""
+    assert layers_skipped(make_config(), Depths(image, text, tuple(depths))) == pytest.approx(expected)

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ..cli.options import DEFAULT_PRESET, add_model_arguments, at_least, load_model
 from ..inference.captioner import Captioner
-from ..inference.flops import layers_skipped
-from ..inference.timing import in_turns
+from ..inference.depths import layers_skipped, read_depths
+from ..inference.timing import compare
 from ..model.exit_options_mue import SHIPPED_PRESETS, ExitOptions, resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor, load_image
@@ -155,7 +155,7 @@ def caption_photo(
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     signals = record_signals(model, inputs, [token["id"] for token in record["tokens"]], exits)
     options = resolve_options(exits, {}, model.generation_config.to_dict(), model.config)
-    return record, draw_signals(signals, options, captioner.cost.sizes["max_tokens"])
+    return record, draw_signals(signals, options, captioner.flops.max_tokens)
 
 
 def judge_statement(
@@ -177,18 +177,18 @@ def judge_statement(
     score = partial(model.score_answers, processor.encode_answers(answers), **inputs, return_dict=True)
     ways = {"exits": partial(score, **exits), "full": partial(score, exit_criterion="never")}
     with torch.no_grad():
-        outputs, seconds = in_turns(model, ways, repeats)
+        outputs, seconds = compare(ways, repeats, model.device)
     probabilities = {
         way: dict(zip(answers, output.scores[0].exp().tolist(), strict=True)) for way, output in outputs.items()
     }
-    output = outputs["exits"]
-    depths = {name: int(output[name][0]) for name in ("image_exit_layers", "text_exit_layers")}
-    answer_depths = output.decoder_exit_layers[0].tolist()
-    return depths | {
+    (depths,) = read_depths(outputs["exits"])
+    return {
+        "image_exit_layers": depths.image_exit_layers,
+        "text_exit_layers": depths.text_exit_layers,
         "probabilities": probabilities["exits"],
         "full_depth_probabilities": probabilities["full"],
-        "answer_exit_layers": answer_depths,
-        "layers_skipped": layers_skipped(model.config, answer_depths, *depths.values()),
+        "answer_exit_layers": list(depths.decoder_exit_layers),
+        "layers_skipped": layers_skipped(model.config, depths),
         "seconds": seconds["exits"],
         "full_depth_seconds": seconds["full"],
     }

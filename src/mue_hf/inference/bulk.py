@@ -26,8 +26,8 @@ from ..model.exit_options_mue import CONFIG_NAMES, check_names
 from ..model.generation_mue import weights_fingerprint
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import CAPTION_PROMPT, MuEProcessor, load_image
-from .captioner import CaptionCost
-from .flops import layers_skipped
+from .depths import layers_skipped, read_depths
+from .flops import FlopCount
 from .journal import Journal
 from .predict import one_caption
 from .sources import Row
@@ -133,7 +133,7 @@ class _Work:
             )
         self.model, self.processor, self.task, self.options = model, processor, task, options
         self.columns, self.batch_size = columns, batch_size
-        self.cost = CaptionCost(model, exits, decoding)
+        self.flops = FlopCount(model, exits, decoding)
         if task == "captioning":
             self.result, self.options = "caption", one_caption(options)
             return
@@ -233,32 +233,24 @@ class _Work:
         shape, text_tokens = inputs["pixel_values"].shape[1:], inputs["attention_mask"].sum(1).tolist()
         if self.task == "captioning":
             call = partial(self.model.generate, **inputs, **self.options, return_dict_in_generate=True)
-            output, seconds = timed(self.model, call)
+            output, seconds = timed(call, self.model.device)
             results = self.processor.post_process_image_text_to_text(output.sequences)
         else:
             call = partial(self.model.score_answers, self.answer_ids, **inputs, **self.options, return_dict=True)
-            output, seconds = timed(self.model, call)
+            output, seconds = timed(call, self.model.device)
             results = [self.answers[best] for best in output.scores.argmax(1).tolist()]
         records = []
-        for index, row in enumerate(rows):
-            depths = [depth for depth in output.decoder_exit_layers[index].tolist() if depth]
-            image_exit_layers, text_exit_layers = (
-                int(output.image_exit_layers[index]),
-                int(output.text_exit_layers[index]),
-            )
+        for index, (row, depths) in enumerate(zip(rows, read_depths(output), strict=True)):
             facts: dict[str, Any] = {
-                "image_exit_layers": image_exit_layers,
-                "text_exit_layers": text_exit_layers,
-                "decoder_exit_layers": depths,
-                "layers_skipped": layers_skipped(self.model.config, depths, image_exit_layers, text_exit_layers),
+                "image_exit_layers": depths.image_exit_layers,
+                "text_exit_layers": depths.text_exit_layers,
+                "decoder_exit_layers": list(depths.decoder_exit_layers),
+                "layers_skipped": layers_skipped(self.model.config, depths),
                 "seconds": seconds / len(rows),
                 "batch_size": len(rows),
             }
-            ran: float
-            full: float
             if self.task == "captioning":
-                parts = self.cost(shape, text_tokens[index], depths, image_exit_layers, text_exit_layers)
-                ran, full = (sum(part.values()) for part in parts)
+                ran, full = (sum(part.values()) for part in self.flops(shape, text_tokens[index], depths))
                 facts["flops_skipped"] = 1 - ran / full
             else:
                 full = 1.0
@@ -471,9 +463,7 @@ __all__ = [
     "CAPTION_COLUMNS",
     "COLUMNS",
     "TASKS",
-    "CaptionCost",
     "bulk_rows",
     "bulk_settings",
     "bulk_to_file",
-    "timed",
 ]

@@ -7,68 +7,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..model.exit_options_mue import resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
-from .flops import caption_flops, full_depth_flops, layers_skipped, trunk_flops
+from .depths import Depths, layers_skipped, new_tokens, read_depths
+from .flops import FlopCount
 from .predict import one_caption
-from .timing import in_turns
-
-
-class CaptionCost:
-    """
-    FLOPs of captions, for the depths that were reached and at full depth.
-
-    Args:
-        model ([`MuEForConditionalGeneration`]): its trunk is run once for each shape of images.
-        exits, decoding (`dict`): options of `generate`, exits and others.
-    """
-
-    def __init__(
-        self, model: MuEForConditionalGeneration, exits: Mapping[str, Any], decoding: Mapping[str, Any]
-    ) -> None:
-        saved = model.generation_config.to_dict()
-        settings = saved | dict(decoding)
-        options = resolve_options(exits, {}, saved, model.config)
-        self.model = model
-        self.policy = {
-            "exit_kv": options.exit_kv,
-            "criterion": options.exit_criterion if options.active else "never",
-        }
-        self.sizes = {
-            "max_tokens": settings.get("max_new_tokens") or (settings.get("max_length") or 20) - 1,
-            "beams": settings.get("num_beams") or 1,
-        }
-        self.trunks: dict[tuple[int, ...], tuple[int, int, int]] = {}
-
-    def __call__(
-        self,
-        shape: Sequence[int],
-        text_tokens: int,
-        depths: Sequence[int],
-        image_exit_layers: int,
-        text_exit_layers: int,
-    ) -> tuple[dict[str, int], dict[str, int]]:
-        """What one caption took and would have taken at full depth, by parts; `shape` is (3, height, width)."""
-        if tuple(shape) not in self.trunks:
-            self.trunks[tuple(shape)] = trunk_flops(self.model, shape)
-        trunk, channels, image_tokens = self.trunks[tuple(shape)]
-        sizes = self.sizes | {
-            "image_tokens": image_tokens,
-            "text_tokens": text_tokens,
-            "channels": channels,
-            "trunk": trunk,
-        }
-        config = self.model.config
-        ran = caption_flops(
-            config,
-            depths,
-            image_exit_layers=image_exit_layers,
-            text_exit_layers=text_exit_layers,
-            **self.policy,
-            **sizes,
-        )
-        return ran, full_depth_flops(config, len(depths), **sizes)
+from .timing import compare
 
 
 class Captioner:
@@ -91,7 +35,7 @@ class Captioner:
     ) -> None:
         self.model, self.processor = model, processor
         self.exits, self.options, self.repeats = dict(exits), one_caption(options), repeats
-        self.cost = CaptionCost(model, exits, options)
+        self.flops = FlopCount(model, exits, options)
 
     def caption(self, images: list[Image.Image]) -> list[dict[str, Any]]:
         """One record per image: captions, depths, shares skipped and seconds."""
@@ -102,41 +46,47 @@ class Captioner:
             way: partial(self.model.generate, **inputs, **options, return_dict_in_generate=True)
             for way, options in ways.items()
         }
-        outputs, seconds = in_turns(self.model, calls, self.repeats)
+        outputs, seconds = compare(calls, self.repeats, self.model.device)
         captions, full_captions = (
             self.processor.post_process_image_text_to_text(outputs[way].sequences) for way in ways
         )
-        records = []
-        for row in range(len(images)):
-            record = self.record({name: value[row] for name, value in inputs.items()}, outputs["exits"], row)
-            texts = {"caption": captions[row], "full_depth_caption": full_captions[row]}
-            times = {
+        columns = zip(
+            captions,
+            full_captions,
+            inputs["attention_mask"].sum(1).tolist(),
+            read_depths(outputs["exits"]),
+            new_tokens(outputs["exits"]),
+            strict=True,
+        )
+        return [
+            {
+                "caption": caption,
+                "full_depth_caption": full_caption,
+                **self.record(inputs["pixel_values"].shape[1:], text_tokens, depths, token_ids),
                 "seconds": seconds["exits"] / len(images),
                 "full_depth_seconds": seconds["full"] / len(images),
+                **self.conditions(len(images)),
             }
-            records.append(texts | record | times | self.conditions(len(images)))
-        return records
+            for caption, full_caption, text_tokens, depths, token_ids in columns
+        ]
 
-    def record(self, inputs: dict[str, torch.Tensor], output: Any, row: int) -> dict[str, Any]:
-        """What sample `row` of `output` ran, and what that is worth."""
+    def record(
+        self, pixel_shape: Sequence[int], text_tokens: int, depths: Depths, token_ids: Sequence[int]
+    ) -> dict[str, Any]:
+        """What one caption ran, and what that is worth."""
         config = self.model.config
-        depths = [depth for depth in output.decoder_exit_layers[row].tolist() if depth]
-        new_tokens = output.sequences[row][-output.decoder_exit_layers.shape[1] :][: len(depths)].tolist()
-        image_exit_layers, text_exit_layers = int(output.image_exit_layers[row]), int(output.text_exit_layers[row])
-        shape, text_tokens = inputs["pixel_values"].shape, int(inputs["attention_mask"].sum())
-        ran, full = self.cost(shape, text_tokens, depths, image_exit_layers, text_exit_layers)
-        trunk = ran["trunk"]
-        ran_total, full_total = sum(ran.values()), sum(full.values())
+        ran, full = self.flops(pixel_shape, text_tokens, depths)
+        trunk, ran_total, full_total = ran["trunk"], sum(ran.values()), sum(full.values())
         return {
             "encoder_layers": config.encoder_layers,
             "decoder_layers": config.decoder_layers,
-            "image_exit_layers": image_exit_layers,
-            "text_exit_layers": text_exit_layers,
+            "image_exit_layers": depths.image_exit_layers,
+            "text_exit_layers": depths.text_exit_layers,
             "tokens": [
                 {"id": token, "text": self.processor.decode([token]), "layers": depth}
-                for token, depth in zip(new_tokens, depths, strict=True)
+                for token, depth in zip(token_ids, depths.decoder_exit_layers, strict=True)
             ],
-            "layers_skipped": layers_skipped(config, depths, image_exit_layers, text_exit_layers),
+            "layers_skipped": layers_skipped(config, depths),
             "flops_skipped": 1 - ran_total / full_total,
             "flops_skipped_without_trunk": 1 - (ran_total - trunk) / (full_total - trunk),
             "flops": ran,
@@ -155,4 +105,4 @@ class Captioner:
         }
 
 
-__all__ = ["CaptionCost", "Captioner"]
+__all__ = ["Captioner"]

@@ -4,7 +4,8 @@ Counted are matrix products and convolutions, one multiply-add as 2 FLOP; norms,
 look-ups are left out, as `torch.utils.flop_counter` leaves them out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..model.criteria_mue import CRITERIA
+from ..model.exit_options_mue import resolve_options
+from .depths import Depths
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
@@ -41,7 +44,6 @@ def trunk_flops(model: PreTrainedModel, pixel_shape: Sequence[int]) -> tuple[int
     trunk.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            # Not the folded copy, which takes as many: making it would be counted too.
             features = trunk(pixels).feature_maps[-1]
     finally:
         trunk.train(training)
@@ -69,7 +71,7 @@ def decoder_layer_flops(config: PreTrainedConfig, position: int, memory: int) ->
 
 
 def filled_layers(depths: Sequence[int]) -> list[int]:
-    """Layers that each token was given keys and values for after it had left, because a later token went deeper."""
+    """Layers that each token was given keys and values for after its exit, because a later token went deeper."""
     deepest, filled = 0, []
     for depth in reversed(depths):
         filled.append(max(deepest - depth, 0))
@@ -106,9 +108,9 @@ def caption_flops(
         beams (`int`, *optional*, defaults to 1): rows that are decoded for the image.
         exit_kv (`str`, *optional*, defaults to `"project"`): what a skipped layer costs when it is needed later: its
             key and value projections ("project"), nothing ("copy") or the layer itself ("exact").
-        criterion (`str`, *optional*, defaults to `"similarity"`): one that looks at the output ("confidence",
-            "margin", "entropy", "patience") runs the whole output head after every layer but the last; layers that it
-            may not leave from are counted with the others. What `generate` emits takes the rows of text alone.
+        criterion (`str`, *optional*, defaults to `"similarity"`): one that needs intermediate logits, such as
+            "confidence", runs the whole output head after every layer but the last, those without an exit included.
+            What `generate` emits takes the rows of text alone.
 
     Returns:
         `dict[str, int]`: "trunk", "image_encoder", "text_encoder" ("encoder" in the joint mode), "cross_keys",
@@ -129,55 +131,98 @@ def caption_flops(
         parts["encoder"] = projection + encoder_flops(config, memory, max(image_exit_layers, text_exit_layers))
     # The position keys of the encoder tokens are shared by all layers.
     parts["cross_keys"] = max(decoder_exit_layers, default=0) * 2 * 2 * memory * width**2 + 2 * memory * width**2
-    fill_cost = {"project": lambda position: 2 * 2 * width**2, "copy": lambda position: 0}.get(
-        exit_kv, lambda position: decoder_layer_flops(config, position, memory)
-    )
     layers = fill = 0
     for position, (depth, filled) in enumerate(
         zip(decoder_exit_layers, filled_layers(decoder_exit_layers), strict=True)
     ):
-        layers += depth * decoder_layer_flops(config, position, memory)
-        fill += filled * fill_cost(position)
+        layer = decoder_layer_flops(config, position, memory)
+        layers += depth * layer
+        fill += filled * {"project": 2 * 2 * width**2, "copy": 0, "exact": layer}[exit_kv]
     # Position biases are made once for all layers, rows and steps.
     positions = 3 * 2 * max_tokens * width**2 + 2 * max_tokens * (max_tokens + memory) * width
     parts["decoder"] = beams * layers + positions
     parts["fill"] = beams * fill
-    looks = (
-        sum(min(depth, config.decoder_layers - 1) for depth in decoder_exit_layers)
-        if CRITERIA[criterion].needs_logits
-        else 0
-    )
-    parts["head"] = beams * 2 * width * (len(decoder_exit_layers) * config.num_text_tokens + looks * config.vocab_size)
+    rows = len(decoder_exit_layers) * config.num_text_tokens
+    rows += intermediate_logits(config, decoder_exit_layers, criterion) * config.vocab_size
+    parts["head"] = beams * 2 * width * rows
     return parts
 
 
-def full_depth_flops(config: PreTrainedConfig, tokens: int, **sizes: int) -> dict[str, int]:
-    """`caption_flops` of as many tokens with every layer of both stacks run."""
-    depths = [config.decoder_layers] * tokens
-    depth = config.encoder_layers
-    return caption_flops(config, depths, image_exit_layers=depth, text_exit_layers=depth, **sizes)
+def intermediate_logits(config: PreTrainedConfig, decoder_exit_layers: Sequence[int], criterion: str) -> int:
+    """How often a criterion runs the output head to decide about these tokens."""
+    if not CRITERIA[criterion].needs_logits:
+        return 0
+    return sum(min(depth, config.decoder_layers - 1) for depth in decoder_exit_layers)
 
 
-def layers_skipped(
-    config: PreTrainedConfig, decoder_exit_layers: Sequence[int], image_exit_layers: int, text_exit_layers: int
-) -> float:
-    """The share of layers skipped as the MuE paper counts it: 1 - sum(n_E + n_D) / sum(N_E + N_D) over the tokens.
+def full_depth_flops(
+    config: PreTrainedConfig, tokens: int, count: Callable[..., dict[str, int]] = caption_flops, **sizes: int
+) -> dict[str, int]:
+    """[`caption_flops`], or another `count`, of as many tokens with every layer of both stacks run."""
+    depths, depth = [config.decoder_layers] * tokens, config.encoder_layers
+    return count(config, depths, image_exit_layers=depth, text_exit_layers=depth, criterion="never", **sizes)
 
-    The paper leaves open how the depths of image and text make n_E; here it is their mean. A layer counts the same
-    whatever it costs, so this is neither FLOPs nor time.
+
+def max_new_tokens(model: PreTrainedModel, options: Mapping[str, Any]) -> int:
+    """N: the most tokens that `generate` gives under these options and those saved with the model."""
+    settings = model.generation_config.to_dict() | dict(options)
+    return settings.get("max_new_tokens") or (settings.get("max_length") or 20) - 1
+
+
+class FlopCount:
     """
-    encoder = (image_exit_layers + text_exit_layers) / 2
-    full = len(decoder_exit_layers) * (config.encoder_layers + config.decoder_layers)
-    return 1 - (len(decoder_exit_layers) * encoder + sum(decoder_exit_layers)) / full if full else 0.0
+    FLOPs of outputs, for the depths that were reached and at full depth.
+
+    Args:
+        model (`MuEForConditionalGeneration`): its trunk is run once for each shape of images.
+        exits, decoding (`dict`): options of `generate`, exits and others.
+        count (`Callable`, *optional*): what counts one output: [`caption_flops`], or what takes its arguments.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        exits: Mapping[str, Any],
+        decoding: Mapping[str, Any],
+        count: Callable[..., dict[str, int]] = caption_flops,
+    ) -> None:
+        saved = model.generation_config.to_dict()
+        options = resolve_options(exits, {}, saved, model.config)
+        criterion = options.exit_criterion if options.active else "never"
+        self.config, self.count = model.config, count
+        self.policy = {"exit_kv": options.exit_kv, "criterion": criterion}
+        self.max_tokens = max_new_tokens(model, decoding)
+        self.beams = (saved | dict(decoding)).get("num_beams") or 1
+        self.trunk = cache(partial(trunk_flops, model))
+
+    def __call__(
+        self, pixel_shape: Sequence[int] | None, text_tokens: int, depths: Depths
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """What one output took and would have taken at full depth, by parts.
+
+        Args:
+            pixel_shape (`Sequence[int]` or None): (3, height, width) of its image; None without one.
+            text_tokens (`int`): tokens of its prompt.
+            depths ([`Depths`]): layers that it took.
+        """
+        trunk, channels, image_tokens = (0, 0, 0) if pixel_shape is None else self.trunk(tuple(pixel_shape))
+        sizes = {"max_tokens": self.max_tokens, "beams": self.beams, "text_tokens": text_tokens}
+        sizes |= {"trunk": trunk, "channels": channels, "image_tokens": image_tokens}
+        encoder = {"image_exit_layers": depths.image_exit_layers, "text_exit_layers": depths.text_exit_layers}
+        tokens = depths.decoder_exit_layers
+        ran = self.count(self.config, tokens, **encoder, **sizes, **self.policy)
+        return ran, full_depth_flops(self.config, len(tokens), self.count, **sizes)
 
 
 __all__ = [
     "CPU_ATTENTION",
+    "FlopCount",
     "caption_flops",
     "decoder_layer_flops",
     "encoder_flops",
     "filled_layers",
     "full_depth_flops",
-    "layers_skipped",
+    "intermediate_logits",
+    "max_new_tokens",
     "trunk_flops",
 ]

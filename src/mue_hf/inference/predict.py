@@ -3,7 +3,6 @@
 Outputs come from real generation (or real scoring) under the given exits; nothing is replayed or teacher-forced.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,21 +15,21 @@ from tqdm import tqdm
 from ..model.exit_options_mue import CONFIG_NAMES, check_names, resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import CAPTION_PROMPT, MuEProcessor
+from .depths import Depths, new_tokens, read_depths
+from .timing import timed
 
 TASKS = ("captioning", "entailment")
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Depths):
     """
-    What one row gave.
+    What one row gave, and the depths that it took.
 
     Args:
         image_id (`str`): that of the row.
         output (`str`): the caption, without punctuation as OFA evaluates it, or the answer "yes", "no" or "maybe".
         token_ids (`tuple[int, ...]`): the new tokens with their `</s>`; of an answer its tokens alone.
-        image_exit_layers, text_exit_layers (`int`): encoder layers that each stream ran; 0 without that stream.
-        decoder_exit_layers (`tuple[int, ...]`): decoder layers of each new token, or of each place where answers part.
         text_tokens (`int`): tokens of the prompt.
         seconds (`float`): of its batch's trunk, encoder and decoder, divided by the rows of the batch.
     """
@@ -38,9 +37,6 @@ class Prediction:
     image_id: str
     output: str
     token_ids: tuple[int, ...]
-    image_exit_layers: int
-    text_exit_layers: int
-    decoder_exit_layers: tuple[int, ...]
     text_tokens: int
     seconds: float
 
@@ -85,7 +81,6 @@ def predict(
     """
     options = dict(options or {})
     _check(model, rows, task, options, batch_size, prompt_type)
-    run = _caption if task == "captioning" else _answer
     if task == "captioning":
         options = one_caption(options)
     training = model.training
@@ -104,7 +99,7 @@ def predict(
                     name: value[start : start + len(batch)] if isinstance(value, Tensor) else value
                     for name, value in options.items()
                 }
-                predictions += run(model, processor, batch, inputs, counts, cut)
+                predictions += _run(model, processor, batch, inputs, counts, cut, task)
                 bar.update(len(batch))
     finally:
         model.train(training)
@@ -203,82 +198,42 @@ def _spread(
         options["image_exit_layer"] = options["image_exit_layer"][first]
 
 
-class _Clock:
-    """Seconds of a block, the device's work included."""
-
-    def __init__(self, model: MuEForConditionalGeneration) -> None:
-        self.synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-
-    def __enter__(self) -> "_Clock":
-        self.synchronize()
-        self.start = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.synchronize()
-        self.seconds = time.perf_counter() - self.start
-
-
-def _caption(
+def _run(
     model: MuEForConditionalGeneration,
     processor: MuEProcessor,
     batch: list[Mapping[str, Any]],
     inputs: dict[str, Tensor],
     counts: list[int],
     options: dict[str, Any],
-) -> list[Prediction]:
-    text_tokens = inputs["attention_mask"].sum(1).tolist()
-    with _Clock(model) as clock:
-        _spread(model, inputs, counts, options)
-        output = model.generate(**inputs, **options, return_dict_in_generate=True)
-    depths = [[depth for depth in row if depth] for row in output.decoder_exit_layers.tolist()]
-    new = output.sequences[:, output.sequences.shape[1] - output.decoder_exit_layers.shape[1] :].tolist()
-    token_ids = [tuple(ids[: len(row)]) for ids, row in zip(new, depths, strict=True)]
-    captions = processor.post_process_captions(output.sequences)
-    return _predictions(batch, captions, token_ids, output, depths, text_tokens, clock.seconds)
-
-
-def _answer(
-    model: MuEForConditionalGeneration,
-    processor: MuEProcessor,
-    batch: list[Mapping[str, Any]],
-    inputs: dict[str, Tensor],
-    counts: list[int],
-    options: dict[str, Any],
+    task: str,
 ) -> list[Prediction]:
     text_tokens = inputs["attention_mask"].sum(1).tolist()
     answers = list(processor.entailment_answers.values())
-    ids = processor.encode_answers(answers)
-    with _Clock(model) as clock:
+    answer_ids = processor.encode_answers(answers) if task == "entailment" else []
+
+    def call() -> Any:
         _spread(model, inputs, counts, options)
-        output = model.score_answers(ids, **inputs, **options, return_dict=True)
-    best = output.scores.argmax(1).tolist()
-    outputs, token_ids = [answers[index] for index in best], [tuple(ids[index]) for index in best]
-    depths = output.decoder_exit_layers.tolist()
-    return _predictions(batch, outputs, token_ids, output, depths, text_tokens, clock.seconds)
+        if task == "captioning":
+            return model.generate(**inputs, **options, return_dict_in_generate=True)
+        return model.score_answers(answer_ids, **inputs, **options, return_dict=True)
 
-
-def _predictions(
-    batch: list[Mapping[str, Any]],
-    outputs: list[str],
-    token_ids: list[tuple[int, ...]],
-    result: Any,
-    depths: list[list[int]],
-    text_tokens: list[int],
-    seconds: float,
-) -> list[Prediction]:
+    output, seconds = timed(call, model.device)
+    if task == "captioning":
+        outputs, token_ids = processor.post_process_captions(output.sequences), new_tokens(output)
+    else:
+        best = output.scores.argmax(1).tolist()
+        outputs, token_ids = [answers[index] for index in best], [tuple(answer_ids[index]) for index in best]
+    columns = zip(batch, read_depths(output), outputs, token_ids, text_tokens, strict=True)
     return [
         Prediction(
+            **vars(depths),
             image_id=row["image_id"],
-            output=outputs[index],
-            token_ids=token_ids[index],
-            image_exit_layers=int(result.image_exit_layers[index]),
-            text_exit_layers=int(result.text_exit_layers[index]),
-            decoder_exit_layers=tuple(depths[index]),
-            text_tokens=text_tokens[index],
+            output=text,
+            token_ids=ids,
+            text_tokens=tokens,
             seconds=seconds / len(batch),
         )
-        for index, row in enumerate(batch)
+        for row, depths, text, ids, tokens in columns
     ]
 
 

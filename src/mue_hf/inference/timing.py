@@ -1,34 +1,65 @@
-"""The clock, and runs that take turns so that a drifting machine is fair to all of them."""
+"""One clock, and one loop in which runs take turns, so that a machine that drifts is fair to all of them."""
 
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
+# Rounds that are run whatever time they take.
+FEWEST_ROUNDS = 3
 
-def timed(model: torch.nn.Module, call: Callable[[], Any]) -> tuple[Any, float]:
-    """Result of a call that runs the model, and its seconds."""
-    device = next(model.parameters()).device
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's work; the CPU has none waiting."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+
+
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Result of a call, and its seconds with the work that it left to the device."""
+    synchronize(device)
     start = time.perf_counter()
     output = call()
-    synchronize()
+    synchronize(device)
     return output, time.perf_counter() - start
 
 
 def in_turns(
-    model: torch.nn.Module, ways: Mapping[str, Callable[[], Any]], repeats: int
+    runs: Mapping[str, Callable[[], T]], rounds: int, *, max_seconds: float | None = None
+) -> dict[str, list[T]]:
+    """
+    Every run once in each round, beginning with another one in each; once each has begun, their order turns round.
+
+    Args:
+        runs (`dict`): name -> what to run; it returns what it has measured itself, such as its seconds.
+        rounds (`int`): how often; runs that are slow the first time want a round before these.
+        max_seconds (`float`, *optional*): no further round begins after this time, but for the first three.
+
+    Returns:
+        `dict[str, list]`: name -> what its run returned, by round.
+    """
+    measured: dict[str, list[T]] = {name: [] for name in runs}
+    names, start = list(runs), time.perf_counter()
+    for number in range(rounds):
+        if max_seconds is not None and number >= FEWEST_ROUNDS and time.perf_counter() - start > max_seconds:
+            break
+        cycle, first = divmod(number, len(names))
+        turn = [*names[first:], *names[:first]]
+        for name in reversed(turn) if cycle % 2 else turn:
+            measured[name].append(runs[name]())
+    return measured
+
+
+def compare(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Runs each way once to warm up and then `repeats` times, in turns; results and median seconds by way."""
-    results = {way: call() for way, call in ways.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(repeats):
-        for way, call in ways.items():
-            seconds[way].append(timed(model, call)[1])
-    return results, {way: median(times) for way, times in seconds.items()}
+    """Runs each call once to warm up and then `repeats` times in turns: results and median seconds by name."""
+    results = {name: call() for name, call in calls.items()}
+    seconds = in_turns({name: lambda call=call: timed(call, device)[1] for name, call in calls.items()}, repeats)
+    return results, {name: median(times) for name, times in seconds.items()}
 
 
-__all__ = ["in_turns", "timed"]
+__all__ = ["compare", "in_turns", "synchronize", "timed"]
