@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import randomize, tiny_config, tiny_model
+from conftest import randomize, tiny_config, tiny_inputs, tiny_model
 from huggingface_hub.errors import (
     StrictDataclassClassValidationError,
     StrictDataclassError,
@@ -164,9 +164,10 @@ class TestSaving:
             {},
             {"modality_decomposition": False, "image_relative_bias": False, "eos_token_id": [2, 3], "dropout": 0},
             {"add_position_embedding": True},
+            {"eos_token_id": None},
             {"backbone_config": SWIN, "attn_scale_factor": 3, "activation_function": "relu"},
         ],
-        ids=["defaults", "other values", "added positions", "swin"],
+        ids=["defaults", "other values", "added positions", "no end", "swin"],
     )
     def test_round_trip(self, fields, tmp_path):
         config = tiny_config(**fields)
@@ -176,6 +177,10 @@ class TestSaving:
         assert loaded.to_dict() == config.to_dict() | {"_name_or_path": str(tmp_path)}
         assert type(loaded.backbone_config) is type(config.backbone_config)
         assert MuEConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+    def test_without_an_end_texts_have_all_tokens(self):
+        model = tiny_model(eos_token_id=None)
+        assert model.generate(**tiny_inputs(2), max_new_tokens=9).shape == (2, 10)
 
     def test_loaded_config_names_no_pipelines(self, tmp_path):
         config = tiny_config()

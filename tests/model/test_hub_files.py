@@ -184,7 +184,7 @@ class TestPackage:
         assert seen["generation config"] == model.generation_config.to_dict()
         assert seen["config"] == model.config.to_dict() | {"_name_or_path": str(folder)}
 
-    def test_rows_really_left_early(self, seen, model):
+    def test_rows_really_exit_early(self, seen, model):
         for beams in (1, 3):
             for stream in ("image", "text"):
                 assert 0 < seen[f"beams {beams} {stream}_exit_layers"][0] < model.config.encoder_layers
@@ -239,7 +239,7 @@ class TestFolderAlone:
 
 
 def test_saved_pipeline_loads(folder, photo, tmp_path):
-    pipe = pipeline("image-to-text", model=str(folder), device="cpu")
+    pipe = pipeline("image-text-to-text", model=str(folder), device="cpu")
     pipe.save_pretrained(tmp_path)
-    assert pipeline("image-to-text", model=str(tmp_path), device="cpu")(photo) == pipe(photo)
+    assert pipeline("image-text-to-text", model=str(tmp_path), device="cpu")(photo) == pipe(photo)
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == pipe.tokenizer.get_vocab()

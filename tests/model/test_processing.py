@@ -1,5 +1,6 @@
 """Preprocessing, tokenizer, prompts and answer tries: equal to OFA's fixtures, and clear about bad input."""
 
+import base64
 import contextlib
 import io
 import json
@@ -147,6 +148,38 @@ class TestImages:
         with pytest.raises(ValueError, match=r"`image` must be an image .* an error: it has no known format;"):
             load_image(b"no image")
 
+    @pytest.mark.parametrize("kind", ["data URI", "plain", "lines"])
+    def test_base64(self, photo, kind):
+        """As transformers' `load_image` takes it."""
+        png = io.BytesIO()
+        photo.save(png, "PNG")
+        text = base64.b64encode(png.getvalue()).decode()
+        lines = base64.encodebytes(png.getvalue()).decode()
+        given = {"data URI": f"data:image/png;base64,{text}", "plain": text, "lines": lines}[kind]
+        assert np.array_equal(load_image(given), photo)
+
+    @pytest.mark.parametrize("size", [None, 400], ids=["whole", "cut"])
+    @pytest.mark.parametrize("start", ["data:image/png;base64,", "data:image/png;base64,!", "", "!"])
+    def test_messages_do_not_repeat_base64(self, photo, start, size, monkeypatch):
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8))
+        png = io.BytesIO()
+        noise.save(png, "PNG")
+        text = base64.b64encode(png.getvalue()[:size]).decode()
+        if size is None and "!" not in start:
+            monkeypatch.setattr("mue_hf.model.images_mue.MAX_PIXELS", 100)
+        with pytest.raises(ValueError, match="must") as caught:
+            load_image(start + text)
+        assert text[20:60] not in str(caught.value) and len(str(caught.value)) < 200
+
+    def test_base64_has_a_size(self, monkeypatch):
+        monkeypatch.setattr("mue_hf.model.images_mue.MAX_DOWNLOAD_BYTES", 2**20)
+        with pytest.raises(ValueError, match="must have at most 1 MB as base64, got more; shrink it"):
+            load_image("A" * 2**21)
+
+    def test_mistyped_paths_are_no_base64(self):
+        with pytest.raises(ValueError, match=r"`image` \(photos/cats\) must exist, got no such file; check the path"):
+            load_image("photos/cats")
+
     def test_url(self, photo, site):
         png = io.BytesIO()
         photo.save(png, "PNG")
@@ -158,7 +191,7 @@ class TestImages:
             load_image(f"{site.url}/missing.png")
 
     def test_downloads_have_a_size(self, site, monkeypatch):
-        monkeypatch.setattr("mue_hf.model.processing_mue.MAX_DOWNLOAD_BYTES", 2**20)
+        monkeypatch.setattr("mue_hf.model.images_mue.MAX_DOWNLOAD_BYTES", 2**20)
         site.pages["/large"] = [b"HTTP/1.0 200 OK\r\n\r\n", *[bytes(2**19)] * 4]
         with pytest.raises(ValueError, match="must have at most 1 MB to be downloaded, got more; shrink it"):
             load_image(f"{site.url}/large")
@@ -510,6 +543,9 @@ class TestPrompts:
             ({"text": " a", "hypothesis": "b"}, '`hypothesis` and `premise` belong to task="entailment"'),
             ({"text": " a", "hypothesys": "b"}, r"got \['hypothesys'\]; check the spelling"),
             ({"text": " a", "audio": [1.0]}, "`audio` must be None"),
+            ({"text": " a\ud800"}, r"`text` must be valid Unicode, got a lone surrogate, '\\ud800', at character 2"),
+            ({"task": "entailment", "hypothesis": "\udfff"}, "`hypothesis` must be valid Unicode"),
+            ({"text": " a", "text_kwargs": 3}, "options of the tokenizer must be such as `TextKwargs`"),
         ],
         ids=lambda value: None,
     )
@@ -555,6 +591,18 @@ class TestBatches:
     def test_options_reach_both_halves(self, processor, photo):
         inputs = processor(images=photo, text=" abcdef", size={"height": 4, "width": 6}, truncation=True, max_length=5)
         assert inputs["pixel_values"].shape == (1, 3, 4, 6) and inputs["input_ids"].shape == (1, 5)
+
+    def test_options_by_kind(self, processor, photo):
+        """As transformers' `ProcessorMixin` takes them."""
+        inputs = processor(
+            images=photo,
+            text=" abcdef",
+            text_kwargs={"truncation": True, "max_length": 5},
+            images_kwargs={"size": {"height": 4, "width": 6}},
+            common_kwargs={"return_tensors": "np"},
+        )
+        assert inputs["pixel_values"].shape == (1, 3, 4, 6) and inputs["input_ids"].shape == (1, 5)
+        assert all(isinstance(value, np.ndarray) for value in inputs.values())
 
     def test_model_input_names(self, processor, photo):
         inputs = processor(images=[photo, None], task="entailment", hypothesis="a")

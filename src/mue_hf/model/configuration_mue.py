@@ -13,10 +13,11 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, auto_docstring
 
 if TYPE_CHECKING:
-    # Never run: transformers copies a source file together with all that it imports from. These two reach every
-    # other file, so that each copy of this one lies beside the whole set and can pass it on.
+    # Never run: transformers copies a source file together with all that it imports from. These reach every other
+    # file, so that each copy of this one lies beside the whole set and can pass it on.
     from .modeling_mue import MuEModel  # noqa: F401
     from .pipeline_mue import MuEImageToTextPipeline  # noqa: F401
+    from .processing_mue import MuEProcessor  # noqa: F401
 
 # The file names are those that `save_pretrained` puts beside the weights, so that the folder loads with
 # `trust_remote_code=True` where this package is not installed.
@@ -171,7 +172,7 @@ class MuEConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     pad_token_id: int = validated_field(_at_least(0), default=1)
     bos_token_id: int = validated_field(_at_least(0), default=0)
-    eos_token_id: int | list[int] = 2
+    eos_token_id: int | list[int] | None = 2
     decoder_start_token_id: int = validated_field(_at_least(0), default=0)
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -215,7 +216,7 @@ class MuEConfig(PreTrainedConfig):
         eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         tokens = {"pad": self.pad_token_id, "bos": self.bos_token_id, "decoder_start": self.decoder_start_token_id}
         for name, token in [*tokens.items(), *(("eos", token) for token in eos)]:
-            if not 0 <= token < self.vocab_size:
+            if token is not None and not 0 <= token < self.vocab_size:
                 raise ValueError(
                     f"`{name}_token_id` must lie in the vocabulary [0, {self.vocab_size}), got {token}; "
                     f"change it or raise `vocab_size`."

@@ -1,6 +1,5 @@
-"""The pipelines "image-to-text" and "image-text-to-text": image in, caption out, with transformers' own call forms."""
+"""The pipeline "image-text-to-text", "image-to-text" of old: image in, caption out, in transformers' call forms."""
 
-import logging
 from typing import Any
 
 from transformers import GenerationConfig, ImageTextToTextPipeline
@@ -8,7 +7,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 from transformers.utils.chat_template_utils import Chat
 
-from .processing_mue import load_image
+from .images_mue import load_image
 
 # What the parent's `_sanitize_parameters` understands. Anything else is an option of `generate`, which refuses
 # what it does not know.
@@ -47,7 +46,7 @@ class MuEImageTextToTextPipeline(ImageTextToTextPipeline):
     >>> import mue_hf
     >>> from transformers import pipeline
 
-    >>> captioner = pipeline("image-to-text", model="checkpoints/mue-flickr8k-small")
+    >>> captioner = pipeline("image-text-to-text", model="checkpoints/mue-flickr8k-small")
     >>> captioner("photo.jpg", num_beams=5, decoder_exit_threshold=0.9)
     [{'generated_text': 'two dogs play in the snow'}]
     ```
@@ -133,7 +132,7 @@ class MuEImageTextToTextPipeline(ImageTextToTextPipeline):
 
 
 class MuEImageToTextPipeline(MuEImageTextToTextPipeline):
-    """The same under the task name "image-to-text", which checkpoints name for `trust_remote_code=True`."""
+    """The same under its old task name "image-to-text", which checkpoints name for `trust_remote_code=True`."""
 
 
 def _is_chat(value: Any) -> bool:
@@ -159,21 +158,12 @@ def _pairs(images: Any, text: str | list[str]) -> dict[str, Any] | list[dict[str
     ]
 
 
-def _repair_record(record: logging.LogRecord) -> bool:
-    # transformers 5.24 announces the redirect of "image-to-text" with an argument that its message has no place for,
-    # which prints a traceback, or raises where a log handler is strict.
-    if record.args == (UserWarning,):
-        record.args = ()
-    return True
-
-
 def register_pipelines() -> None:
     """
-    Makes `pipeline("image-to-text")` and `pipeline("image-text-to-text")` take images alone for MuE models.
+    Makes `pipeline("image-text-to-text")` take images alone for MuE models.
 
-    transformers sends the first name on to the second before it looks at its registry, so that one entry serves both.
+    transformers sends the old name "image-to-text" on to it before it looks at its registry.
     """
-    logging.getLogger("transformers.pipelines").addFilter(_repair_record)
     PIPELINE_REGISTRY.supported_tasks["image-text-to-text"]["impl"] = MuEImageTextToTextPipeline
 
 

@@ -1,26 +1,21 @@
 """Turns images and texts into what the model reads, and token ids back into text: OFA's preprocessing and prompts."""
 
-import os
 import re
 import string
-import time
 from collections.abc import Callable, Sequence
-from io import BytesIO
-from threading import Timer
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tokenizers import AddedToken
 from transformers import BatchFeature, ProcessorMixin, RobertaTokenizer
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_utils import ChannelDimension, PILImageResampling, infer_channel_dimension_format
+from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 from transformers.utils import TensorType
 
 from .answers_mue import answer_tree
+from .images_mue import load_image, to_rgb
 
 CAPTION_PROMPT = " what does the image describe?"
 ENTAILMENT_PROMPT = ' does the image describe " {hypothesis} "?'
@@ -40,231 +35,9 @@ CHAT_TEMPLATE = (
     "{{- words.text or '" + CAPTION_PROMPT + "' -}}"
 )
 
-REMEDY = "pass a PIL image, a path, an http(s) URL, or an array of 1, 3 or 4 channels"
-
-#: Pixels that an image file may have: a small file can claim far more than fit in memory.
-MAX_PIXELS = 2**27
 #: Pixels that a side of what the model reads may have.
 MAX_SIDE = 8192
-#: Bytes that a download may have.
-MAX_DOWNLOAD_BYTES = 64 * 2**20
-#: Seconds that a download may take, from the first byte sent to the last one received.
-DOWNLOAD_SECONDS = 20.0
-MAX_REDIRECTS = 5
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
-    # Rounds to the nearest of 256 levels: 65535 / 255 is exactly 257.
-    return ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _array_to_pil(array: np.ndarray, name: str) -> Image.Image:
-    """An array of one image, as a PIL image of 8 bits per channel: mode L, RGB or RGBA."""
-    if array.dtype.kind not in "buif":
-        raise ValueError(f"{name} must hold numbers, got an array of {array.dtype}; {REMEDY}.")
-    if 0 in array.shape:
-        raise ValueError(f"{name} must not be empty, got an array of shape {array.shape}; {REMEDY}.")
-    if array.ndim not in (2, 3):
-        raise ValueError(f"{name} must have 2 or 3 dimensions, got shape {array.shape}; {REMEDY}.")
-    if array.ndim == 3:
-        try:
-            layout = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
-        except ValueError as error:
-            raise ValueError(f"{name} must have 1, 3 or 4 channels, got shape {array.shape}; {REMEDY}.") from error
-        if layout == ChannelDimension.FIRST:
-            array = np.moveaxis(array, 0, -1)
-        if array.shape[-1] == 1:
-            array = array[..., 0]
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype == np.uint16:
-        array = _sixteen_to_eight_bits(array)
-    elif np.issubdtype(array.dtype, np.floating):
-        # A comparison with NaN is false, so NaN is refused too.
-        if not (array.min() >= 0 and array.max() <= 1):
-            raise ValueError(
-                f"{name} must hold floats in [0, 1], got values in [{array.min()}, {array.max()}]; "
-                f"divide by the largest level, or pass integers in 0..255."
-            )
-        array = np.rint(array * 255).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        if not (np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 255):
-            raise ValueError(
-                f"{name} must hold levels in 0..255, got {array.dtype} values in [{array.min()}, {array.max()}]; "
-                f"pass uint16 for 16-bit levels."
-            )
-        array = array.astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def to_rgb(image: Image.Image, name: str = "`image`") -> Image.Image:
-    """
-    Any PIL image as upright 8-bit RGB.
-
-    The camera's EXIF orientation is applied. 16-bit greys (modes I;16 and I) are scaled to 8 bits, not clipped.
-    Transparent pixels are shown on white, as viewers do; OFA dropped the transparency, which reveals whatever colour
-    lies below, and equals this where the image is opaque. Of an animation the current frame counts, the first one
-    unless the caller moved on.
-
-    Args:
-        image (`PIL.Image.Image`):
-            An image of any mode, not changed.
-        name (`str`, *optional*, defaults to `` "`image`" ``):
-            What error messages call it.
-
-    Returns:
-        `PIL.Image.Image`: mode RGB.
-
-    Raises:
-        ValueError: if the image has no pixels, cannot be decoded, or has a mode without a meaning as colour.
-    """
-    if 0 in image.size:
-        raise ValueError(f"{name} must have pixels, got size {image.size[0]}x{image.size[1]}; pass another image.")
-    try:
-        image.load()
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = _array_to_pil(np.asarray(image).astype(np.uint16), name)
-        elif image.mode == "I":
-            levels = np.asarray(image)
-            # Files open in this mode when they hold 16-bit levels; deeper ones have no known range.
-            if levels.min() >= 0 and levels.max() <= 65535:
-                levels = levels.astype(np.uint16)
-            image = _array_to_pil(levels, name)
-        elif image.mode == "F":
-            image = _array_to_pil(np.asarray(image), name)
-        elif image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image if image.mode == "RGB" else image.convert("RGB")
-    # Pillow's decoders raise a dozen kinds of errors on damaged files.
-    except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(name):
-            raise
-        raise ValueError(
-            f"{name} must be a complete image that Pillow can decode, got an error: {error}; "
-            f"save it again as PNG or JPEG."
-        ) from error
-
-
-def _read_url(url: str, name: str, timeout: float) -> bytes:
-    if not timeout > 0:
-        raise ValueError(
-            f"`timeout` must be a number of seconds above 0, got {timeout}; leave it out for the default."
-        )
-    received, deadline = bytearray(), time.monotonic() + timeout
-    # What comes packed may unpack to any size.
-    headers = {"Accept-Encoding": "identity"}
-    client = httpx.Client(timeout=timeout, follow_redirects=True, max_redirects=MAX_REDIRECTS, headers=headers)
-    # The client's own timeout starts anew with every byte; without a connection the transfer ends.
-    timer = Timer(timeout, client.close)
-    timer.daemon = True
-    timer.start()
-    try:
-        with client, client.stream("GET", url) as response:
-            response.raise_for_status()
-            for part in response.iter_raw():
-                received += part
-                if len(received) > MAX_DOWNLOAD_BYTES:
-                    break
-    # What a closed connection raises depends on where it was closed.
-    except Exception as error:
-        if time.monotonic() >= deadline:
-            raise ValueError(
-                f"{name} must be downloaded within {timeout:g} seconds, got {len(received)} bytes by then; "
-                "pass a greater `timeout`, or download it and pass the file."
-            ) from error
-        raise ValueError(
-            f"{name} must be a URL that answers, got an error: {error}; check it, or pass a file."
-        ) from error
-    finally:
-        timer.cancel()
-    if len(received) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(
-            f"{name} must have at most {MAX_DOWNLOAD_BYTES >> 20} MB to be downloaded, got more; shrink it, or "
-            "download it and pass the file."
-        )
-    return bytes(received)
-
-
-def _check_file(opened: Image.Image, name: str) -> None:
-    """Refuses, before anything is decoded, what would take all memory or run a program."""
-    if opened.width * opened.height > MAX_PIXELS:
-        raise ValueError(
-            f"{name} must have at most {MAX_PIXELS:,} pixels, got {opened.width} x {opened.height}; shrink it."
-        )
-    # PostScript is a program, which Pillow would hand to Ghostscript.
-    if opened.format == "EPS":
-        raise ValueError(f"{name} must hold pixels, got PostScript; save it as PNG or JPEG.")
-
-
-def load_image(image: Any, name: str = "image", timeout: float | None = None) -> Image.Image:
-    """
-    One image from wherever it is, as upright 8-bit RGB (see `to_rgb`).
-
-    Args:
-        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            A path, an http(s) URL, the bytes of an image file, an image, or an array [height, width],
-            [height, width, channels] or [channels, height, width] of levels: uint8, uint16, bool, or floats in
-            [0, 1].
-        name (`str`, *optional*, defaults to `"image"`):
-            What error messages call it, such as "images[3]".
-        timeout (`float`, *optional*):
-            Seconds for a URL, `DOWNLOAD_SECONDS` without it. A server that stalls is left after at most twice as long.
-
-    Returns:
-        `PIL.Image.Image`: mode RGB.
-
-    Raises:
-        ValueError: if it cannot be found, fetched, decoded, or has no pixels; if a file has more than `MAX_PIXELS`
-            pixels, or a URL more than `MAX_DOWNLOAD_BYTES` bytes.
-    """
-    name = f"`{name}`"
-    if isinstance(image, torch.Tensor):
-        try:
-            image = image.detach().cpu()
-            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
-        # Sparse, quantised and meta tensors, and dtypes that NumPy lacks.
-        except (NotImplementedError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"{name} must be a tensor that NumPy can hold, got an error: {error}; {REMEDY}."
-            ) from error
-    if isinstance(image, np.ndarray):
-        return to_rgb(_array_to_pil(image, name), name)
-    if isinstance(image, Image.Image):
-        return to_rgb(image, name)
-    if isinstance(image, bytes):
-        return _open(BytesIO(image), name)
-    if not isinstance(image, str | os.PathLike):
-        raise ValueError(f"{name} must be an image, got {type(image).__name__}; {REMEDY}.")
-    source = os.fsdecode(image)
-    name = f"{name} ({source if len(source) <= 200 else source[:200] + '...'})"
-    if source.startswith(("http://", "https://")):
-        return _open(BytesIO(_read_url(source, name, DOWNLOAD_SECONDS if timeout is None else timeout)), name)
-    # Reading a pipe or a device might never end.
-    if os.path.exists(source) and not os.path.isfile(source):
-        raise ValueError(f"{name} must be a file, got a folder, a pipe or a device; {REMEDY}.")
-    return _open(source, name)
-
-
-def _open(file: Any, name: str) -> Image.Image:
-    try:
-        opened = Image.open(file)
-    except FileNotFoundError as error:
-        raise ValueError(f"{name} must exist, got no such file; check the path.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} must have at most {MAX_PIXELS:,} pixels: {error}; shrink it.") from error
-    except Exception as error:
-        # Pillow's own message holds the address of the object that it read from.
-        reason = "it has no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(
-            f"{name} must be an image that Pillow can read, got an error: {reason}; save it again as PNG or JPEG."
-        ) from error
-    with opened:
-        _check_file(opened, name)
-        return to_rgb(opened, name)
 
 
 def normalize_text(text: str, max_words: int = 80) -> str:
@@ -284,6 +57,13 @@ def _require_text(text: Any, name: str) -> str:
         raise ValueError(f"`{name}` must be a string or a list of strings, got {type(text).__name__}; pass str.")
     if not text.strip():
         raise ValueError(f"`{name}` must not be empty, got {text!r}; pass words, or leave it out.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`{name}` must be valid Unicode, got a lone surrogate, {text[error.start]!r}, at character "
+            f"{error.start}; read the text with its own encoding, or drop the character."
+        ) from error
     return text
 
 
@@ -507,7 +287,8 @@ class MuEProcessor(ProcessorMixin):
             return_tensors (`str`, *optional*, defaults to `"pt"`):
                 "pt", "np", or None for lists.
             kwargs:
-                Options of the tokenizer (padding to the longest text is the default) and of the image processor.
+                Options of the tokenizer (padding to the longest text is the default) and of the image processor, or
+                transformers' `text_kwargs`, `images_kwargs` and `common_kwargs` with them.
 
         Returns:
             [`BatchFeature`]:
@@ -528,13 +309,16 @@ class MuEProcessor(ProcessorMixin):
             images, prompts = _same_length(images=images, text=prompts)
         else:
             (prompts,) = _same_length(text=prompts)
-        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        options: dict[str, Any] = kwargs
         try:
+            options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+            return_tensors = options["text_kwargs"].pop("return_tensors", return_tensors)
             data = dict(self.tokenizer(prompts, **options["text_kwargs"]))
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(
-                f"The options of the tokenizer must be such as `TextKwargs` describes, got {options['text_kwargs']}, "
-                f"which failed: {error}; change or leave out the one that is not."
+                f"The options of the tokenizer must be such as `TextKwargs` describes, got "
+                f"{options.get('text_kwargs', options)}, which failed: {error}; change or leave out the one that is "
+                "not."
             ) from error
         if images is not None:
             data |= self._encode_images(images, options["images_kwargs"])
@@ -547,7 +331,7 @@ class MuEProcessor(ProcessorMixin):
         for name in ("videos", "audio"):
             if options.pop(name, None) is not None:
                 raise ValueError(f"`{name}` must be None, got a value: the model reads images and text only.")
-        known = {*ProcessingKwargs.__annotations__, *TextKwargs.__annotations__}
+        known = {"common_kwargs", *ProcessingKwargs.__annotations__, *TextKwargs.__annotations__}
         known |= set(self.image_processor.valid_kwargs.__annotations__)
         if unknown := sorted(options.keys() - known):
             raise ValueError(
