@@ -3,8 +3,6 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from ..model.exit_options_mue import CONFIG_NAMES
 from .arguments import MuETrainingArguments, cpu_has_bf16
 from .card import trainer_card
 from .losses import IGNORED, LayerwiseLoss, layerwise_loss
+from .muon import Muon
 
 AVERAGE_NAME = "average.safetensors"
 
@@ -91,15 +90,16 @@ class MuETrainer(Seq2SeqTrainer):
                 # a table is no map from one space to another
                 matrix = parameter.ndim > 1 and not any(part in name for part in ("shared", "embed", "table"))
                 groups[matrix].append(parameter)
-        self.optimizer = muon_class(self.args.device)(
+        self.optimizer = Muon(
             [
                 {"params": groups[True], "lr": self.args.muon_learning_rate},
                 {"params": groups[False], "use_fallback": True, "weight_decay": 0.0},
             ],
             lr=self.args.learning_rate,
             weight_decay=self.args.weight_decay,
-            nesterov=True,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
+            # Emulated bfloat16 takes fifty times as long as float32.
+            dtype=torch.float32 if self.args.device.type == "cpu" and not cpu_has_bf16() else torch.bfloat16,
         )
         return self.optimizer
 
@@ -436,33 +436,6 @@ class WeightAverage(TrainerCallback):
             average = self.averages[name].clone()
             self.averages[name].copy_(parameter.data)
             parameter.data.copy_(average)
-
-
-def muon_class(device: torch.device) -> type[torch.optim.Optimizer]:
-    """timm's Muon, which trains what is no matrix with AdamW.
-
-    Raises:
-        ImportError: if timm is missing or too old.
-    """
-    try:
-        muon = import_module("timm.optim.muon")
-    except ImportError as error:
-        raise ImportError("`muon_learning_rate` needs timm 1.0.23 or newer: pip install 'mue-hf[timm]'.") from error
-    if device.type != "cpu" or cpu_has_bf16():
-        return muon.Muon
-
-    # timm has no option for the precision of its Newton-Schulz steps; emulated bfloat16 takes fifty times as long
-    usual = muon.zeropower_via_newtonschulz
-
-    class Muon(muon.Muon):
-        def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            muon.zeropower_via_newtonschulz = partial(usual, dtype=torch.float32)
-            try:
-                return super().step(closure)
-            finally:
-                muon.zeropower_via_newtonschulz = usual
-
-    return Muon
 
 
 def scst_advantages(rewards: Tensor) -> Tensor:
