@@ -161,25 +161,25 @@ def _read_url(url: str, name: str, timeout: float) -> bytes:
     return bytes(received)
 
 
-def _read_base64(source: str, name: str) -> bytes | None:
-    """The bytes of a data URI or of plain base64; None for a text that is neither an image in base64 nor meant so."""
+def _read_base64(source: str, name: str) -> Image.Image | None:
+    """The image of a data URI or of plain base64; None for another text, such as a mistyped path."""
     uri = source.startswith("data:")
     payload = source.partition(",")[2] if uri else source
     if 3 * len(payload) // 4 > MAX_DOWNLOAD_BYTES:
         raise ValueError(f"{name} must have at most {MAX_DOWNLOAD_BYTES >> 20} MB as base64, got more; shrink it.")
     try:
         content = base64.b64decode("".join(payload.split()), validate=True)
-        # Many a mistyped path is valid base64.
-        if not uri:
-            Image.open(BytesIO(content)).close()
-    # Not from a handler: the text of `error` may be the whole payload.
-    except (ValueError, UnidentifiedImageError):
+    except ValueError:
         content = b""
-    except Exception:
-        return content
     if uri and not content:
         raise ValueError(f"{name} must hold the image in base64, as in data:image/png;base64,..., got something else.")
-    return content or None
+    try:
+        return _open(BytesIO(content), f"{name} (base64)")
+    except ValueError as error:
+        # Many a mistyped path is valid base64.
+        if not uri and isinstance(error.__cause__, UnidentifiedImageError):
+            return None
+        raise
 
 
 def load_image(image: Any, name: str = "image", timeout: float | None = None) -> Image.Image:
@@ -230,8 +230,9 @@ def load_image(image: Any, name: str = "image", timeout: float | None = None) ->
     # Reading a pipe or a device might never end.
     if os.path.exists(source):
         raise ValueError(f"{named} must be a file, got a folder, a pipe or a device; {REMEDY}.")
-    if (content := _read_base64(source, name)) is not None:
-        return _open(BytesIO(content), f"{name} (base64)")
+    if (embedded := _read_base64(source, name)) is not None:
+        return embedded
+    # Perhaps base64 with a mistake in it.
     if len(source) > SHOWN:
         named = f"{name} (a text of {len(source):,} characters)"
     raise ValueError(f"{named} must exist, got no such file; check the path.")
