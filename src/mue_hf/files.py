@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,4 +30,35 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-__all__ = ["whole_file", "write_whole"]
+@contextmanager
+def whole_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a new folder beside `path` to fill, and makes it `path` when the block ends well.
+
+    Args:
+        path: where nothing is, or an empty folder.
+        overwrite (`bool`, *optional*, defaults to `False`): True replaces a checkpoint folder too.
+
+    Raises:
+        `ValueError`: Before the block, if something else is there.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"The destination must be a folder, got the file {path}; choose another name.")
+    if path.exists() and any(path.iterdir()):
+        if not overwrite:
+            raise ValueError(f"The destination must be empty or new, got {path}; choose another or pass --overwrite.")
+        if not (path / "config.json").is_file():
+            raise ValueError(f"Only a checkpoint can be overwritten, but {path} has no config.json; choose another.")
+    part, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if path.exists():
+            path.rename(old)
+        part.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+__all__ = ["whole_file", "whole_folder", "write_whole"]

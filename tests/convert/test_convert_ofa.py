@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration
-from mue_hf.convert.ofa import add_arguments, convert_ofa, make_config, read_sizes, rename, rename_weights, run
+from mue_hf.cli.convert import add_arguments, run
+from mue_hf.convert.names import rename, rename_weights
+from mue_hf.convert.ofa import convert_ofa, make_config, read_sizes
 from mue_hf.model.processing_mue import MuEProcessor
 
 
@@ -182,7 +184,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=match):
             convert_ofa(source, target, image_size=64, **options)
         assert not target.exists()
-        assert not list(target.parent.glob(".*.partial"))
+        assert not list(target.parent.glob(".*"))
 
     def test_neither_layout(self, tmp_path: Path) -> None:
         (tmp_path / "source").mkdir()
@@ -272,7 +274,7 @@ class TestRefusals:
         for options, match in (({}, "must be empty or new"), ({"overwrite": True}, "has no config.json")):
             with pytest.raises(ValueError, match=match):
                 convert_ofa(fork, tmp_path / "used", image_size=64, **options)
-        with pytest.raises(ValueError, match="must be a folder"):
+        with pytest.raises(ValueError, match="must be a folder, got the file"):
             convert_ofa(fork, tmp_path / "used" / "thesis.txt", image_size=64)
         assert (tmp_path / "used" / "thesis.txt").read_text() == "precious"
 
@@ -280,6 +282,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match="must not be the folder of the source"):
             convert_ofa(fork, fork, image_size=64, overwrite=True)
         assert (fork / "pytorch_model.bin").is_file()
+
+    def test_folder_around_the_source_is_not_overwritten(self, weights: dict[str, Tensor], tmp_path: Path) -> None:
+        source = write_fork(tmp_path / "run" / "last", weights)
+        (tmp_path / "run" / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match="must not be the folder of the source"):
+            convert_ofa(source, tmp_path / "run", image_size=64, overwrite=True)
+        assert (source / "pytorch_model.bin").is_file()
 
     def test_image_size(self, fork: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="between 1 and 128.*got 480; pass --image-size"):
@@ -319,6 +328,6 @@ class TestRefusals:
     def test_hub_repository(
         self, fork: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("mue_hf.convert.ofa.snapshot_download", lambda name, allow_patterns: str(fork))
+        monkeypatch.setattr("mue_hf.convert.read.snapshot_download", lambda name, allow_patterns: str(fork))
         convert_ofa("org/ofa", tmp_path / "mue", image_size=64)
         assert same_weights(tmp_path / "mue", converted)
