@@ -6,7 +6,7 @@ many more steps as fit into the same time; the options of MuETrainer one by one,
 fine-tune a model that is joint and was trained on its last layer alone. It has two layers, and grows to those of the
 variant without a change of what it computes (where no variant has two layers, a start may have three):
 
-    make runs/plain/relations/report.json REPRODUCED=runs/plain LAYERS=2 LESSON_ARGS="--joint --layer_weights 0 1"
+    make runs/plain/relations/report.json REPRODUCED=runs/plain LAYERS=2 STAGE_ARGS="--joint --layer_weights 0 1"
     python benchmarks/compare_training.py --start_from runs/plain/relations --output_dir runs/compare
 
 A variant gets a folder with its checkpoint, its points and `record.json`; what is finished is kept, so an interrupted
@@ -49,7 +49,7 @@ TRAINING = """--use_cpu --native_bf16 --learning_rate 2e-3 --muon_learning_rate 
 --weight_decay 0.01 --adam_beta2 0.98 --freeze_trunk --told_share 0.1 --captions_per_image 1 --ema_decay 0.995
 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --save_steps 200 --save_total_limit 1
 --logging_steps 100 --report_to none""".split()
-LESSONS = {
+STAGES = {
     "telling": ["--first_scene=500000", "--lr_scheduler_type=constant_with_warmup"],
     "judging": ["--first_scene=1000000", "--lr_scheduler_type=cosine"],
 }
@@ -64,23 +64,23 @@ def load_example() -> Any:
 
 
 def train(example: Any, folder: Path, name: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What `train_scenes.main` returned for the lessons of a variant."""
+    """What `train_scenes.main` returned for the stages of a variant."""
     telling = round(args.telling_share * steps)
     reports, start = {}, args.start_from
-    for lesson, count in {"telling": telling, "judging": steps - telling}.items():
+    for stage, count in {"telling": telling, "judging": steps - telling}.items():
         if count:
-            options = [*TRAINING, *LESSONS[lesson], *args.training, f"--layers={LAYERS}", *VARIANTS[name]]
+            options = [*TRAINING, *STAGES[stage], *args.training, f"--layers={LAYERS}", *VARIANTS[name]]
             options.append(f"--start_from={start}")
-            reports[lesson] = run_lesson(example, folder / lesson, lesson, count, options)
-            start = folder / lesson
+            reports[stage] = run_stage(example, folder / stage, stage, count, options)
+            start = folder / stage
     return reports
 
 
-def run_lesson(example: Any, output: Path, lesson: str, steps: int, options: list[str]) -> dict[str, Any]:
-    """The report of a lesson, which goes on from its last checkpoint, or is not run at all if it is finished."""
+def run_stage(example: Any, output: Path, stage: str, steps: int, options: list[str]) -> dict[str, Any]:
+    """The report of a stage, which goes on from its last checkpoint, or is not run at all if it is finished."""
     path = output / "report.json"
     if not path.exists():
-        options = [*options, f"--lesson={lesson}", f"--output_dir={output}", f"--max_steps={steps}"]
+        options = [*options, f"--stage={stage}", f"--output_dir={output}", f"--max_steps={steps}"]
         example.main(options)
     return json.loads(path.read_text(encoding="utf-8"))
 

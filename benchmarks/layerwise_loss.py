@@ -9,25 +9,22 @@ record of allocations in a step of its own, on CUDA from the allocator. The outp
 """
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from statistics import median
 
 import torch
-import transformers
+from measuring import make_parser, write_results
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration
-from mue_hf.files import write_whole
+from mue_hf.benchmarking.cells import load_average
+from mue_hf.benchmarking.probes import peak_bytes
+from mue_hf.cli.options import at_least
+from mue_hf.evaluation.measure import environment
+from mue_hf.inference.timing import in_turns, timed
 from mue_hf.model.configuration_mue import SIZES
 from mue_hf.training.losses import layerwise_loss
 
@@ -100,62 +97,24 @@ def step(model: MuEForConditionalGeneration, batch: dict[str, Tensor], loss: Los
     return value.item()
 
 
-def peak_bytes(run: Callable[[], None], device: str) -> int:
-    """The most that tensors take during `run` beyond what they took before."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    taken = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        taken += event.nbytes()
-        peak = max(peak, taken)
-    return peak
-
-
-def seconds(run: Callable[[], None], device: str) -> tuple[float, float]:
-    """Seconds on the clock, and processor seconds, which other programs disturb less."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start, start_cpu = time.perf_counter(), time.process_time()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, time.process_time() - start_cpu
-
-
-def hardware(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
 def measure(args: argparse.Namespace) -> dict:
     """One record with the medians of every loss, their ratios to the last layer's, and the circumstances."""
     model, batch = build(args)
-    runs = {name: (lambda loss=loss: step(model, batch, loss, args.bf16)) for name, loss in LOSSES.items()}
-    load = os.getloadavg()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    peaks = {}
+    runs = {name: partial(step, model, batch, loss, args.bf16) for name, loss in LOSSES.items()}
+
+    def clocked(run: Callable[[], float]) -> tuple[float, float]:
+        """Seconds on the clock, and processor seconds, which other programs disturb less."""
+        start = time.process_time()
+        return timed(run, model.device)[1], time.process_time() - start
+
+    before, peaks = load_average(), {}
     for name, run in runs.items():
         # the first step of a loss also warms it up
         run()
         model.zero_grad(set_to_none=True)
-        peaks[name] = peak_bytes(run, args.device)
-    for _ in tqdm(range(args.repeats), desc="timing", unit="round"):
-        for name, run in runs.items():
-            times[name].append(seconds(run, args.device))
-    medians = {name: [statistics.median(kind) for kind in zip(*pairs, strict=True)] for name, pairs in times.items()}
-    targets = int((batch["labels"] != -100).sum())
+        peaks[name] = peak_bytes(run, model.device)[1]
+    times = in_turns({name: partial(clocked, run) for name, run in runs.items()}, args.repeats)
+    medians = {name: [median(kind) for kind in zip(*pairs, strict=True)] for name, pairs in times.items()}
     return {
         "losses": {
             name: {
@@ -172,27 +131,23 @@ def measure(args: argparse.Namespace) -> dict:
         "weights_mib": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20, 1),
         "decoder_layers": model.config.decoder_layers,
         "vocabulary": model.config.vocab_size,
-        "target_tokens": targets,
+        "target_tokens": int((batch["labels"] != -100).sum()),
         "settings": {name: value for name, value in vars(args).items() if name not in ("output", "table")},
-        "hardware": hardware(args.device),
-        "load_average_before_and_after": [round(load[0], 2), round(os.getloadavg()[0], 2)],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "environment": environment(model, len(batch["labels"])),
+        "load_average_before_and_after": [before, load_average()],
     }
 
 
 def make_table(record: dict) -> str:
     """The record as a table in markdown."""
-    settings, load = record["settings"], record["load_average_before_and_after"]
+    settings, machine = record["settings"], record["environment"]
+    before, after = ("-" if x is None else f"{x:.2f}" for x in record["load_average_before_and_after"])
     lines = [
         f"OFA-{settings['size']}, {settings['images']} images with {settings['captions_per_image']} captions each, "
         f"{record['target_tokens']} target tokens of a vocabulary of {record['vocabulary']}, "
         f"{record['decoder_layers']} decoder layers; {'bfloat16' if settings['bf16'] else 'float32'}, "
-        f"medians of {settings['repeats']} rounds; {record['hardware']}, torch {record['versions']['torch']}; load "
-        f"{load[0]} before and {load[1]} after.",
+        f"medians of {settings['repeats']} rounds; {machine['hardware']}, {machine['threads']} threads, torch "
+        f"{machine['versions']['torch']}; load {before} before and {after} after.",
         "",
         "| loss | peak memory beyond the weights, MiB | of the last layer's | seconds | of the last layer's |",
         "|---|---|---|---|---|",
@@ -207,31 +162,17 @@ def make_table(record: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, repeats=5)
     parser.add_argument("--size", default="base", choices=sorted(SIZES), help="one of OFA's sizes")
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--captions-per-image", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=20, help="tokens of the longest caption")
-    parser.add_argument("--grid", type=int, default=14, help="patches per side; 14 is 224 pixels, 30 is 480")
+    parser.add_argument("--images", type=at_least(1), default=4)
+    parser.add_argument("--captions-per-image", type=at_least(1), default=1)
+    parser.add_argument("--tokens", type=at_least(2), default=20, help="tokens of the longest caption")
+    parser.add_argument("--grid", type=at_least(1), default=14, help="patches per side; 14 is 224 pixels, 30 is 480")
     parser.add_argument("--bf16", action="store_true", help="run under autocast to bfloat16")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="file for the JSON record; default: standard output")
-    parser.add_argument("--table", type=Path, metavar="FILE.md", help="file for a table in markdown")
     args = parser.parse_args(argv)
-    for name in ("images", "captions_per_image", "grid", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.tokens < 2:
-        parser.error(f"--tokens must be at least 2, got {args.tokens}")
     record = measure(args)
-    text = json.dumps(record, indent=2) + "\n"
-    if args.table is not None:
-        write_whole(args.table, make_table(record))
-    if args.output is None:
-        sys.stdout.write(text)
-    else:
-        write_whole(args.output, text)
+    write_results(args, record, make_table(record))
 
 
 if __name__ == "__main__":

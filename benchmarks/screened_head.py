@@ -20,25 +20,23 @@ whole greedy caption; `most_speedup` is what a head that takes no time would giv
 """
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
+from measuring import make_parser, seconds_in_turns, write_results
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mue_hf.benchmarking.cells import ratio
-from mue_hf.benchmarking.probes import component_seconds
-from mue_hf.benchmarking.run import add_model_arguments, load_model
+from mue_hf.benchmarking.probes import component_seconds, hooked
+from mue_hf.cli.bench import add_model_arguments, load_timed_model
+from mue_hf.cli.options import at_least
 from mue_hf.evaluation.measure import environment
-from mue_hf.files import write_whole
 
 # Rounding of float32 sums of this many products, relative to |w| |x|.
 SLACK = 1e-5
@@ -117,11 +115,8 @@ def collect_states(model: PreTrainedModel, inputs: dict[str, Tensor], tokens: in
     """The states [tokens, d] that the head is given while the model captions."""
     seen: list[Tensor] = []
     layer_norm = model.get_decoder().layer_norm
-    handle = layer_norm.register_forward_hook(lambda _, __, output: seen.append(output.flatten(0, -2)))
-    try:
+    with hooked(layer_norm.register_forward_hook(lambda _, __, output: seen.append(output.flatten(0, -2)))):
         caption(model, inputs, tokens)
-    finally:
-        handle.remove()
     return torch.cat(seen)
 
 
@@ -136,25 +131,14 @@ def caption(model: PreTrainedModel, inputs: dict[str, Tensor], tokens: int, head
         model.lm_head = own
 
 
-def in_turns(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way, in turns, after one round to warm up."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
-        for name in ways if repeat % 2 else reversed(ways):
-            start = time.perf_counter()
-            ways[name]()
-            if repeat:
-                taken[name].append(time.perf_counter() - start)
-    return taken
-
-
 def head_row(
     heads: dict[str, ScreenedHead], full: Callable[[Tensor], Tensor], states: Tensor, repeats: int
 ) -> dict[str, Any]:
     """The heads on states [rows, d] at once: seconds, exactness, how many rows were left to compute, and how far the
     bounds leave the normaliser open."""
     best = full(states).topk(2, dim=1).indices
-    taken = in_turns({"full": lambda: full(states)} | {n: partial(h, states) for n, h in heads.items()}, repeats)
+    ways = {"full": partial(full, states)} | {name: partial(head, states) for name, head in heads.items()}
+    taken = seconds_in_turns(ways, repeats, states.device)
     row: dict[str, Any] = {"rows": len(states), "full_seconds": median(taken["full"])}
     for name, head in heads.items():
         scores, bounds = head.screen(states)
@@ -172,13 +156,13 @@ def head_row(
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One record: the heads on batches of states, and whole captions."""
-    model, make_inputs, name = load_model(args)
+    subject = load_timed_model(args)
+    model, inputs = subject.model, subject.inputs(args.count)
     head, text = model.lm_head, slice(0, model.config.num_text_tokens)
     weight = head.weight[text]
     screens = {"int8": Int8Screen(weight)}
     screens |= {f"rank {rank}": LowRankScreen(weight, rank) for rank in args.ranks if rank < head.in_features}
     heads = {name: ScreenedHead(head, screen).eval() for name, screen in screens.items()}
-    inputs = make_inputs(args.count)
     states = collect_states(model, inputs, args.tokens)
     # Neighbouring steps of one image are alike, a batch is not.
     states = states[torch.randperm(len(states), generator=torch.Generator().manual_seed(0))]
@@ -191,13 +175,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ways = {"full": partial(caption, model, one, args.tokens)}
     ways |= {name: partial(caption, model, one, args.tokens, head) for name, head in heads.items()}
     tokens = {name: way() for name, way in tqdm(ways.items(), desc="captions", file=sys.stderr)}
-    taken = in_turns(ways, args.repeats)
+    taken = seconds_in_turns(ways, args.repeats, model.device)
     share = fmean(
         seconds["head"] / sum(seconds.values())
         for seconds in (component_seconds(model, ways["full"]) for _ in range(3))
     )
     return {
-        "name": name,
+        "name": subject.name,
         "vocabulary": len(weight),
         "repeats": args.repeats,
         "environment": environment(model, 1),
@@ -226,7 +210,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record['name']}, {record['vocabulary']} rows of the head ({machine['hardware']}, {machine['threads']} "
         "threads).",
         "",
-        "| states | full head ms | screen | speed-up | same two best | rows left | normaliser known to |",
+        "| states | full head ms | screen | speed-up | same two best | rows that can win | normaliser known to |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in record["heads"]:
@@ -252,31 +236,17 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, repeats=10)
     add_model_arguments(parser)
-    parser.add_argument("--count", type=int, default=2, help="images")
-    parser.add_argument("--tokens", type=int, default=16, help="new tokens")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 5, 16, 80], help="states at once")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 192])
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--output", type=Path, help="file for the JSON record; default: standard output")
-    parser.add_argument("--table", type=Path, help="file for a Markdown table")
+    parser.add_argument("--count", type=at_least(1), default=2, help="images")
+    parser.add_argument("--tokens", type=at_least(1), default=16, help="new tokens")
+    parser.add_argument("--rows", type=at_least(1), nargs="+", default=[1, 5, 16, 80], help="states at once")
+    parser.add_argument("--ranks", type=at_least(1), nargs="+", default=[64, 192])
     args = parser.parse_args(argv)
     if args.dtype != "float32" or args.device != "cpu":
         parser.error("the integer product that is timed is that of the CPU, beside float32")
-    for name in ("count", "tokens", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if min(*args.rows, *args.ranks, 1) < 1:
-        parser.error(f"--rows and --ranks must be at least 1, got {args.rows} and {args.ranks}")
     record = measure(args)
-    text = json.dumps(record, indent=1) + "\n"
-    if args.table is not None:
-        write_whole(args.table, markdown(record).encode())
-    if args.output is None:
-        sys.stdout.write(text)
-    else:
-        write_whole(args.output, text.encode())
+    write_results(args, record, markdown(record))
 
 
 if __name__ == "__main__":

@@ -12,23 +12,23 @@ share means nothing; `speedup_if_all_kept` is then what no share can exceed.
 """
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+from measuring import make_parser, write_results
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mue_hf.benchmarking.cells import ratio
-from mue_hf.benchmarking.run import add_model_arguments, load_model
+from mue_hf.cli.bench import add_model_arguments, load_timed_model
+from mue_hf.cli.options import at_least
 from mue_hf.evaluation.measure import environment
-from mue_hf.files import write_whole
+from mue_hf.inference.timing import in_turns, timed
 from mue_hf.model.cache_mue import MuECache
 from mue_hf.model.criteria_mue import ExitPolicy
 
@@ -97,64 +97,55 @@ def plain(model: PreTrainedModel, inputs: dict[str, Tensor], new_tokens: int) ->
     return model.generate(**inputs, **options)[0, -new_tokens:].tolist()
 
 
-def seconds(run: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    output = run()
-    return output, time.perf_counter() - start
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One record: a row for each number of draft layers and drafted tokens."""
-    model, make_inputs, name = load_model(args)
-    batch = make_inputs(args.count)
-    samples = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(args.count)]
-    layers = model.config.decoder_layers
+    subject = load_timed_model(args)
+    model, layers = subject.model, subject.model.config.decoder_layers
     if not all(1 <= depth < layers for depth in args.draft_layers or []):
         raise ValueError(f"`--draft-layers` must lie in [1, {layers - 1}], got {args.draft_layers}.")
     shapes = [(depth, length) for depth in args.draft_layers or range(1, layers) for length in args.draft_tokens]
-    rows: dict[tuple[int, int], dict[str, list]] = {
-        shape: {"free": [], "ours": [], "plain": [], "same": [], "drafted": [], "kept": []} for shape in shapes
-    }
-    with tqdm(total=len(shapes) * args.count * (args.repeats + 1), unit="image", file=sys.stderr) as progress:
-        for repeat in range(args.repeats + 1):
-            for shape, row in rows.items():
-                for inputs in samples:
-                    ways = {
-                        "plain": lambda x=inputs: plain(model, x, args.tokens),
-                        "ours": lambda x=inputs, s=shape: speculate(model, x, args.tokens, *s),
-                        "free": lambda x=inputs, s=shape: speculate(model, x, args.tokens, *s, keep=lambda *_: True),
-                    }
-                    outputs = {}
-                    for way in ways if repeat % 2 else reversed(ways):
-                        outputs[way], taken = seconds(ways[way])
-                        # The first round warms up.
-                        if repeat:
-                            row[way].append(taken)
-                    row["same"].append(outputs["ours"][0] == outputs["plain"])
-                    row["drafted"].append(outputs["ours"][1])
-                    row["kept"].append(outputs["ours"][2])
-                    progress.update()
+    batch, calls = subject.inputs(args.count), {}
+    for image in range(args.count):
+        inputs = {key: value[image : image + 1] for key, value in batch.items()}
+        calls["plain", image] = partial(plain, model, inputs, args.tokens)
+        for shape in shapes:
+            calls["ours", *shape, image] = ours = partial(speculate, model, inputs, args.tokens, *shape)
+            calls["free", *shape, image] = partial(ours, keep=lambda *_: True)
+    with tqdm(total=len(calls) * (args.repeats + 1), unit="caption", file=sys.stderr) as progress:
+
+        def run(call: Callable[[], Any]) -> tuple[Any, float]:
+            progress.update()
+            return timed(call, model.device)
+
+        # The first round warms up.
+        rounds = in_turns({key: partial(run, call) for key, call in calls.items()}, args.repeats + 1)
+
+    def seconds(*way: Any) -> list[float]:
+        return [taken for image in range(args.count) for _, taken in rounds[*way, image][1:]]
+
+    def row(*shape: int) -> dict[str, Any]:
+        ours = [rounds["ours", *shape, image][0][0] for image in range(args.count)]
+        same = [tokens == rounds["plain", image][0][0] for image, (tokens, _, _) in enumerate(ours)]
+        return {
+            "draft_layers": shape[0],
+            "of_layers": layers,
+            "draft_tokens": shape[1],
+            "kept": sum(kept for _, _, kept in ours) / max(sum(drafted for _, drafted, _ in ours), 1),
+            "same_tokens": sum(same) / len(same),
+            "plain_seconds": median(seconds("plain")),
+            "seconds": median(seconds("ours", *shape)),
+            "free_seconds": median(seconds("free", *shape)),
+            "speedup": ratio(seconds("plain"), seconds("ours", *shape)),
+            "speedup_if_all_kept": ratio(seconds("plain"), seconds("free", *shape)),
+        }
+
     return {
-        "name": name,
+        "name": subject.name,
         "new_tokens": args.tokens,
         "images": args.count,
         "repeats": args.repeats,
         "environment": environment(model, 1),
-        "rows": [
-            {
-                "draft_layers": depth,
-                "of_layers": layers,
-                "draft_tokens": length,
-                "kept": sum(row["kept"]) / max(sum(row["drafted"]), 1),
-                "same_tokens": sum(row["same"]) / len(row["same"]),
-                "plain_seconds": median(row["plain"]),
-                "seconds": median(row["ours"]),
-                "free_seconds": median(row["free"]),
-                "speedup": ratio(row["plain"], row["ours"]),
-                "speedup_if_all_kept": ratio(row["plain"], row["free"]),
-            }
-            for (depth, length), row in rows.items()
-        ],
+        "rows": [row(*shape) for shape in shapes],
     }
 
 
@@ -178,29 +169,15 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, repeats=5)
     add_model_arguments(parser)
-    parser.add_argument("--count", type=int, default=2, help="images")
-    parser.add_argument("--tokens", type=int, default=16, help="new tokens")
+    parser.add_argument("--count", type=at_least(1), default=2, help="images")
+    parser.add_argument("--tokens", type=at_least(1), default=16, help="new tokens")
     parser.add_argument("--draft-layers", type=int, nargs="+", help="default: every number below all layers")
-    parser.add_argument("--draft-tokens", type=int, nargs="+", default=[2, 4], help="drafted before a check (2 4)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="file for the JSON record; default: standard output")
-    parser.add_argument("--table", type=Path, help="file for a Markdown table")
+    parser.add_argument("--draft-tokens", type=at_least(1), nargs="+", default=[2, 4], help="drafted before a check")
     args = parser.parse_args(argv)
-    for name in ("count", "tokens", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if min(args.draft_tokens) < 1:
-        parser.error(f"--draft-tokens must be at least 1, got {min(args.draft_tokens)}")
     record = measure(args)
-    text = json.dumps(record, indent=1) + "\n"
-    if args.table is not None:
-        write_whole(args.table, markdown(record).encode())
-    if args.output is None:
-        sys.stdout.write(text)
-    else:
-        write_whole(args.output, text.encode())
+    write_results(args, record, markdown(record))
 
 
 if __name__ == "__main__":

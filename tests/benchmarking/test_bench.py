@@ -1,13 +1,13 @@
 """`mue-hf bench`: the stock reference, forced depths, what is counted, the record, and the command on tiny models."""
 
 import json
-import shutil
 import time
 from functools import partial
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,16 +16,23 @@ from torch.nn.modules import module
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipConfig, BlipForConditionalGeneration, EncoderDecoderCache
 
-from mue_hf import MuEConfig, bench, cli
-from mue_hf.benchmarking import peers
+from mue_hf import MuEConfig, cli
+from mue_hf.benchmarking import cells, peers
+from mue_hf.benchmarking import run as benchmark
 from mue_hf.benchmarking.cells import measure_cell, ratio, summary
-from mue_hf.benchmarking.probes import component_seconds, count_flops, decode_peak
+from mue_hf.benchmarking.probes import component_seconds, count_flops, peak_bytes
 from mue_hf.benchmarking.record import Record
 from mue_hf.benchmarking.stock import StockModel
 from mue_hf.benchmarking.tables import draw_plot, markdown
-from mue_hf.benchmarking.variants import ARMS, half_pattern, make_arms, plain_paths, spread_pattern
+from mue_hf.benchmarking.variants import (
+    DEFAULT_VARIANTS,
+    half_pattern,
+    make_variants,
+    spread_pattern,
+    variant_names,
+)
 from mue_hf.inference.flops import caption_flops, trunk_flops
-from mue_hf.model.vision_mue import inference_trunk
+from mue_hf.model.criteria_mue import CRITERIA, Criterion, register_criterion
 
 STEPS = 6
 
@@ -35,8 +42,13 @@ def decoding(beams=1, **more):
     return {"num_beams": beams, "do_sample": False, "return_dict_in_generate": True} | steps | more
 
 
-def arms_of(model, inputs, names=ARMS, beams=1, **exits):
-    return {arm.name: arm for arm in make_arms(list(names), model, inputs, exits, beams=beams, steps=STEPS)}
+def variants_of(model, inputs, names=DEFAULT_VARIANTS, beams=1, **exits):
+    return {one.name: one for one in make_variants(names, model, inputs, exits, beams=beams, steps=STEPS)}
+
+
+def inner_of(variant):
+    """The model with the weights, which the stock reference wraps."""
+    return variant.model.model if isinstance(variant.model, StockModel) else variant.model
 
 
 def hooks(model):
@@ -68,18 +80,18 @@ def test_stock_keeps_keys_of_every_beam(model, inputs):
 def test_depths_are_forced(decomposed, inputs):
     model = tiny_model(modality_decomposition=decomposed)
     for name in ("half", "spread", "synchronised"):
-        arm = arms_of(model, inputs)[name]
-        output = arm.run(decoding())
-        assert torch.equal(output.decoder_exit_layers, arm.pattern.decoder.t())
-        assert torch.equal(output.image_exit_layers, arm.pattern.image)
+        variant = variants_of(model, inputs)[name]
+        output = variant.run(decoding())
+        assert torch.equal(output.decoder_exit_layers, variant.pattern.decoder.t())
+        assert torch.equal(output.image_exit_layers, variant.pattern.image)
         if decomposed:
-            assert output.text_exit_layers.tolist() == [arm.pattern.text] * 3
+            assert output.text_exit_layers.tolist() == [variant.pattern.text] * 3
     assert hooks(model) == 0
 
 
 def test_depths_of_all_beams_are_forced(model, inputs):
-    arm = arms_of(model, inputs, beams=3)["spread"]
-    assert arm.run(decoding(3)).executed_layers["decoder"] == int(arm.pattern.decoder.sum())
+    variant = variants_of(model, inputs, beams=3)["spread"]
+    assert variant.run(decoding(3)).executed_layers["decoder"] == int(variant.pattern.decoder.sum())
 
 
 @pytest.mark.parametrize("layers", [1, 2, 6, 12])
@@ -97,38 +109,53 @@ def test_spread_depths_are_half_on_average(layers, batch):
 
 
 def test_exits_that_are_looked_for_and_never_taken(model, inputs):
-    enabled, lossless = (arms_of(model, inputs)[name].run(decoding()) for name in ("enabled", "lossless"))
+    enabled, lossless = (variants_of(model, inputs)[name].run(decoding()) for name in ("enabled", "lossless"))
     assert torch.equal(enabled.sequences, lossless.sequences)
     assert enabled.executed_layers == lossless.executed_layers
 
 
-def test_plain_paths_say_the_same_and_are_left(model, inputs):
-    arms, encoder = arms_of(model.requires_grad_(False), inputs), model.get_encoder()
-    kept = encoder.prompts, encoder.grids, encoder.embed_images.folded
-    lossless, plain = (arms[name].run(decoding()) for name in ("lossless", "plain"))
-    assert torch.equal(lossless.sequences, plain.sequences)
-    assert model.config._attn_implementation == "sdpa"
-    assert (encoder.prompts, encoder.grids, encoder.embed_images.folded) == kept
-    # Only the first run of the package's own way counts its text.
-    _, again = (count_flops(lambda arm=arms[name]: arm.run(decoding())) for name in ("plain", "lossless"))
-    trunk, pixels = encoder.embed_images, inputs["pixel_values"]
-    with plain_paths(model), torch.no_grad():
-        assert count_flops(lambda: arms["lossless"].run(decoding()))[1] > again[1]
-        assert inference_trunk(trunk, pixels) is trunk
-    with torch.no_grad():
-        assert inference_trunk(trunk, pixels) is not trunk
+def test_exits_of_every_criterion_that_are_looked_for_and_never_taken():
+    model, inputs = tiny_model(dtype=torch.float32), tiny_inputs(dtype=torch.float32)
+    names = [name for name in variant_names() if name.startswith("enabled")]
+    assert names == ["enabled", *(f"enabled-{name}" for name in ("confidence", "margin", "entropy", "patience"))]
+    variants, heads = variants_of(model, inputs, ["lossless", *names]), []
+    model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    lossless, calls = variants["lossless"].run(decoding()), len(heads)
+    for name in names:
+        heads.clear()
+        output = variants[name].run(decoding())
+        assert torch.equal(output.sequences, lossless.sequences)
+        assert output.executed_layers == lossless.executed_layers
+        # Intermediate logits after every layer but the last, which has its own anyway.
+        assert len(heads) == calls * (1 if name == "enabled" else model.config.decoder_layers)
+
+
+def test_stock_and_plain_run_an_unfolded_trunk_of_their_own(model, inputs):
+    def norms(model):
+        return sum(isinstance(one, torch.nn.BatchNorm2d) for one in model.get_encoder().embed_images.modules())
+
+    found = norms(model)
+    model.fold_batch_norms()
+    variants = variants_of(model, inputs)
+    for name, variant in variants.items():
+        assert norms(inner_of(variant)) == (found if name in ("stock", "plain") else 0)
+    lossless, plain = variants["lossless"].model, variants["plain"].model
+    assert (lossless.config._attn_implementation, plain.config._attn_implementation) == ("sdpa", "eager")
+    assert plain.lm_head.weight is lossless.lm_head.weight
+    said = {name: variants[name].run(decoding()).sequences for name in ("stock", "plain", "lossless")}
+    assert torch.equal(said["lossless"], said["plain"]) and torch.equal(said["lossless"], said["stock"])
 
 
 @pytest.mark.parametrize(("name", "beams"), [("stock", 3), ("lossless", 3), ("spread", 1), ("spread", 3)])
 def test_counts_what_torch_counts_with_eager_attention(name, beams):
     model, inputs = tiny_model(dtype=torch.float32).requires_grad_(False), tiny_inputs(dtype=torch.float32)
-    arm = arms_of(model, inputs, beams=beams)[name]
+    variant = variants_of(model, inputs, beams=beams)[name]
     # The first run prepares what later ones use.
-    arm.run(decoding(beams))
-    _, ours = count_flops(lambda: arm.run(decoding(beams)))
-    model.set_attn_implementation("eager")
+    variant.run(decoding(beams))
+    _, ours = count_flops(lambda: variant.run(decoding(beams)))
+    inner_of(variant).set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
-        arm.run(decoding(beams))
+        variant.run(decoding(beams))
     assert ours == counter.get_total_flops() > 0
 
 
@@ -136,9 +163,8 @@ def test_counts_what_torch_counts_with_eager_attention(name, beams):
 def test_counts_what_the_sizes_say(name):
     inputs = tiny_inputs(batch=1, dtype=torch.float32)
     model = tiny_model(dtype=torch.float32).requires_grad_(False)
-    arm = arms_of(model, inputs)[name]
-    with plain_paths(model):
-        output, flops = count_flops(lambda: arm.run(decoding()))
+    variant = variants_of(model, inputs)[name]
+    output, flops = count_flops(lambda: variant.run(decoding()))
     trunk, channels, image_tokens = trunk_flops(model, inputs["pixel_values"].shape[1:])
     parts = caption_flops(
         model.config,
@@ -165,17 +191,18 @@ def test_memory_of_the_decode(model, inputs):
         del one
         return megabyte + 2
 
-    output, peak = decode_peak(run, model.get_encoder(), model.device)
+    output, peak = peak_bytes(run, model.device, after=model.get_encoder())
     assert output[0] == 3
     # The encoder's own tensors, the eight and the one do not add up.
     assert megabyte.nbytes * 0.9 < peak < 1.2 * megabyte.nbytes
+    assert peak_bytes(run, model.device)[1] > 8 * megabyte.nbytes
     assert hooks(model) == 0
 
 
 def test_stock_takes_more_memory_for_beams(model, inputs):
     peaks = {}
-    for name, arm in arms_of(model, inputs, beams=4).items():
-        _, peaks[name] = decode_peak(partial(arm.run, decoding(4)), arm.model.get_encoder(), model.device)
+    for name, variant in variants_of(model, inputs, beams=4).items():
+        _, peaks[name] = peak_bytes(partial(variant.run, decoding(4)), model.device, variant.model.get_encoder())
     assert peaks["stock"] > 1.5 * max(peak for name, peak in peaks.items() if name != "stock")
 
 
@@ -183,45 +210,43 @@ def test_stock_takes_more_memory_for_beams(model, inputs):
 @pytest.mark.parametrize("name", ["stock", "lossless", "spread"])
 def test_components(name, decomposed, inputs, monkeypatch):
     model = tiny_model(modality_decomposition=decomposed)
-    arm = arms_of(model, inputs)[name]
+    variant = variants_of(model, inputs)[name]
     # The final norm of the decoder is no component: it comes between the layers and the head.
-    for slow, pause in ((arm.model.lm_head, 0.02), (model.get_decoder().layer_norm, 0.05)):
+    for slow, pause in ((variant.model.lm_head, 0.02), (inner_of(variant).get_decoder().layer_norm, 0.05)):
         forward = slow.forward
         monkeypatch.setattr(
             slow, "forward", lambda *args, call=forward, pause=pause: (time.sleep(pause), call(*args))[1]
         )
     start = time.perf_counter()
-    seconds = component_seconds(arm.model, lambda: arm.run(decoding()))
+    seconds = component_seconds(variant.model, lambda: variant.run(decoding()))
     assert sum(seconds.values()) <= time.perf_counter() - start
     streams = {"image_encoder", "text_encoder"} if decomposed else {"encoder"}
     assert seconds.keys() == streams | {"trunk", "cross_keys", "decoder_layers", "head", "bookkeeping"}
     assert seconds["head"] >= STEPS * 0.02
     assert seconds["bookkeeping"] >= STEPS * 0.05
     assert min(seconds.values()) > 0
-    assert hooks(arm.model) == 0
+    assert hooks(variant.model) == 0
 
 
 def test_timing_components_changes_nothing_that_runs():
     inputs = tiny_inputs(batch=2, dtype=torch.float32)
-    # One prompt, which the model keeps.
+    # One prompt, which the model encodes once.
     inputs |= {name: inputs[name][:1].repeat(2, 1) for name in ("input_ids", "attention_mask")}
     model = tiny_model(dtype=torch.float32).requires_grad_(False)
-    arm = arms_of(model, inputs)["lossless"]
-    arm.run(decoding())
-    _, flops = count_flops(lambda: arm.run(decoding()))
-    seconds, watched = count_flops(lambda: component_seconds(model, lambda: arm.run(decoding())))
+    variant = variants_of(model, inputs)["lossless"]
+    _, flops = count_flops(lambda: variant.run(decoding()))
+    _, watched = count_flops(lambda: component_seconds(model, lambda: variant.run(decoding())))
     assert watched == flops
-    assert seconds["text_encoder"] == 0 < seconds["image_encoder"]
 
 
-def test_a_cell_compares_its_arms(inputs):
+def test_a_cell_compares_its_variants(inputs):
     model, inputs = tiny_model(dtype=torch.float32).requires_grad_(False), tiny_inputs(dtype=torch.float32)
-    arms = arms_of(model, inputs, ("stock", "lossless", "half"), low={"decoder_exit_threshold": -2.0})
+    variants = variants_of(model, inputs, ("stock", "lossless", "half"), low={"decoder_exit_threshold": -2.0})
     runs = []
-    cell = measure_cell(list(arms.values()), decoding(), repeats=4, advance=lambda: runs.append(1))
+    cell = measure_cell(list(variants.values()), decoding(), repeats=4, advance=lambda: runs.append(1))
     assert len(runs) == 4 * (4 + 3)
     assert cell["rounds"] == 4
-    figures = cell["arms"]
+    figures = cell["variants"]
     assert list(figures) == ["stock", "lossless", "half", "low"]
     for one in figures.values():
         assert len(one["seconds"]) == 4
@@ -236,13 +261,13 @@ def test_a_cell_compares_its_arms(inputs):
     assert figures["low"]["layers"]["decoder"] == 1
     assert figures["half"]["flop_ratio"] < 1
     saved = 1 - figures["half"]["flop_ratio"]
-    assert figures["half"]["saving_kept"] == pytest.approx((1 - figures["half"]["time_ratio"]["value"]) / saved)
-    assert "saving_kept" not in figures["lossless"]
+    assert figures["half"]["realised_saving"] == pytest.approx((1 - figures["half"]["time_ratio"]["value"]) / saved)
+    assert "realised_saving" not in figures["lossless"]
 
 
 def test_rounds_end_after_the_time_is_up(model, inputs):
-    arms = arms_of(model.requires_grad_(False), inputs, ("lossless",))
-    assert measure_cell(list(arms.values()), decoding(), repeats=9, max_seconds=1e-9)["rounds"] == 3
+    variants = variants_of(model.requires_grad_(False), inputs, ("lossless",))
+    assert measure_cell(list(variants.values()), decoding(), repeats=9, max_seconds=1e-9)["rounds"] == 3
 
 
 def test_summary_and_ratio():
@@ -251,14 +276,14 @@ def test_summary_and_ratio():
     assert one["quartiles"] == [25.75, 75.25]
     assert one["p95"] == pytest.approx(95.05)
     assert one["encoder_seconds"] == 25.25
-    # Both arms twice as slow in some rounds, which the ratio does not see.
+    # Both variants twice as slow in some rounds, which the ratio does not see.
     noise = [1.0, 2.0, 1.0, 2.0, 1.0]
     assert ratio([3 * x for x in noise], noise) == {"value": 3.0, "interval": (3.0, 3.0)}
     low, high = ratio([3.0, 4.0, 5.0, 6.0], [1.0, 1.0, 1.0, 2.0])["interval"]
     assert low < median([3, 4, 5, 6]) < high
 
 
-HEAD = {"settings": {"name": "x", "arms": ["half"]}, "environment": {"threads": 1}}
+HEAD = {"settings": {"name": "x", "variants": ["half"]}, "environment": {"threads": 1}}
 
 
 def test_a_record_goes_on(tmp_path):
@@ -268,7 +293,7 @@ def test_a_record_goes_on(tmp_path):
     again = Record(path, HEAD)
     assert "batch 1, beam 1" in again and "batch 1, beam 5" not in again
     assert again.content == json.loads(path.read_text())
-    assert again.content == HEAD | {"exit_costs": None, "cells": {"batch 1, beam 1": {"pair": [1, 2]}}}
+    assert again.content == HEAD | {"cells": {"batch 1, beam 1": {"pair": [1, 2]}}}
     assert [file.name for file in path.parent.iterdir()] == ["speed.json"]
 
 
@@ -328,7 +353,15 @@ SMALL = ("--image-size", 32, "--beams", 2, "--batch-sizes")
 def test_the_command_measures_shows_and_goes_on(run_bench, tiny_sizes, small_peers, tmp_path, monkeypatch):
     table, folder = tmp_path / "speed.md", tmp_path / "plots"
     names = ("stock", "lossless", "spread")
-    common = ("--arms", *names, "--peers", "small", "small:native", "--exits", 'low={"decoder_exit_threshold": -2}')
+    common = (
+        "--variants",
+        *names,
+        "--peers",
+        "small",
+        "small:native",
+        "--exits",
+        'low={"decoder_exit_threshold": -2}',
+    )
     common += SMALL
     code, captured = run_bench(*common, 1)
     assert code == 0
@@ -339,7 +372,7 @@ def test_the_command_measures_shows_and_goes_on(run_bench, tiny_sizes, small_pee
     assert len({len(row) for row in rows if row[0] == "| stock"}) == 2
 
     measured = []
-    monkeypatch.setattr(bench, "measure_cell", lambda *a, **k: (measured.append(1), measure_cell(*a, **k))[1])
+    monkeypatch.setattr(benchmark, "measure_cell", lambda *a, **k: (measured.append(1), measure_cell(*a, **k))[1])
     code, captured = run_bench(*common, 1, 2, "--table", table, "--plots", folder, "--json")
     assert code == 0
     assert len(measured) == 1
@@ -352,9 +385,9 @@ def test_the_command_measures_shows_and_goes_on(run_bench, tiny_sizes, small_pee
     assert [peer["image_tokens"] for peer in record["settings"]["peers"].values()] == [5, 10]
     assert record["environment"]["hardware"] and record["environment"]["versions"]["torch"]
     cell = record["cells"]["batch 2, beam 2"]
-    assert cell["arms"]["small"]["layers"] is cell["arms"]["small"]["components"] is None
-    assert cell["arms"]["small"]["flop_ratio"] > 0
-    assert cell["arms"]["low"]["layers"]["decoder"] == 1
+    assert cell["variants"]["small"]["layers"] is cell["variants"]["small"]["components"] is None
+    assert cell["variants"]["small"]["flop_ratio"] > 0
+    assert cell["variants"]["low"]["layers"]["decoder"] == 1
     assert table.read_text() == markdown(record)
     assert draw_plot(record, folder).read_bytes().startswith(b"\x89PNG")
 
@@ -364,35 +397,80 @@ def test_the_command_measures_shows_and_goes_on(run_bench, tiny_sizes, small_pee
 
 
 def test_on_a_checkpoint(run_bench, checkpoint, photos):  # noqa: F811
-    arguments = ("--model", checkpoint, "--images", *photos, "--preset", "balanced", "--arms", "stock", "lossless")
+    arguments = ("--model", checkpoint, "--images", *photos, "--preset", "balanced", "--variants", "stock", "lossless")
     code, captured = run_bench(*arguments, "--batch-sizes", 2, "--beams", 1, 2, "--json")
     assert code == 0
     record = json.loads(captured.out)
     assert record["settings"]["name"].endswith("on 3 photos")
     for cell in record["cells"].values():
-        assert list(cell["arms"]) == ["stock", "lossless", "balanced"]
-        assert cell["arms"]["stock"]["identical"] == 1
-        assert cell["arms"]["balanced"]["layers"]["decoder"] == 1
+        assert list(cell["variants"]) == ["stock", "lossless", "balanced"]
+        assert cell["variants"]["stock"]["identical"] == 1
+        assert cell["variants"]["balanced"]["layers"]["decoder"] == 1
 
 
-def test_costs_are_measured_once_used_and_kept(run_bench, checkpoint, tmp_path, monkeypatch):  # noqa: F811
-    folder = shutil.copytree(checkpoint, tmp_path / "model")
-    before = json.loads((folder / "generation_config.json").read_text())
-    code, captured = run_bench("--model", folder, "--cost-model", "--threads", 1, "--batch-sizes")
+def test_old_options_are_accepted_and_warned_of(run_bench, tiny_sizes):
+    code, captured = run_bench("--arms", "lossless", "--cost-model", *SMALL, 1, "--json")
     assert code == 0
-    assert "| decoder | " in captured.out
-    kept = json.loads((folder / "generation_config.json").read_text())
-    assert kept == before | {"exit_costs": kept["exit_costs"]}
-    assert kept["exit_costs"] == json.loads((tmp_path / "speed.json").read_text())["exit_costs"]
-    (costs,) = kept["exit_costs"].values()
-    assert costs.keys() == {"image", "text", "decoder"}
+    assert list(json.loads(captured.out)["cells"]["batch 1, beam 2"]["variants"]) == ["lossless"]
+    assert "mue-hf bench: --arms is now --variants" in captured.err
+    assert "mue-hf bench: --cost-model is ignored" in captured.err
 
-    monkeypatch.setattr(bench, "measure_costs", lambda *args, **kwargs: pytest.fail("measured again"))
-    seen = []
-    nothing = {"rounds": 0, "load_average": [0, 0], "arms": {}}
-    monkeypatch.setattr(bench, "measure_cell", lambda arms, *_, **__: (seen.append(arms), nothing)[1])
-    run_bench("--model", folder, "--cost-model", "--threads", 1, "--batch-sizes", 1, "--beams", 1)
-    assert seen[0][0].model.generation_config.exit_costs == kept["exit_costs"]
+
+def test_a_record_of_version_0_1_goes_on_and_is_shown(run_bench, tiny_sizes, tmp_path):
+    path, options = tmp_path / "speed.json", ("--variants", "stock", "lossless", "half", *SMALL, 1)
+    _, captured = run_bench(*options)
+    record = json.loads(path.read_text())
+    old = path.read_text().replace('"variants"', '"arms"').replace('"realised_saving"', '"saving_kept"')
+    old = json.loads(old) | {"exit_costs": {"cpu": {"decoder": {"fixed": 1.0, "per_row": 1.0, "shrink": 0.0}}}}
+    old["settings"]["cost_model"] = True
+    path.write_text(json.dumps(old))
+    assert markdown(old) == markdown(record)
+    assert "saving_kept" not in markdown(old) and draw_plot(old, tmp_path).is_file()
+    _, again = run_bench(*options)
+    assert again.out == captured.out
+
+
+@pytest.fixture
+def registered():
+    """A criterion that a user has registered."""
+
+    @register_criterion
+    class Norm(Criterion):
+        name = "norm"
+        summary = "the state is large enough"
+        scores: ClassVar[list[torch.Tensor]] = []
+
+        @classmethod
+        def sweep(cls, num_layers):
+            return (100.0, 10.0)
+
+        def score(self, states):
+            self.scores.append(states.current.flatten(1).norm(dim=1))
+            return self.scores[-1]
+
+    yield Norm
+    del CRITERIA["norm"]
+
+
+def test_a_registered_criterion_shows_up(registered, run_bench, tiny_sizes, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    assert "enabled-norm" in capsys.readouterr().out
+    exits = 'taken={"exit_criterion": "norm", "decoder_exit_threshold": 0}'
+    code, captured = run_bench("--variants", "lossless", "enabled-norm", "--exits", exits, *SMALL, 1, "--json")
+    assert code == 0, captured.err
+    variants = json.loads(captured.out)["cells"]["batch 1, beam 2"]["variants"]
+    assert list(variants) == ["lossless", "enabled-norm", "taken"]
+    assert registered.scores and variants["enabled-norm"]["identical"] == 1
+    assert variants["enabled-norm"]["layers"] == variants["lossless"]["layers"]
+    assert variants["taken"]["layers"]["decoder"] == 1
+
+
+def test_no_load_average_on_windows(model, inputs, monkeypatch):
+    monkeypatch.delattr(cells.os, "getloadavg")
+    variants = variants_of(model.requires_grad_(False), inputs, ("lossless",))
+    cell = measure_cell(list(variants.values()), decoding(), repeats=1)
+    assert cell["load_average"] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -402,10 +480,10 @@ def test_costs_are_measured_once_used_and_kept(run_bench, checkpoint, tmp_path, 
         (["--images", "a.png"], "needs a checkpoint"),
         (["--image-size", 70], "must be a multiple of 16 up to 96, got 70"),
         (["--image-size", 112], "must be a multiple of 16 up to 96, got 112"),
-        (["--exits", "half={}"], "a name that no other arm has, got half={}"),
+        (["--exits", "half={}"], "names that no other variant has, got ['half']"),
         (["--exits", "new=3"], "with options in JSON"),
         (["--image-size", 64, "--exits", 'new={"decoder_exit_threshhold": 1}'], "did you mean"),
-        (["--plots", "x", "--arms", "stock"], "needs the arm lossless"),
+        (["--plots", "x", "--variants", "stock"], "needs the variant lossless"),
         (["--device", "nowhere"], "`--device` must be"),
         (["--image-size", 64, "--peers", "clip"], "must name some of"),
         (["--image-size", 64, "--peers", "blip-base:30"], "must have a multiple of 16"),
@@ -435,10 +513,9 @@ def test_bad_input_is_a_message_and_code_2(arguments, message, run_bench, tiny_s
 
 def script(name):
     """A module of benchmarks/."""
-    spec = spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / f"{name}.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+        return import_module(name)
 
 
 @pytest.mark.parametrize("draft_layers", [1, 2, 3])

@@ -1,1 +1,1 @@
-"""What `mue-hf bench` is made of: arms, the stock reference, peers, measuring, the record, its table and plot."""
+"""What `mue-hf bench` is made of: variants, the stock reference, peers, measuring, the record, its table and plot."""

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .variants import Arm
+from .variants import Variant
 
 # Tokens of Florence-2's sentence for a caption, and of an empty prompt's [BOS] [SEP] for BLIP.
 FLORENCE_PROMPT, BLIP_PROMPT = 8, 2
@@ -83,12 +83,12 @@ class Peer:
     image_size: int
     image_tokens: int
 
-    def arm(self, pixel_values: Tensor) -> Arm:
-        """Its arm on images [batch, 3, height, width], which are resized."""
+    def variant(self, pixel_values: Tensor) -> Variant:
+        """Its variant on images [batch, 3, height, width], which are resized."""
         batch, size = pixel_values.shape[0], (self.image_size, self.image_size)
         inputs = {name: value.to(self.model.device).repeat(batch, 1) for name, value in self.prompt.items()}
         resized = torch.nn.functional.interpolate(pixel_values, size, mode="bilinear")
-        return Arm(self.name, self.model, {"pixel_values": resized, **inputs})
+        return Variant(self.name, self.model, {"pixel_values": resized, **inputs})
 
     def facts(self) -> dict[str, int]:
         """What the record says about it."""
@@ -111,10 +111,10 @@ def make_peer(spec: str, image_tokens: int, like: Tensor) -> Peer:
     """
     name, _, size = spec.partition(":")
     if name not in PEERS:
-        raise ValueError(f"`--peers` must name some of {sorted(PEERS)}, got {name!r}.")
+        raise ValueError(f"`peers` must name some of {sorted(PEERS)}, got {name!r}.")
     build, stride, native = PEERS[name]
     if size not in ("", "native") and (not size.isdecimal() or int(size) < stride or int(size) % stride):
-        raise ValueError(f"`--peers {name}:SIZE` must have a multiple of {stride} or 'native', got {size!r}.")
+        raise ValueError(f"`peers` {name}:SIZE must have a multiple of {stride} or 'native', got {size!r}.")
     pixels = {"": stride * round(image_tokens**0.5), "native": native}.get(size) or int(size)
     torch.manual_seed(0)
     model, tokens, prompt = build(pixels)

@@ -1,28 +1,29 @@
-"""What is looked at while an arm runs, in passes of their own: operations, memory of the decode, seconds by component.
+"""What is looked at while a variant runs, in passes of their own: operations, memory, seconds by component.
 
-Everything is done by hooks that are gone afterwards; the passes that are timed as a whole carry none of these.
+Everything is done by hooks that are gone afterwards; the passes that are timed as a whole carry none but those of
+`encoder_clock`.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.hooks import RemovableHandle
 
 from ..inference.flops import CPU_ATTENTION
+from ..inference.timing import synchronize
 from .stock import StockModel
 
-DECODE_STARTS = "mue_hf: decode starts"
+T = TypeVar("T")
+COUNTING_STARTS = "mue_hf: counting starts"
 
 
-def count_flops(run: Callable[[], Any]) -> tuple[Any, int]:
+def count_flops(run: Callable[[], T]) -> tuple[T, int]:
     """What `run` returns, and the FLOPs of its matrix products and convolutions (one multiply-add is 2).
 
     No parameter of what runs may require a gradient: torch's counter follows modules through the graph, which
@@ -31,12 +32,6 @@ def count_flops(run: Callable[[], Any]) -> tuple[Any, int]:
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         output = run()
     return output, counter.get_total_flops()
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device's work; the CPU has none waiting."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -48,39 +43,38 @@ def hooked(*handles: Any) -> Iterator[None]:
         yield
 
 
-def decode_peak(run: Callable[[], Any], encoder: nn.Module, device: torch.device) -> tuple[Any, int]:
+def peak_bytes(run: Callable[[], T], device: torch.device, after: nn.Module | None = None) -> tuple[T, int]:
     """
-    What `run` returns, and the most bytes that tensors took after the encoder's end beyond what they took then.
+    What `run` returns, and the most bytes that tensors took beyond what they took at its start, or, with `after`, at
+    the last end of that module.
 
     On the CPU by the profiler's record of allocations, on CUDA by the allocator.
     """
-    before = 0
+    on_cuda, before = device.type == "cuda", 0
 
-    def mark(*_: Any) -> None:
+    def start(*_: Any) -> None:
         nonlocal before
-        if device.type == "cuda":
+        if on_cuda:
             synchronize(device)
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            with record_function(DECODE_STARTS):
+            with record_function(COUNTING_STARTS):
                 pass
 
-    with hooked(encoder.register_forward_hook(mark)):
-        if device.type == "cuda":
-            output = run()
-            synchronize(device)
-            return output, torch.cuda.max_memory_allocated(device) - before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            output = run()
-    events = [
-        event for event in record.profiler.kineto_results.events() if event.name() in ("[memory]", DECODE_STARTS)
-    ]
+    recording = nullcontext() if on_cuda else profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with hooked(*([] if after is None else [after.register_forward_hook(start)])), recording as record:
+        start()
+        output = run()
+    if on_cuda:
+        synchronize(device)
+        return output, torch.cuda.max_memory_allocated(device) - before
+    events = record.profiler.kineto_results.events()
     taken = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == DECODE_STARTS:
+        if event.name() == COUNTING_STARTS:
             taken = peak = 0
-        else:
+        elif event.name() == "[memory]":
             taken += event.nbytes()
             peak = max(peak, taken)
     return output, peak
@@ -111,6 +105,7 @@ class _Stopwatch:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.names = ["bookkeeping"]
         self.last = self._now()
+        self.image_tokens = 0
 
     def _now(self) -> float:
         synchronize(self.device)
@@ -127,8 +122,15 @@ class _Stopwatch:
         self.charge(name if self.names[-1] == "encoder" else self.names[-1])
         self.names.append(name)
 
-    def leave(self) -> None:
+    def leave(self, *_: Any) -> None:
         self.charge(self.names.pop())
+
+    def enter_stream(self, _: nn.Module, inputs: tuple) -> None:
+        """Enters the stream of an encoder layer, told by its tokens."""
+        self.enter("image_encoder" if inputs[0].shape[1] == self.image_tokens else "text_encoder")
+
+    def note_image(self, _: nn.Module, __: tuple, projected: torch.Tensor) -> None:
+        self.image_tokens = projected.shape[1]
 
 
 def component_seconds(model: Any, run: Callable[[], Any]) -> dict[str, float]:
@@ -142,64 +144,38 @@ def component_seconds(model: Any, run: Callable[[], Any]) -> dict[str, float]:
     Returns:
         `dict`: "trunk", "image_encoder" and "text_encoder" ("encoder" in the joint mode), "cross_keys" (the decoder's
         keys and values of the encoder's output), "decoder_layers", "head", and "bookkeeping": all the rest, such as
-        position biases and the cache of the decoder, beam search and the decision to leave.
+        position biases and the cache of the decoder, beam search and the decision to exit.
     """
-    stock = isinstance(model, StockModel)
+    stock, joint = isinstance(model, StockModel), not model.config.modality_decomposition
     inner = model.model if stock else model
-    encoder, decoder = inner.get_encoder(), inner.get_decoder()
-    joint = not model.config.modality_decomposition
-    device, image_tokens = inner.device, 0
-
-    def stream(states: Tensor) -> str:
-        if joint:
-            return "encoder"
-        return "image_encoder" if states.shape[1] == image_tokens else "text_encoder"
-
-    def note_tokens(_: nn.Module, __: Any, projected: Tensor) -> None:
-        nonlocal image_tokens
-        image_tokens = projected.shape[1]
-
-    layers = model.layers if stock else decoder.layers
-    cross = [linear for layer in layers for linear in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)]
-    named = {"trunk": [encoder.embed_images], "encoder": [encoder], "head": [model.lm_head]}
-    named |= {"decoder_layers": layers, "cross_keys": cross}
-    watch = _Stopwatch(device)
-    handles = [encoder.image_proj.register_forward_hook(note_tokens)]
+    encoder = inner.get_encoder()
+    layers = model.layers if stock else inner.get_decoder().layers
+    named = {
+        "trunk": [encoder.embed_images],
+        "encoder": [encoder],
+        "cross_keys": [linear for layer in layers for linear in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)],
+        "decoder_layers": layers,
+        "head": [model.lm_head],
+    }
+    watch = _Stopwatch(inner.device)
+    handles = [encoder.image_proj.register_forward_hook(watch.note_image)]
     for name, modules in named.items():
         for module in modules:
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: watch.enter(name)))
-            handles.append(module.register_forward_hook(lambda *_: watch.leave()))
-
-    # With hooks at its layers the encoder would not use what it has kept of its prompt: while it runs, hooks of all
-    # modules stand in for them.
-    in_encoder = set(encoder.layers)
-    streams: list[RemovableHandle] = []
-
-    def watch_streams(*_: Any) -> None:
-        enter = register_module_forward_pre_hook(
-            lambda module, inputs: watch.enter(stream(inputs[0])) if module in in_encoder else None
-        )
-        leave = register_module_forward_hook(lambda module, *_: watch.leave() if module in in_encoder else None)
-        streams.extend((enter, leave))
-
-    def leave_streams(*_: Any) -> None:
-        while streams:
-            streams.pop().remove()
-
-    handles += [encoder.register_forward_pre_hook(watch_streams), encoder.register_forward_hook(leave_streams)]
+            handles.append(module.register_forward_hook(watch.leave))
+    for layer in () if joint else encoder.layers:
+        handles.append(layer.register_forward_pre_hook(watch.enter_stream))
+        handles.append(layer.register_forward_hook(watch.leave))
     with hooked(*handles):
-        watch.last = watch._now()
-        try:
-            run()
-        finally:
-            leave_streams()
+        watch.charge("start")
+        run()
         watch.charge("bookkeeping")
-    names = ["encoder"] if joint else ["image_encoder", "text_encoder"]
+    streams = ["encoder"] if joint else ["image_encoder", "text_encoder"]
     if not joint:
         # The encoder's own end joins the streams.
         watch.seconds["image_encoder"] += watch.seconds["encoder"]
-    names = ["trunk", *names, "cross_keys", "decoder_layers", "head", "bookkeeping"]
+    names = ["trunk", *streams, "cross_keys", "decoder_layers", "head", "bookkeeping"]
     return {name: watch.seconds[name] for name in names}
 
 
-__all__ = ["component_seconds", "count_flops", "decode_peak", "encoder_clock", "hooked", "synchronize"]
+__all__ = ["component_seconds", "count_flops", "encoder_clock", "hooked", "peak_bytes"]

@@ -7,11 +7,22 @@ from typing import Any
 
 from ..files import write_whole
 
+# Keys of version 0.1.
+RENAMED = {"arms": "variants", "saving_kept": "realised_saving"}
+
+
+def upgraded(record: Any) -> Any:
+    """A record, or a part of one, with the keys of this version."""
+    if isinstance(record, list):
+        return [upgraded(value) for value in record]
+    if isinstance(record, dict):
+        return {RENAMED.get(name, name): upgraded(value) for name, value in record.items()}
+    return record
+
 
 class Record:
     """
-    Cells by name, the costs of the device if they were measured ("exit_costs"), and the settings and the machine that
-    all of these belong to.
+    Cells by name, and the settings and the machine that all of them belong to.
 
     Args:
         path (`Path`): the file; what it holds already is kept.
@@ -24,23 +35,23 @@ class Record:
     def __init__(self, path: Path, head: Mapping[str, Any]):
         self.path = path
         # As JSON gives it back: tuples are lists.
-        self.content: dict[str, Any] = json.loads(json.dumps({**head, "exit_costs": None, "cells": {}}))
+        self.content: dict[str, Any] = json.loads(json.dumps({**head, "cells": {}}))
         if not path.exists():
             return
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = upgraded(json.loads(path.read_text(encoding="utf-8")))
             cells = before["cells"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"`--output` {path} is no record of mue-hf bench; name another file.") from error
+            raise ValueError(f"`output` {path} is no record of mue-hf bench; name another file.") from error
         for part in head:
             for name, ours in self.content[part].items():
                 theirs = before.get(part, {}).get(name)
                 if ours != theirs:
                     raise ValueError(
-                        f"`--output` {path} holds cells with {name} = {theirs!r}, this run has {ours!r}; name another "
+                        f"`output` {path} holds cells with {name} = {theirs!r}, this run has {ours!r}; name another "
                         "file, or delete this one."
                     )
-        self.content |= {"exit_costs": before.get("exit_costs"), "cells": cells}
+        self.content["cells"] = cells
 
     def __contains__(self, name: str) -> bool:
         return name in self.content["cells"]
@@ -48,10 +59,7 @@ class Record:
     def add(self, name: str, cell: Mapping[str, Any]) -> None:
         """Adds a cell and writes the file."""
         self.content["cells"][name] = json.loads(json.dumps(cell))
-        self.save()
-
-    def save(self) -> None:
-        write_whole(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
+        write_whole(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
-__all__ = ["Record"]
+__all__ = ["Record", "upgraded"]

@@ -1,14 +1,12 @@
 """The reference that speed is compared with: the same weights, decoded as transformers' `generate` does by itself.
 
 The encoder's output is repeated for every beam, each row projects its own cross-attention keys and values into
-transformers' `EncoderDecoderCache`, which reorders them at every step, position biases are made anew at every step and
-call, every row runs its prompt, the trunk's batch norms are computed as such, products are torch's own `linear`, and
-the head covers the whole vocabulary. It is no straw man: a position bias is made once for all rows and for the new
-token alone, attention is the model's own, and so are the layers of the encoder.
+transformers' `EncoderDecoderCache`, which reorders them at every step, position biases are made anew at every step,
+every row runs its prompt, products are torch's own `linear`, and the head covers the whole vocabulary. It is no straw
+man: a position bias is made once for all rows and for the new token alone, attention is the model's own, and so are
+the layers of the encoder.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,19 +16,6 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from ..model.encoder_mue import MuEEncoderOutput
 from ..model.layers_mue import MuEDecoderLayer, mask_value, position_scores, relative_bias, text_relative_index
-from ..model.memo_mue import WeightMemo
-
-
-@contextmanager
-def nothing_kept(encoder: nn.Module) -> Iterator[None]:
-    """Within it, an encoder neither finds what it has kept from earlier calls nor folds its trunk's batch norms."""
-    trunk = encoder.embed_images
-    kept = encoder.prompts, encoder.grids, trunk.folded
-    encoder.prompts, encoder.grids, trunk.folded = WeightMemo(1), WeightMemo(1), None
-    try:
-        yield
-    finally:
-        encoder.prompts, encoder.grids, trunk.folded = kept
 
 
 class StockEncoder(nn.Module):
@@ -53,11 +38,10 @@ class StockEncoder(nn.Module):
         encoder = self.encoder
         if attention_mask is None:
             attention_mask = input_ids != encoder.config.pad_token_id
-        with nothing_kept(encoder):
-            features = encoder.embed_images(pixel_values).feature_maps[-1]
-            # Embedded tokens are not recognised as one prompt for all rows.
-            embeds = encoder.embed_tokens(input_ids)
-            return encoder(inputs_embeds=embeds, attention_mask=attention_mask, image_features=features)
+        features = encoder.embed_images(pixel_values).feature_maps[-1]
+        # Embedded tokens are not recognised as one prompt for all rows.
+        embeds = encoder.embed_tokens(input_ids)
+        return encoder(inputs_embeds=embeds, attention_mask=attention_mask, image_features=features)
 
 
 class StockLinear(nn.Module):
@@ -131,7 +115,8 @@ class StockModel(PreTrainedModel, GenerationMixin):
     """The weights of a `MuEForConditionalGeneration` behind transformers' own cache and generation loop, exits off.
 
     Args:
-        model (`MuEForConditionalGeneration`): its modules are used, not copied.
+        model (`MuEForConditionalGeneration`): its modules are used, not copied; a user of plain transformers would not
+            have its batch norms folded.
     """
 
     main_input_name = "input_ids"
@@ -188,4 +173,4 @@ class StockModel(PreTrainedModel, GenerationMixin):
         return Seq2SeqLMOutput(logits=self.lm_head(decoder.layer_norm(states)), cache=cache)
 
 
-__all__ = ["StockModel", "nothing_kept"]
+__all__ = ["StockModel"]

@@ -7,24 +7,26 @@ from typing import Any
 
 from ..evaluation.plots import require_matplotlib
 from ..files import write_whole
+from .record import upgraded
 
 COMPONENTS = (
     *("trunk", "encoder", "image_encoder", "text_encoder", "cross_keys", "decoder_layers", "head"),
     "bookkeeping",
 )
 HEADER = (
-    *("arm", "s/image p50", "quartiles", "p95", "layers", "FLOPs", "time", "saving kept", "over stock"),
+    *("variant", "s/image p50", "quartiles", "p95", "layers", "FLOPs", "time", "realised saving", "over stock"),
     *("encoder passes", "decode MiB", "same"),
 )
 LEGEND = """\
-Seconds are of one call of `generate` divided by its images; all arms take turns in one process. Layers, FLOPs and time
-are shares of the arm "lossless" (the package as it is, no exits): mean layers of the three streams, operations counted
-as they ran, medians with their 95 % interval. "Saving kept" is the saving of time as a share of that of FLOPs. "Over
-stock" is the speed-up over the same weights with transformers' own cache; an encoder pass is that arm's, trunk
-included. "Decode MiB" is what tensors take at most after the encoder's end. "Same" is the share of sequences equal to
-those of "lossless". Arms: plain, eager attention, batch norms not folded, nothing kept between calls; enabled,
-exits looked for and never taken; half, half of the layers everywhere; spread, another depth for each image, row and
-step, half on average; synchronised, the same with all rows waiting for the deepest."""
+Seconds are of one call of `generate` divided by its images; all variants take turns in one process. Layers, FLOPs and
+time are shares of the variant "lossless" (the package as it is, no exits): mean layers of the three streams,
+operations counted as they ran, medians with their 95 % interval. "Realised saving" is the share of the FLOP saving
+that is saved in time. "Over stock" is the speed-up over the same weights with transformers' own cache; an encoder pass
+is that variant's, trunk included. "Decode MiB" is what tensors take at most after the encoder's end. "Same" is the
+share of sequences equal to those of "lossless". Variants: plain, eager attention and batch norms not folded; enabled,
+the overhead of unused exits, which are computed and never taken (by similarity, or by the criterion that is named);
+half, half of the layers everywhere; spread, another depth for each image, row and step, half on average; synchronised,
+the same with all rows waiting for the deepest."""
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -42,7 +44,7 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _arm(name: str, one: Mapping[str, Any], batch: int) -> str:
+def _variant(name: str, one: Mapping[str, Any], batch: int) -> str:
     low, high = (1 / batch * value for value in one["quartiles"])
     layers = one["layers"] and one["layers"]["ratio"]
     return _row(
@@ -54,7 +56,7 @@ def _arm(name: str, one: Mapping[str, Any], batch: int) -> str:
             _number(layers, ".2f"),
             _number(one.get("flop_ratio"), ".2f"),
             _with_interval(one.get("time_ratio")),
-            _number(one.get("saving_kept"), ".2f"),
+            _number(one.get("realised_saving"), ".2f"),
             _with_interval(one.get("speedup_over_stock"), "x"),
             _number(one.get("encoder_passes"), ".2f"),
             f"{one['decode_peak_bytes'] / 2**20:.1f}",
@@ -64,28 +66,18 @@ def _arm(name: str, one: Mapping[str, Any], batch: int) -> str:
 
 
 def _components(cell: Mapping[str, Any]) -> list[str]:
-    timed = {name: one["components"] for name, one in cell["arms"].items() if one["components"]}
+    timed = {name: one["components"] for name, one in cell["variants"].items() if one["components"]}
     names = [name for name in COMPONENTS if any(name in seconds for seconds in timed.values())]
     lines = [_row(["ms per image", *(name.replace("_", " ") for name in names)]), "|---" * (len(names) + 1) + "|"]
-    for arm, seconds in timed.items():
-        lines.append(_row([arm, *(f"{1000 * seconds.get(name, 0) / cell['batch_size']:.1f}" for name in names)]))
-    return lines
-
-
-def _costs(costs: Mapping[str, Any] | None) -> list[str]:
-    if costs is None:
-        return []
-    lines = ["", _row(["ms per layer call", "fixed", "for each row", "to shrink a batch"]), "|---" * 4 + "|"]
-    for streams in costs.values():
-        for stream, one in streams.items():
-            values = (one[name] for name in ("fixed", "per_row", "shrink"))
-            lines.append(_row([stream, *(f"{1000 * seconds:.3f}" for seconds in values)]))
+    for variant, seconds in timed.items():
+        lines.append(_row([variant, *(f"{1000 * seconds.get(name, 0) / cell['batch_size']:.1f}" for name in names)]))
     return lines
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """Two tables for each cell, the arms and their components, under what they have in common: hardware, versions,
-    settings, and costs of the device if they were measured."""
+    """Two tables for each cell, the variants and their components, under what they have in common: hardware, versions
+    and settings. Records of version 0.1 are taken too."""
+    record = upgraded(record)
     machine, settings = record["environment"], record["settings"]
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
     lines = [
@@ -96,9 +88,8 @@ def markdown(record: Mapping[str, Any]) -> str:
     ]
     for peer, facts in settings["peers"].items():
         lines += ["", f"{peer}: random weights, {facts['image_size']} px, {facts['image_tokens']} image tokens."]
-    lines += _costs(record["exit_costs"])
     for cell in record["cells"].values():
-        load = " and ".join(f"{value:.1f}" for value in cell["load_average"])
+        load = " and ".join(_number(value, ".1f") for value in cell["load_average"])
         lines += [
             "",
             f"Batch {cell['batch_size']}, beam {cell['beams']} ({cell['rounds']} rounds, load average {load}):",
@@ -106,15 +97,15 @@ def markdown(record: Mapping[str, Any]) -> str:
             _row(HEADER),
             "|---" * len(HEADER) + "|",
         ]
-        lines += [_arm(name, one, cell["batch_size"]) for name, one in cell["arms"].items()]
+        lines += [_variant(name, one, cell["batch_size"]) for name, one in cell["variants"].items()]
         lines += ["", *_components(cell)]
     return "\n".join(lines) + "\n"
 
 
 def draw_plot(record: Mapping[str, Any], folder: Path) -> Path:
     """
-    Draws FLOPs saved against time saved, both as shares of the arm "lossless", a colour for each arm and a marker for
-    each cell, without peers; on the dotted line all that is saved in FLOPs is saved in time.
+    Draws FLOPs against time, both as shares of the variant "lossless": a colour for each cell and a label for each
+    variant, without peers. On the dotted line all that is saved in FLOPs is saved in time.
 
     Raises:
         ImportError: where matplotlib is missing.
@@ -122,29 +113,22 @@ def draw_plot(record: Mapping[str, Any], folder: Path) -> Path:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    cells = record["cells"]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(
         title="What exits save", xlabel="FLOPs, share of lossless", ylabel="time, share of lossless"
     )
     axes.grid(alpha=0.3)
     axes.axline((1, 1), slope=1, linestyle=":", color="grey")
-    names = list(dict.fromkeys(arm for cell in cells.values() for arm in cell["arms"]))
-    for marker, (cell_name, cell) in zip("osD^v<>pP*Xd" * len(cells), cells.items(), strict=False):
-        for arm, one in cell["arms"].items():
-            if one["layers"] is None:
-                continue
-            value, (low, high) = one["time_ratio"]["value"], one["time_ratio"]["interval"]
-            axes.errorbar(
-                one["flop_ratio"],
-                value,
-                ([max(value - low, 0)], [max(high - value, 0)]),
-                marker=marker,
-                color=f"C{names.index(arm) % 10}",
-                elinewidth=0.6,
-                label=f"{arm}, {cell_name}",
-            )
-    axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    for cell_name, cell in upgraded(record)["cells"].items():
+        ours = {name: one for name, one in cell["variants"].items() if one["layers"] is not None}
+        flops = [one["flop_ratio"] for one in ours.values()]
+        time = [one["time_ratio"]["value"] for one in ours.values()]
+        ends = zip(*(one["time_ratio"]["interval"] for one in ours.values()), strict=True)
+        errors = [[abs(at - end) for at, end in zip(time, some, strict=True)] for some in ends]
+        axes.errorbar(flops, time, errors, fmt="o", markersize=4, elinewidth=0.6, label=cell_name)
+        for name, *place in zip(ours, flops, time, strict=True):
+            axes.annotate(name, place, xytext=(4, 2), textcoords="offset points", fontsize=6)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     content = BytesIO()
     figure.savefig(content, format="png", dpi=150)
     path = folder / "speed.png"

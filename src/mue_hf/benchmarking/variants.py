@@ -1,21 +1,29 @@
 """The ways to generate that `mue-hf bench` times beside each other, and forced depths that differ between rows."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from math import nextafter
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .stock import StockModel, nothing_kept
+from ..model.criteria_mue import CRITERIA, THRESHOLD_OPTIONS, Criterion
+from ..model.exit_options_mue import ExitOptions
+from .stock import StockModel
 
-# In the order of the tables.
-ARMS = ("stock", "plain", "lossless", "enabled", "half", "spread", "synchronised")
-# Below 1, so that every similarity is computed, and 1 when rounded to float32 or below, so that none is above it.
-NEVER_TAKEN = nextafter(1.0, 0.0)
+# Those that are timed by default, in the order of the tables.
+DEFAULT_VARIANTS = ("stock", "plain", "lossless", "enabled", "half", "spread", "synchronised")
+DEFAULT_CRITERION = ExitOptions().exit_criterion
+
+
+def variant_names() -> list[str]:
+    """All that there are by name: the default ones, and "enabled" by each further criterion that has a score."""
+    scored = [name for name, one in CRITERIA.items() if one.score is not Criterion.score and name != DEFAULT_CRITERION]
+    return [*DEFAULT_VARIANTS, *(f"enabled-{name}" for name in scored)]
 
 
 @dataclass(frozen=True)
@@ -80,12 +88,10 @@ def forced_depths(model: PreTrainedModel, pattern: DepthPattern) -> Iterator[Non
 
     Nothing is left on the model.
     """
-    step = 0
+    depths = iter(pattern.decoder)
 
     def set_policy(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        nonlocal step
-        depth, step = pattern.decoder[step], step + 1
-        return args, kwargs | {"policy": replace(kwargs["policy"], depth=depth)}
+        return args, kwargs | {"policy": replace(kwargs["policy"], depth=next(depths))}
 
     handle = model.get_decoder().register_forward_pre_hook(set_policy, with_kwargs=True)
     try:
@@ -94,20 +100,48 @@ def forced_depths(model: PreTrainedModel, pattern: DepthPattern) -> Iterator[Non
         handle.remove()
 
 
-@contextmanager
-def plain_paths(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, a model has eager attention, keeps nothing between calls, and folds no batch norm."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        with nothing_kept(model.get_encoder()):
-            yield
-    finally:
-        model.set_attn_implementation(before)
+def unused_exits(config: Any, criterion: str) -> dict[str, Any]:
+    """Exit options by which every stream computes the scores of a criterion (or of the default one, where the encoder
+    does not follow it), and no row exits."""
+    cls = CRITERIA[criterion]
+    options: dict[str, Any] = {"exit_criterion": criterion}
+    # Whatever the checkpoint has saved.
+    options |= {
+        name: value for name, value in {"exit_decay_beta": 1.0, "exit_warmup": 0.0}.items() if name in cls.options
+    }
+    for stream in ("image", "text", "decoder") if config.modality_decomposition else ("encoder", "decoder"):
+        followed = cls if stream in cls.sweep_options else CRITERIA[DEFAULT_CRITERION]
+        name = followed.sweep_options[stream]
+        layers = config.decoder_layers if stream == "decoder" else config.encoder_layers
+        options[name] = _out_of_reach(followed, name, layers)
+    return options
+
+
+def _out_of_reach(criterion: type[Criterion], option: str, num_layers: int) -> Any:
+    if option not in THRESHOLD_OPTIONS.values():
+        return next(iter(criterion.sweep(num_layers)), 1)
+    infinity = math.inf if criterion.exits_above else -math.inf
+    if criterion.bound is None:
+        return math.copysign(torch.finfo(torch.float32).max, infinity)
+    # At the bound nothing would be computed. In float32 or below this is the bound, which no score passes.
+    return math.nextafter(criterion.bound, -infinity)
+
+
+def unfolded_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model with the same weights, which it shares but for those of the trunk: there batch norms are not
+    folded."""
+    own = {id(tensor) for tensor in _tensors(model.get_encoder().embed_images)}
+    copy = deepcopy(model, {id(tensor): tensor for tensor in _tensors(model) if id(tensor) not in own})
+    copy.unfold_batch_norms()
+    return copy
+
+
+def _tensors(module: torch.nn.Module) -> Iterable[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """
     One way to generate.
 
@@ -115,9 +149,8 @@ class Arm:
         name (`str`): what it is called in the record.
         model (`PreTrainedModel`): whose `generate` is called.
         inputs (`dict`): what it is called with.
-        options (`dict`): options of `generate` beyond those of all arms.
+        options (`dict`): options of `generate` beyond those of all variants.
         pattern (`DepthPattern`, *optional*): forced depths.
-        plain (`bool`): whether to run under [`plain_paths`].
     """
 
     name: str
@@ -125,71 +158,70 @@ class Arm:
     inputs: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     pattern: DepthPattern | None = None
-    plain: bool = False
 
     def run(self, decoding: Mapping[str, Any]) -> Any:
-        """The output of one `generate` call under the options that all arms share."""
-        with ExitStack() as stack:
-            if self.plain:
-                stack.enter_context(plain_paths(self.model))
-            if self.pattern is not None:
-                # Forced depths of one call count its steps.
-                stack.enter_context(forced_depths(self.model, self.pattern))
+        """The output of one `generate` call under the options that all variants share."""
+        # Forced depths of one call count its steps.
+        with nullcontext() if self.pattern is None else forced_depths(self.model, self.pattern):
             return self.model.generate(**self.inputs, **decoding, **self.options)
 
 
-def make_arms(
-    names: list[str],
+def make_variants(
+    names: Iterable[str],
     model: PreTrainedModel,
     inputs: Mapping[str, Any],
     exits: Mapping[str, Mapping[str, Any]],
     *,
     beams: int,
     steps: int,
-) -> list[Arm]:
+) -> list[Variant]:
     """
-    The arms of one cell on one model.
+    The variants of one cell on one model.
 
     Args:
-        names (list of `str`): among `ARMS`.
-        model (`MuEForConditionalGeneration`): the model.
+        names (iterable of `str`): among [`variant_names`].
+        model (`MuEForConditionalGeneration`): the model, with folded batch norms; "stock" and "plain" run without.
         inputs (`dict`): inputs of its `generate`.
-        exits (`dict`): name -> exit options, for one more arm each.
+        exits (`dict`): name -> exit options, for one more variant each.
         beams, steps (`int`): of `generate`; steps are new tokens.
     """
     config, batch = model.config, inputs["input_ids"].shape[0]
     off = {"exit_criterion": "never"}
+
     spread = spread_pattern(config, batch, beams, steps)
     patterns = {
         "half": half_pattern(config, batch, beams, steps),
         "spread": spread,
         "synchronised": spread.synchronised(),
     }
-    made = {
-        "stock": Arm("stock", StockModel(model), inputs),
-        "plain": Arm("plain", model, inputs, off, plain=True),
-        "lossless": Arm("lossless", model, inputs, off),
-        "enabled": Arm("enabled", model, inputs, _never_taken(config)),
-    }
-    made |= {name: Arm(name, model, inputs, pattern.options(config), pattern) for name, pattern in patterns.items()}
-    chosen = [made[name] for name in ARMS if name in names]
-    return chosen + [Arm(name, model, inputs, options) for name, options in exits.items()]
 
+    def make(name: str) -> Variant:
+        if name == "stock":
+            return Variant(name, StockModel(unfolded_copy(model)), inputs)
+        if name == "plain":
+            plain = unfolded_copy(model)
+            plain.set_attn_implementation("eager")
+            return Variant(name, plain, inputs, off)
+        if name == "lossless":
+            return Variant(name, model, inputs, off)
+        if name in patterns:
+            return Variant(name, model, inputs, patterns[name].options(config), patterns[name])
+        criterion = name.partition("-")[2] or DEFAULT_CRITERION
+        return Variant(name, model, inputs, unused_exits(config, criterion))
 
-def _never_taken(config: Any) -> dict[str, Any]:
-    streams = ("image", "text", "decoder") if config.modality_decomposition else ("encoder", "decoder")
-    thresholds = {f"{stream}_exit_threshold": NEVER_TAKEN for stream in streams}
-    # Whatever the checkpoint has saved.
-    return thresholds | {"exit_criterion": "similarity", "exit_decay_beta": 1.0, "exit_warmup": 0.0}
+    chosen = [make(name) for name in variant_names() if name in names]
+    return chosen + [Variant(name, model, inputs, options) for name, options in exits.items()]
 
 
 __all__ = [
-    "ARMS",
-    "Arm",
+    "DEFAULT_VARIANTS",
     "DepthPattern",
+    "Variant",
     "forced_depths",
     "half_pattern",
-    "make_arms",
-    "plain_paths",
+    "make_variants",
     "spread_pattern",
+    "unfolded_copy",
+    "unused_exits",
+    "variant_names",
 ]

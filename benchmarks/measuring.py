@@ -1,0 +1,42 @@
+"""What the scripts beside this file share: options, runs in turns, and where record and table go."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mue_hf.cli.options import at_least
+from mue_hf.files import write_whole
+from mue_hf.inference.timing import in_turns, timed
+
+
+def make_parser(description: str, repeats: int) -> argparse.ArgumentParser:
+    """A parser with the options of every script; `repeats` is the default of --repeats."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=at_least(1), default=repeats, help=f"timed rounds ({repeats})")
+    parser.add_argument("--output", type=Path, help="file for the JSON record; default: standard output")
+    parser.add_argument("--table", type=Path, help="file for a Markdown table")
+    return parser
+
+
+def seconds_in_turns(
+    ways: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each way by round, in turns, after one round to warm up."""
+    runs = {name: lambda way=way: timed(way, device)[1] for name, way in ways.items()}
+    return {name: seconds[1:] for name, seconds in in_turns(runs, repeats + 1).items()}
+
+
+def write_results(args: argparse.Namespace, record: Mapping[str, Any], table: str) -> None:
+    """The record to --output or standard output, the table to --table."""
+    text = json.dumps(record, indent=1) + "\n"
+    if args.table is not None:
+        write_whole(args.table, table)
+    if args.output is None:
+        sys.stdout.write(text)
+    else:
+        write_whole(args.output, text)

@@ -1,0 +1,147 @@
+"""`mue-hf bench`: what exits and the package's fast paths save in layers, in FLOPs and on the clock."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..benchmarking.peers import PEERS
+from ..benchmarking.run import Bench, TimedModel, checkpoint_model, random_model
+from ..benchmarking.tables import draw_plot, markdown
+from ..benchmarking.variants import DEFAULT_VARIANTS, variant_names
+from ..evaluation.plots import require_matplotlib
+from ..files import write_whole
+from ..model.configuration_mue import SIZES
+from .options import at_least, setting
+
+EPILOG = """examples:
+  mue-hf bench --size base --image-size 480 --threads 2 --batch-sizes 1 4 --beams 1 5 --output runs/speed.json
+  mue-hf bench --model CHECKPOINT --preset balanced --images photos/*.jpg --variants stock lossless --threads 2
+  mue-hf bench --size tiny --image-size 128 --variants lossless half --exits 'low={"decoder_exit_threshold": 0.5}'
+
+All variants of a cell (a batch size and a number of beams) take turns in one process. A cell that the output file has
+is not measured again, so an interrupted run goes on where it was. Weights are random without --model; then shapes, not
+captions, are what is timed, and thresholds mean nothing: force depths with the variants half and spread. Every caption
+has exactly --tokens tokens. Layers, FLOPs and time are different things; all three are reported."""
+
+
+class RenamedOption(argparse.Action):
+    """An option under its old name, with a warning."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print(f"{parser.prog}: {option_string} is now --{self.dest}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
+class DroppedOption(argparse.Action):
+    """An option of an earlier version that does nothing any more, with a warning."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print(f"{parser.prog}: {option_string} is ignored: exited rows leave the batch at once", file=sys.stderr)
+
+
+def add_model_arguments(parser: Any) -> None:
+    """Declares what says which model runs on which images, and where: what [`load_timed_model`] reads."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--size", choices=sorted(SIZES), default="base", help="OFA's shapes, random weights (base)")
+    which.add_argument("--model", metavar="CKPT", help="a checkpoint instead: folder or Hub id")
+    pixels = "with random weights (default: 480); a checkpoint has its own"
+    parser.add_argument("--image-size", type=at_least(16), metavar="PX", help=pixels)
+    parser.add_argument("--images", nargs="+", metavar="FILE", help="with --model: photos, in turns; default: noise")
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's own)")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what `mue-hf bench` takes."""
+    parser.epilog = EPILOG
+    add_model_arguments(parser.add_argument_group("model"))
+    what = parser.add_argument_group("what is timed")
+    what.add_argument("--tokens", type=at_least(1), default=16, metavar="N", help="new tokens of each caption (16)")
+    what.add_argument(
+        "--batch-sizes", type=at_least(1), nargs="*", default=[1, 4, 16], metavar="B", help="none is allowed (1 4 16)"
+    )
+    what.add_argument("--beams", type=at_least(1), nargs="+", default=[1, 5], metavar="B", help="(1 5)")
+    variants = {"nargs": "+", "choices": variant_names(), "default": list(DEFAULT_VARIANTS), "metavar": "NAME"}
+    known = f"some of {', '.join(variant_names())} (the first {len(DEFAULT_VARIANTS)}); see the table's legend"
+    what.add_argument("--variants", **variants, help=known)
+    what.add_argument("--arms", dest="variants", action=RenamedOption, **variants, help=argparse.SUPPRESS)
+    what.add_argument("--preset", action="append", default=[], metavar="NAME", help="one more variant; repeatable")
+    what.add_argument(
+        "--exits",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME={...}",
+        help="one more variant, with these exit options in JSON; may be repeated",
+    )
+    what.add_argument(
+        "--peers",
+        nargs="+",
+        default=[],
+        metavar="PEER",
+        help=f"one more variant each: {', '.join(PEERS)}, random weights, as many image tokens; PEER:PX for another "
+        "size, PEER:native for the published one",
+    )
+    what.add_argument("--repeats", type=at_least(1), default=10, metavar="N", help="rounds of each cell (10)")
+    what.add_argument(
+        "--max-seconds", type=float, metavar="S", help="a cell begins no further round after this time, but for three"
+    )
+    what.add_argument("--cost-model", action=DroppedOption, nargs=0, help=argparse.SUPPRESS)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, default=Path("mue-bench.json"), metavar="FILE", help="(mue-bench.json)")
+    output.add_argument("--table", type=Path, metavar="FILE", help="the Markdown tables, which also go to stdout")
+    output.add_argument("--plots", type=Path, metavar="DIR", help="folder of a plot of time against FLOPs")
+    output.add_argument("--json", action="store_true", help="the record on stdout instead of the tables")
+
+
+def load_timed_model(args: argparse.Namespace) -> TimedModel:
+    """
+    The model that the arguments of [`add_model_arguments`] name.
+
+    Raises:
+        ValueError: for arguments that contradict each other, and a device or an image size that cannot be.
+    """
+    where = {"device": args.device, "dtype": args.dtype, "threads": args.threads}
+    if args.model is None:
+        if args.images:
+            raise ValueError("`--images` needs a checkpoint; pass `--model`.")
+        return random_model(args.size, args.image_size or 480, **where)
+    if args.image_size:
+        raise ValueError("`--image-size` is for random weights; a checkpoint's processor has its own.")
+    return checkpoint_model(args.model, args.images or (), **where)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, writes the record, and shows it."""
+    if args.plots is not None:
+        require_matplotlib()
+        if "lossless" not in args.variants:
+            raise ValueError(
+                "`--plots` needs the variant lossless, which the others are drawn against; add it to `--variants`."
+            )
+    if args.model is None and args.preset:
+        raise ValueError("`--preset` needs a checkpoint; pass `--model`.")
+    exits: dict[str, Any] = {name: {"exit_preset": name} for name in args.preset}
+    for name, options in args.exits:
+        if not isinstance(options, dict) or name in exits:
+            raise ValueError(
+                "`--exits` must be NAME={...} with options in JSON and a name that no other variant has, got "
+                f"{name}={options!r}."
+            )
+        exits[name] = options
+    chosen = {"variants": args.variants, "exits": exits, "peers": args.peers, "tokens": args.tokens}
+    bench = Bench(load_timed_model(args), args.output, **chosen)
+    record = bench.measure(args.batch_sizes, args.beams, repeats=args.repeats, max_seconds=args.max_seconds)
+    table = markdown(record)
+    if args.table is not None:
+        write_whole(args.table, table)
+    if args.plots is not None:
+        draw_plot(record, args.plots)
+    print(json.dumps(record) if args.json else table)
+    return 0
+
+
+__all__ = ["add_arguments", "add_model_arguments", "load_timed_model", "run"]
