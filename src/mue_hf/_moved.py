@@ -10,8 +10,8 @@ from typing import Any
 # Old name -> new name, both inside the package. Names that became a room of their own are not here.
 MOVED = {
     "answer": "cli.answer",
-    "answers_mue": "model.answers_mue",
-    "bench": "benchmarking.run",
+    "answers_mue": "model.scoring_mue",
+    "bench": "cli.bench",
     "benchmarking.arms": "benchmarking.variants",
     "bounds": "calibration.bounds",
     "bulk": "inference.bulk",

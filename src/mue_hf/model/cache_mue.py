@@ -1,29 +1,32 @@
-"""The decoder's memory: self-attention keys and values that stay complete when tokens skip layers, and cross-attention
-keys and values that exist once per image."""
+"""The decoder's KV cache: self-attention keys and values that stay complete when tokens skip layers, and those of the
+cross-attention once per image."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
+Project = Callable[[Tensor], tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
-class SelfView:
+class TokenView:
     """Which decoder tokens a layer call is about.
 
     Args:
         rows (`LongTensor` [rows] on the CPU, *optional*): rows of the batch in ascending order; all by default.
-        slots (`slice` or `LongTensor` [rows, tokens]): their places in the sequence, one range for all or a list each.
+        positions (`slice` or `LongTensor` [rows, tokens]): their places in the sequence, one range for all or a list
+            each.
     """
 
     rows: Tensor | None
-    slots: slice | Tensor
+    positions: slice | Tensor
 
 
-class CrossView:
+class ImageView:
     """Which image each decoder row belongs to, and how rows of one image are folded into its query length.
 
     Args:
@@ -33,23 +36,22 @@ class CrossView:
 
     Attributes:
         images (`LongTensor`, *optional*): the images that still have rows; None for all.
+        rows_per_image (`int`): places that the folded queries have for rows of an image.
         runs (list of (query slice, image slice)): neighbouring images, so that their keys are sliced, not copied.
     """
 
     def __init__(self, rows: Tensor | None, num_rows: int, num_images: int):
         group = num_rows // num_images
         if rows is None:
-            self.images, self.index, self.slots = None, None, group
+            self.images, self.index, self.rows_per_image = None, None, group
             self.runs = [(slice(None), slice(None))]
-        else:
-            self.images, inverse, counts = torch.unique_consecutive(
-                rows // group, return_inverse=True, return_counts=True
-            )
-            self.slots = int(counts.max())
-            place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[inverse]
-            self.index = None if len(rows) == len(self.images) * self.slots else (inverse, place)
-            self.runs = self._neighbours(self.images)
-        self.count = num_images if self.images is None else len(self.images)
+            self.count = num_images
+            return
+        self.images, inverse, counts = torch.unique_consecutive(rows // group, return_inverse=True, return_counts=True)
+        self.count, self.rows_per_image = len(self.images), int(counts.max())
+        place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[inverse]
+        self.index = None if len(rows) == self.count * self.rows_per_image else (inverse, place)
+        self.runs = self._neighbours(self.images)
 
     @staticmethod
     def _neighbours(images: Tensor) -> list[tuple[slice, slice]]:
@@ -59,11 +61,11 @@ class CrossView:
 
     def fold_bias(self, bias: Tensor, mask: Tensor | None) -> Tensor:
         """An additive bias [heads, tokens, source] or [rows, heads, tokens, source] as the folded queries need it,
-        [images or 1, heads, slots * tokens or 1, source], with what mask [all images, source] hides filled in."""
+        [images or 1, heads, folded tokens or 1, source], with what mask [all images, source] hides filled in."""
         if bias.dim() == 4:
             bias = self.fold(bias)
         elif bias.shape[1] > 1:
-            bias = bias.unsqueeze(1).expand(-1, self.slots, -1, -1).flatten(1, 2).unsqueeze(0)
+            bias = bias.unsqueeze(1).expand(-1, self.rows_per_image, -1, -1).flatten(1, 2).unsqueeze(0)
         else:
             # one token: the singleton broadcasts over the folded rows
             bias = bias.unsqueeze(0)
@@ -73,33 +75,43 @@ class CrossView:
         return bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)
 
     def fold(self, states: Tensor) -> Tensor:
-        """[rows, heads, tokens, x] -> [images, heads, slots * tokens, x]; a missing row is a place of zeros."""
+        """[rows, heads, tokens, x] -> [images, heads, rows_per_image * tokens, x]; a missing row has zeros."""
         rows, heads, tokens, width = states.shape
         if self.index is not None:
-            places = states.new_zeros(self.count, self.slots, heads, tokens, width)
+            places = states.new_zeros(self.count, self.rows_per_image, heads, tokens, width)
             states = places.index_put(self.index, states)
-        states = states.reshape(self.count, self.slots, heads, tokens, width)
+        states = states.reshape(self.count, self.rows_per_image, heads, tokens, width)
         return states.transpose(1, 2).flatten(2, 3)
 
     def unfold(self, states: Tensor) -> Tensor:
-        """[images, slots * tokens, d] -> [rows, tokens, d]."""
-        states = states.unflatten(1, (self.slots, -1))
+        """[images, rows_per_image * tokens, d] -> [rows, tokens, d]."""
+        states = states.unflatten(1, (self.rows_per_image, -1))
         return states.flatten(0, 1) if self.index is None else states[self.index]
 
     def unfold_weights(self, weights: tuple[Tensor | None, ...]) -> Tensor | None:
-        """[images, heads, slots * tokens, source] of all runs -> [rows, heads, tokens, source]."""
+        """[images, heads, rows_per_image * tokens, source] of all runs -> [rows, heads, tokens, source]."""
         if weights[0] is None:
             return None
         states = torch.cat(weights) if len(weights) > 1 else weights[0]
-        if self.slots == 1:
+        if self.rows_per_image == 1:
             return states
-        states = states.unflatten(2, (self.slots, -1)).transpose(1, 2)
+        states = states.unflatten(2, (self.rows_per_image, -1)).transpose(1, 2)
         return states.flatten(0, 1) if self.index is None else states[self.index]
 
 
 @dataclass
-class _Layer:
-    """Keys and values of one layer. `filled` [rows]: how many leading positions of each row have them."""
+class MuECacheLayer:
+    """What the cache holds for one layer; None where nobody has reached it yet.
+
+    Args:
+        keys, values (`Tensor` [rows, heads, capacity, head dim]): of the self-attention.
+        filled (`LongTensor` [rows]): how many leading positions of each row have them.
+        cross_keys, cross_values (`Tensor` [images, heads, source, head dim]): of the encoder's output.
+        ready (`BoolTensor` [images]): which images have them.
+    """
+
+    is_compileable: ClassVar[bool] = False
+    is_croppable: ClassVar[bool] = True
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -112,8 +124,8 @@ class _Layer:
 class MuECache(Cache):
     """Cache of a `MuEForConditionalGeneration`'s decoder, static or growing.
 
-    A token that left at depth l has keys and values in layers 1..l. A deeper layer makes up for them when a row first
-    reaches it, by one of three policies, so that no layer ever attends to holes:
+    A token that exited at depth l has keys and values in layers 1..l. A deeper layer makes up for them when a row
+    first reaches it, by one of three policies, so that no layer ever attends to holes:
 
     * "project": the exit state goes through the layer's own norm and projections (state propagation as in CALM);
     * "copy": the exit layer's keys and values are reused;
@@ -133,14 +145,14 @@ class MuECache(Cache):
         self.num_layers = config.decoder_layers
         # what the decoder keeps across steps: position biases that no row owns
         self.tables: dict[Any, Tensor] = {}
-        self.layers = []
         self.reset()
 
     def reset(self) -> None:
         """Forgets all tokens and images."""
         self.length = 0
         self.num_rows: int | None = None
-        self.blocks = [_Layer() for _ in range(self.num_layers)]
+        self.layers = [MuECacheLayer() for _ in range(self.num_layers)]
+        # exit states [rows, capacity, d] and depths [rows, capacity] of tokens that skipped layers
         self.states: Tensor | None = None
         self.depths: Tensor | None = None
         self.tables.clear()
@@ -160,9 +172,9 @@ class MuECache(Cache):
         if self.length + num_tokens > self.capacity:
             self.capacity = max(self.length + num_tokens, 2 * self.capacity)
             self.tables.clear()
-            for block in self.blocks:
-                if block.keys is not None:
-                    block.keys, block.values = self._grown(block.keys, 2), self._grown(block.values, 2)
+            for layer in self.layers:
+                if layer.keys is not None:
+                    layer.keys, layer.values = self._grown(layer.keys, 2), self._grown(layer.values, 2)
             if self.states is not None:
                 self.states, self.depths = self._grown(self.states, 1), self._grown(self.depths, 1)
 
@@ -173,61 +185,67 @@ class MuECache(Cache):
         new.narrow(dim, 0, old.shape[dim]).copy_(old)
         return new
 
-    def _with_room(self, layer: int, keys: Tensor) -> _Layer:
-        """The layer's block, allocated like keys [any, heads, ..., head dim] if nobody has reached it yet."""
-        block = self.blocks[layer]
-        if block.keys is None:
+    def _with_room(self, layer_idx: int, keys: Tensor) -> MuECacheLayer:
+        """The layer, allocated like keys [any, heads, ..., head dim] if nobody has reached it yet."""
+        layer = self.layers[layer_idx]
+        if layer.keys is None:
             shape = (self.num_rows, keys.shape[1], self.capacity, keys.shape[-1])
-            block.keys, block.values = keys.new_zeros(shape), keys.new_zeros(shape)
-            block.filled = torch.zeros(self.num_rows, dtype=torch.long)
-        return block
+            layer.keys, layer.values = keys.new_zeros(shape), keys.new_zeros(shape)
+            layer.filled = torch.zeros(self.num_rows, dtype=torch.long)
+        return layer
 
-    def update_self(self, layer: int, keys: Tensor, values: Tensor, view: SelfView) -> tuple[Tensor, Tensor]:
-        """Stores keys and values [rows, heads, tokens, head dim]; returns those of the rows' whole prefix."""
-        block, rows = self._with_room(layer, keys), view.rows
-        index = slice(None) if rows is None else rows
-        if isinstance(view.slots, slice):
-            end = view.slots.stop
-            block.keys[index, :, view.slots] = keys.detach()
-            block.values[index, :, view.slots] = values.detach()
-        else:
-            end = self.length
-            block.keys[rows[:, None], :, view.slots] = keys.detach().transpose(1, 2)
-            block.values[rows[:, None], :, view.slots] = values.detach().transpose(1, 2)
-        if isinstance(view.slots, slice) and view.slots.start == 0:
-            return keys, values
-        return block.keys[index, :, :end], block.values[index, :, :end]
-
-    def cross(
-        self, layer: int, project: Callable[[Tensor], tuple[Tensor, Tensor]], states: Tensor, images: Tensor | None
+    def update_self(
+        self, layer_idx: int, keys: Tensor, values: Tensor, view: TokenView, project: Project
     ) -> tuple[Tensor, Tensor]:
+        """Stores keys and values [rows, heads, tokens, head dim] of new tokens; returns those of the rows' whole
+        prefix, in which tokens that skipped this layer are completed first.
+
+        Args:
+            project (`Callable`): states [rows, tokens, d] -> the layer's self-attention keys and values.
+        """
+        rows, positions = view.rows, view.positions
+        if isinstance(positions, slice):
+            self._complete(layer_idx, rows, project)
+        layer, index = self._with_room(layer_idx, keys), slice(None) if rows is None else rows
+        if not isinstance(positions, slice):
+            layer.keys[rows[:, None], :, positions] = keys.detach().transpose(1, 2)
+            layer.values[rows[:, None], :, positions] = values.detach().transpose(1, 2)
+            return layer.keys[index, :, : self.length], layer.values[index, :, : self.length]
+        layer.keys[index, :, positions] = keys.detach()
+        layer.values[index, :, positions] = values.detach()
+        if positions.start == 0:
+            return keys, values
+        return layer.keys[index, :, : positions.stop], layer.values[index, :, : positions.stop]
+
+    def cross(self, layer_idx: int, project: Project, states: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor]:
         """Cross-attention keys and values [all images, heads, source, head dim] of a layer, made for an image when one
         of its rows first gets there."""
-        block, count = self.blocks[layer], states.shape[0]
-        if block.ready is None:
+        layer, count = self.layers[layer_idx], states.shape[0]
+        if layer.ready is None:
             if images is None:
-                block.cross_keys, block.cross_values = (x.contiguous() for x in project(states))
-                block.ready = torch.ones(count, dtype=torch.bool)
-                return block.cross_keys, block.cross_values
-            block.ready = torch.zeros(count, dtype=torch.bool)
+                layer.cross_keys, layer.cross_values = (x.contiguous() for x in project(states))
+                layer.ready = torch.ones(count, dtype=torch.bool)
+                return layer.cross_keys, layer.cross_values
+            layer.ready = torch.zeros(count, dtype=torch.bool)
         wanted = torch.arange(count) if images is None else images
-        missing = wanted[~block.ready[wanted]]
+        missing = wanted[~layer.ready[wanted]]
         if len(missing):
             keys, values = project(states[missing])
-            if block.cross_keys is None:
-                block.cross_keys = keys.new_zeros(count, *keys.shape[1:])
-                block.cross_values = values.new_zeros(count, *values.shape[1:])
-            block.cross_keys[missing], block.cross_values[missing] = keys, values
-            block.ready[missing] = True
-        return block.cross_keys, block.cross_values
+            if layer.cross_keys is None:
+                layer.cross_keys = keys.new_zeros(count, *keys.shape[1:])
+                layer.cross_values = values.new_zeros(count, *values.shape[1:])
+            layer.cross_keys[missing], layer.cross_values[missing] = keys, values
+            layer.ready[missing] = True
+        return layer.cross_keys, layer.cross_values
+
+    # --- tokens that skipped layers --------------------------------------------------------------------------------
 
     def record(self, states: Tensor, depths: Tensor) -> None:
         """Ends a call: its tokens' exit states [rows, tokens, d] and the layers that each row ran [rows]."""
         start, self.length = self.length, self.length + states.shape[1]
-        for layer, block in enumerate(self.blocks):
-            if block.filled is not None:
-                # what a row left behind in a layer after it had left does not count
-                block.filled[depths > layer] = self.length
+        for i, layer in enumerate(self.layers):
+            if layer.filled is not None:
+                layer.filled[depths > i] = self.length
         early = (depths < self.num_layers).nonzero().flatten()
         if not len(early):
             return
@@ -237,53 +255,64 @@ class MuECache(Cache):
         self.states[early, start : self.length] = states[early].detach()
         self.depths[early, start : self.length] = depths[early].unsqueeze(1)
 
-    def fill(
-        self,
-        layer: int,
-        rows: Tensor | None,
-        project: Callable[[Tensor], tuple[Tensor, Tensor]],
-        run: Callable[[Tensor, Tensor, Tensor], Tensor],
-    ) -> int:
-        """Completes a layer for the tokens that skipped it, before rows enter it.
+    def _incomplete(self, layer_idx: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of `rows` those with tokens that skipped the layer, and how many leading positions of each are filled."""
+        rows = torch.arange(self.num_rows) if rows is None else rows
+        filled = self.layers[layer_idx].filled
+        filled = torch.zeros(len(rows), dtype=torch.long) if filled is None else filled[rows]
+        missing = filled < self.length
+        return rows[missing], filled[missing]
+
+    def _complete(self, layer_idx: int, rows: Tensor | None, project: Project) -> None:
+        """Policies "project" and "copy": keys and values of the tokens of `rows` that skipped the layer."""
+        if self.states is None or self.kv_policy == "exact":
+            return
+        rows, filled = self._incomplete(layer_idx, rows)
+        if not len(rows):
+            return
+        missing = (torch.arange(self.length) >= filled.unsqueeze(1)).nonzero()
+        row, position = rows[missing[:, 0]], missing[:, 1]
+        if self.kv_policy == "copy":
+            keys, values = self._copied(row, position)
+        else:
+            keys, values = (x.squeeze(0).transpose(0, 1) for x in project(self.states[row, position].unsqueeze(0)))
+        layer = self._with_room(layer_idx, keys)
+        layer.keys[row, :, position], layer.values[row, :, position] = keys.detach(), values.detach()
+        layer.filled[rows] = self.length
+
+    def _copied(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values [tokens, heads, head dim] of each token's exit layer."""
+        source = self.depths[row, position] - 1
+        first = self.layers[int(source[0])].keys
+        keys, values = (first.new_empty(len(row), first.shape[1], first.shape[3]) for _ in range(2))
+        for i in source.unique().tolist():
+            of = source == i
+            keys[of] = self.layers[i].keys[row[of], :, position[of]]
+            values[of] = self.layers[i].values[row[of], :, position[of]]
+        return keys, values
+
+    def catch_up(self, layer_idx: int, rows: Tensor | None, run: Callable[[Tensor, TokenView], Tensor]) -> int:
+        """Policy "exact": runs a layer on the tokens of `rows` that skipped it, before these rows enter it.
 
         Args:
-            rows (`LongTensor`, *optional*): the rows that enter; all by default.
-            project (`Callable`): states [rows, tokens, d] -> the layer's self-attention keys and values.
-            run (`Callable`): (states, rows, slots [rows, tokens]) -> the layer's output; it updates this cache.
+            run (`Callable`): (states [rows, tokens, d], view) -> the layer's output; it updates this cache.
 
         Returns:
-            `int`: how often the layer ran (rows x tokens), 0 but for "exact".
+            `int`: how often the layer ran, as rows x tokens.
         """
-        block = self.blocks[layer]
-        if self.states is None or self.length == 0:
+        if self.kv_policy != "exact" or self.states is None or self.length == 0:
             return 0
-        rows = torch.arange(self.num_rows) if rows is None else rows
-        # a layer that nobody has reached yet holds nothing
-        filled = torch.zeros(len(rows), dtype=torch.long) if block.filled is None else block.filled[rows]
-        rows, filled = rows[filled < self.length], filled[filled < self.length]
+        rows, filled = self._incomplete(layer_idx, rows)
         if not len(rows):
             return 0
-        if self.kv_policy == "exact":
-            # Rows miss different numbers of tokens: shorter lists repeat their last token, which changes nothing.
-            span = torch.arange(int(self.length - filled.min()))
-            slots = (filled.unsqueeze(1) + span).clamp(max=self.length - 1)
-            states = run(self.states[rows.unsqueeze(1), slots], rows, slots)
-            self.states[rows.unsqueeze(1), slots] = states.detach()
-            self.depths[rows.unsqueeze(1), slots] = layer + 1
-            block.filled[rows] = self.length
-            return slots.numel()
-        missing = (torch.arange(self.length) >= filled.unsqueeze(1)).nonzero()
-        row, slot = rows[missing[:, 0]], missing[:, 1]
-        if self.kv_policy == "copy":
-            source = self.depths[row, slot] - 1
-            keys = torch.stack([self.blocks[s].keys[r, :, t] for s, r, t in zip(source, row, slot, strict=True)])
-            values = torch.stack([self.blocks[s].values[r, :, t] for s, r, t in zip(source, row, slot, strict=True)])
-        else:
-            keys, values = (x.squeeze(0).transpose(0, 1) for x in project(self.states[row, slot].unsqueeze(0)))
-        block = self._with_room(layer, keys)
-        block.keys[row, :, slot], block.values[row, :, slot] = keys.detach(), values.detach()
-        block.filled[rows] = self.length
-        return 0
+        # Rows miss different numbers of tokens: shorter lists repeat their last token, which changes nothing.
+        span = torch.arange(int(self.length - filled.min()))
+        positions = (filled.unsqueeze(1) + span).clamp(max=self.length - 1)
+        index = rows.unsqueeze(1), positions
+        self.states[index] = run(self.states[index], TokenView(rows, positions)).detach()
+        self.depths[index] = layer_idx + 1
+        self.layers[layer_idx].filled[rows] = self.length
+        return positions.numel()
 
     # --- what `generate` asks of a cache ---------------------------------------------------------------------------
 
@@ -295,10 +324,10 @@ class MuECache(Cache):
         if self.num_rows is None or torch.equal(index, torch.arange(self.num_rows)):
             return
         same_size = len(index) == self.num_rows
-        for block in self.blocks:
-            if block.keys is not None:
-                block.keys, block.values = (self._selected(x, index, 2, same_size) for x in (block.keys, block.values))
-                block.filled = block.filled[index]
+        for layer in self.layers:
+            if layer.keys is not None:
+                layer.keys, layer.values = (self._selected(x, index, 2, same_size) for x in (layer.keys, layer.values))
+                layer.filled = layer.filled[index]
         if self.states is not None:
             self.states = self._selected(self.states, index, 1, same_size)
             self.depths = self.depths[index]
@@ -326,9 +355,9 @@ class MuECache(Cache):
                 f"`tokens_to_remove` must be negative or 0 (how many to cut off), got {tokens_to_remove}; negate it."
             )
         self.length = max(self.length + tokens_to_remove, 0)
-        for block in self.blocks:
-            if block.filled is not None:
-                block.filled.clamp_(max=self.length)
+        for layer in self.layers:
+            if layer.filled is not None:
+                layer.filled.clamp_(max=self.length)
         if self.depths is not None:
             self.depths[:, self.length :] = self.num_layers
 
@@ -343,9 +372,6 @@ class MuECache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
-    def __len__(self) -> int:
-        return self.num_layers
-
     def __repr__(self) -> str:
         return f"MuECache(layers={self.num_layers}, rows={self.num_rows}, length={self.length}, kv={self.kv_policy})"
 
@@ -353,28 +379,5 @@ class MuECache(Cache):
     def is_initialized(self) -> bool:
         return self.num_rows is not None
 
-    @property
-    def is_compileable(self) -> bool:
-        return False
 
-    @property
-    def is_croppable(self) -> bool:
-        return True
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * self.num_layers
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False] * self.num_layers
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        return [False] * self.num_layers
-
-    def activate_past_recording(self) -> None:
-        """Nothing to do: positions that are cropped can always be recomputed."""
-
-
-__all__ = ["CrossView", "MuECache", "SelfView"]
+__all__ = ["ImageView", "MuECache", "MuECacheLayer", "TokenView"]

@@ -1,5 +1,5 @@
-"""The exit criteria. Each is one class that says which options it takes, what it looks at, when a row may exit, and which
-thresholds are worth a try; registering one makes it known to `generate`, `evaluate`, `calibrate`, `bench` and the docs."""
+"""The exit criteria: each is one class that says which options it takes, what it looks at, when a row exits, and which
+thresholds are worth a try. Registering one makes it known to `generate`, `evaluate`, `calibrate`, `bench` and docs."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -6,38 +6,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import auto_docstring
 
-from .cache_mue import CrossView, MuECache, SelfView
+from .cache_mue import ImageView, MuECache, TokenView
 from .criteria_mue import ExitPolicy
-from .early_exit_mue import ExitDecider, run_stack
+from .early_exit_mue import ExitDecider, ExitRecord, run_stack
 from .encoder_mue import MuEEncoderOutput, check_token_ids
-from .layers_mue import MuEDecoderLayer, mask_value, position_scores, relative_bias, text_relative_index
+from .layers_mue import (
+    MuEDecoderLayer,
+    known_true,
+    mask_value,
+    position_scores,
+    relative_bias,
+    table_rows,
+    text_relative_index,
+)
 
 
-@auto_docstring(custom_intro="Output of the decoder.")
 @dataclass
-class MuEDecoderOutput(ModelOutput):
-    r"""
-    last_hidden_state (`torch.FloatTensor` of shape `(rows, tokens, d_model)`):
-        Each row's exit state after the final LayerNorm.
-    exit_layers (`torch.LongTensor` of shape `(rows,)`):
-        Layers run by each row in this call.
-    executed_layers (`int`):
-        How often a layer ran, as rows x tokens; more than the depths say where `exact` caught up.
+class MuEDecoderOutput(ExitRecord, BaseModelOutputWithPastAndCrossAttentions):
+    r"""Output of the decoder, with `decoder_exit_layers` and `executed_layers` of this call.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(rows, tokens, d_model)`):
+            Each row's exit state after the final LayerNorm.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    cache: MuECache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    exit_layers: torch.LongTensor | None = None
-    executed_layers: int | None = None
 
-
-class _Positions:
+class _PositionBias:
     """Position biases of one call: tables over all positions, cut or gathered for the tokens at hand.
 
     Args:
@@ -51,54 +48,154 @@ class _Positions:
     def __init__(
         self, decoder: "MuEDecoder", encoder_positions: Tensor, key_mask: Tensor | None, length: int, tables: dict
     ):
-        self.decoder, self.encoder_positions = decoder, encoder_positions
+        self.decoder, self.config, self.encoder_positions = decoder, decoder.config, encoder_positions
         self.length, self.tables = length, tables
-        self.key_mask = key_mask
+        self.key_mask = None if key_mask is None or known_true(key_mask) else key_mask
         self.offsets = None
-        if key_mask is not None:
-            if bool(key_mask.all()):
-                self.key_mask = None
-            elif not bool(key_mask[:, 0].all()):
-                # left padding: a row's first token has position 0 wherever it stands
-                self.offsets = key_mask.int().argmax(dim=1)
+        if self.key_mask is not None and not known_true(self.key_mask[:, 0]):
+            # left padding: a row's first token has position 0 wherever it stands
+            self.offsets = self.key_mask.int().argmax(dim=1)
 
-    def _table(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
-        if name not in self.tables:
-            self.tables[name] = make()
-        return self.tables[name]
-
-    def self_bias(self, layer: int, rows: Tensor | None, slots: slice | Tensor, keys: int) -> Tensor:
+    def self_bias(self, layer: int, tokens: TokenView, keys: int) -> Tensor:
         """Additive bias [rows or 1, heads, tokens, keys] of the self-attention; it masks later and missing tokens."""
-        table = self._table(layer, lambda: self.decoder.self_table(layer, self.length, self.tables))
-        if isinstance(slots, slice) and self.offsets is None:
-            bias = table[:, slots, :keys].unsqueeze(0)
+        table = self._self_table(layer)
+        if isinstance(tokens.positions, slice) and self.offsets is None:
+            bias = table[:, tokens.positions, :keys].unsqueeze(0)
         else:
-            offsets = self._offsets(rows)
-            queries = self._query_positions(rows, slots).unsqueeze(-1)
+            offsets = self._offsets(tokens.rows)
+            queries = self._query_positions(tokens).unsqueeze(-1)
             places = (torch.arange(keys, device=offsets.device) - offsets.unsqueeze(1)).clamp_min(0).unsqueeze(1)
             bias = table[:, queries, places].transpose(0, 1)
         if self.key_mask is not None:
-            mask = self.key_mask[:, :keys] if rows is None else self.key_mask[rows, :keys]
+            mask = self.key_mask[:, :keys] if tokens.rows is None else self.key_mask[tokens.rows, :keys]
             bias = bias.masked_fill(~mask[:, None, None, :], mask_value(bias))
         return bias
 
-    def cross_bias(self, rows: Tensor | None, slots: slice | Tensor) -> Tensor:
+    def cross_bias(self, tokens: TokenView) -> Tensor:
         """Additive bias [heads, tokens, source], or [rows, heads, tokens, source] where rows differ in position."""
-        table = self._table("cross", lambda: self.decoder.cross_table(self.encoder_positions, self.length))
-        if isinstance(slots, slice) and self.offsets is None:
-            return table[:, slots]
-        return table[:, self._query_positions(rows, slots)].transpose(0, 1)
+        table = self._cross_table()
+        if isinstance(tokens.positions, slice) and self.offsets is None:
+            return table[:, tokens.positions]
+        return table[:, self._query_positions(tokens)].transpose(0, 1)
 
     def _offsets(self, rows: Tensor | None) -> Tensor:
         if self.offsets is None:
             return torch.zeros(len(rows), dtype=torch.long, device=self.encoder_positions.device)
         return self.offsets if rows is None else self.offsets[rows]
 
-    def _query_positions(self, rows: Tensor | None, slots: slice | Tensor) -> Tensor:
-        offsets = self._offsets(rows)
-        if isinstance(slots, slice):
-            slots = torch.arange(slots.start, slots.stop).unsqueeze(0)
-        return (slots.to(offsets.device) - offsets.unsqueeze(1)).clamp_min(0)
+    def _query_positions(self, tokens: TokenView) -> Tensor:
+        offsets, positions = self._offsets(tokens.rows), tokens.positions
+        if isinstance(positions, slice):
+            positions = torch.arange(positions.start, positions.stop).unsqueeze(0)
+        return (positions.to(offsets.device) - offsets.unsqueeze(1)).clamp_min(0)
+
+    def _self_table(self, layer: int) -> Tensor:
+        """Self-attention bias [heads, length, length] of one layer, causal."""
+        if layer not in self.tables:
+            if "self" not in self.tables:
+                decoder, positions = self.decoder, self._decoder_positions()
+                scores = self._scores(decoder.self_pos_q_linear, decoder.self_pos_k_linear, positions)
+                later = torch.ones(self.length, self.length, dtype=torch.bool, device=scores.device).triu(1)
+                self.tables["self"] = scores.masked_fill(later, mask_value(scores))
+                config = self.config
+                self.tables["index"] = text_relative_index(
+                    self.length, config.token_bucket_size, config.max_position_embeddings, scores.device
+                )
+            bias = relative_bias(self.decoder.token_rel_pos_table_list[layer], self.tables["index"])
+            self.tables[layer] = self.tables["self"] + bias
+        return self.tables[layer]
+
+    def _cross_table(self) -> Tensor:
+        """Cross-attention bias [heads, length, source], the same in all layers."""
+        if "cross" not in self.tables:
+            decoder = self.decoder
+            self.tables["cross"] = self._scores(
+                decoder.cross_pos_q_linear, decoder.cross_pos_k_linear, self.encoder_positions
+            )
+        return self.tables["cross"]
+
+    def _decoder_positions(self) -> Tensor:
+        decoder = self.decoder
+        return decoder.pos_ln(table_rows(decoder.embed_positions, self.encoder_positions.device, self.length))
+
+    def _scores(self, query: nn.Linear, key: nn.Linear, keys: Tensor) -> Tensor:
+        heads, factor = self.config.decoder_attention_heads, self.config.attn_scale_factor
+        return position_scores(query, key, self._decoder_positions(), keys, heads, factor)
+
+
+class _DecoderCall:
+    """One call of the decoder: which tokens it is about, what they attend to, and how a layer runs on some rows.
+
+    Args:
+        decoder (`MuEDecoder`): whose layers run.
+        encoder_outputs (`MuEEncoderOutput`): what is attended to.
+        num_rows, num_tokens (`int`): the new tokens.
+        mask (`BoolTensor` [rows, cached and new tokens], *optional*): tokens that exist.
+        cache (`MuECache`, *optional*): takes their keys and values.
+        output_attentions (`bool`): whether `attentions` collects self- and cross-attention weights.
+    """
+
+    def __init__(
+        self,
+        decoder: "MuEDecoder",
+        encoder_outputs: MuEEncoderOutput,
+        num_rows: int,
+        num_tokens: int,
+        mask: Tensor | None,
+        cache: MuECache | None,
+        output_attentions: bool,
+    ):
+        self.layers, self.cache, self.num_rows = decoder.layers, cache, num_rows
+        self.source, source_mask = encoder_outputs.last_hidden_state, encoder_outputs.attention_mask
+        self.source_mask = None if known_true(source_mask) else source_mask
+        past, length, tables = 0, num_tokens, {}
+        if cache is not None:
+            cache.begin(num_rows, num_tokens)
+            past, tables = cache.length, cache.tables
+            length = min(cache.capacity, decoder.config.max_position_embeddings)
+        self.past, self.positions = past, slice(past, past + num_tokens)
+        self.bias = _PositionBias(decoder, encoder_outputs.position_embeddings[0], mask, length, tables)
+        self.new_mask = None if self.bias.key_mask is None else self.bias.key_mask[:, past:]
+        self.attentions: tuple[list, list] | None = ([], []) if output_attentions else None
+        # rows x tokens that policy "exact" ran besides the new tokens
+        self.caught_up = 0
+        # of the rows that ran last: they change only when rows exit
+        self.images: tuple[ImageView, Tensor] | None = None
+        self.images_count = -1
+
+    def run_layer(self, layer: int, states: Tensor, rows: Tensor | None) -> Tensor:
+        """Runs a layer on the new tokens' states [rows, tokens, d]; earlier tokens of these rows catch up first."""
+        if self.cache is not None:
+            self.caught_up += self.cache.catch_up(layer, rows, lambda x, tokens: self._run(layer, x, tokens))
+        tokens = TokenView(rows, self.positions)
+        if self.images is None or self.images_count != states.shape[0]:
+            self.images, self.images_count = self._image_view(tokens), states.shape[0]
+        return self._run(layer, states, tokens, self.images, self.attentions)
+
+    def _image_view(self, tokens: TokenView) -> tuple[ImageView, Tensor]:
+        view = ImageView(tokens.rows, self.num_rows, self.source.shape[0])
+        return view, view.fold_bias(self.bias.cross_bias(tokens), self.source_mask)
+
+    def _run(
+        self,
+        layer: int,
+        states: Tensor,
+        tokens: TokenView,
+        images: tuple[ImageView, Tensor] | None = None,
+        attentions: tuple[list, list] | None = None,
+    ) -> Tensor:
+        view, cross_bias = images or self._image_view(tokens)
+        keys = tokens.positions.stop if isinstance(tokens.positions, slice) else self.past
+        return self.layers[layer](
+            states,
+            self.source,
+            self.bias.self_bias(layer, tokens, keys),
+            cross_bias,
+            tokens=tokens,
+            images=view,
+            cache=self.cache,
+            attentions=attentions,
+        )
 
 
 class MuEDecoder(nn.Module):
@@ -157,9 +254,9 @@ class MuEDecoder(nn.Module):
         active_rows (`torch.BoolTensor` of shape `(rows,)`, *optional*):
             Rows that are worth running; the others have depth 0 and keep their embedding as output.
         policy (`ExitPolicy`, *optional*):
-            When rows leave; never by default.
+            When rows exit; never by default.
         predict (`Callable`, *optional*):
-            Exit states (rows, d_model), normalised -> logits; needed by all criteria but similarity and fixed.
+            Exit states (rows, d_model), normalised -> logits; needed by criteria that look at intermediate logits.
         """
         policy = policy or ExitPolicy()
         # later tokens come from `generate`, which cannot leave the vocabulary
@@ -172,78 +269,28 @@ class MuEDecoder(nn.Module):
             )
         returned = cache
         if cache is None and not policy.is_never:
-            # rows that leave need a place for their keys within this call
+            # rows that exit need a place for their keys within this call
             cache = MuECache(self.config, num_tokens)
         past = 0 if cache is None else cache.length
         self._check_length(past + num_tokens)
         mask = self._checked_mask(attention_mask, num_rows, past, num_tokens)
-        if cache is not None:
-            cache.begin(num_rows, num_tokens)
-        positions = _Positions(
-            self,
-            encoder_outputs.position_embeddings[0],
-            mask,
-            num_tokens if cache is None else min(cache.capacity, self.config.max_position_embeddings),
-            {} if cache is None else cache.tables,
-        )
-        source, source_mask = encoder_outputs.last_hidden_state, encoder_outputs.attention_mask
-        source_mask = None if bool(source_mask.all()) else source_mask
-        weights = ([], []) if output_attentions else None
-        slots = slice(past, past + num_tokens)
-        caught_up = 0
-        views: dict[int, tuple[CrossView, Tensor]] = {}
-
-        def cross_view(rows: Tensor | None, slots: slice | Tensor) -> tuple[CrossView, Tensor]:
-            view = CrossView(rows, num_rows, images)
-            return view, view.fold_bias(positions.cross_bias(rows, slots), source_mask)
-
-        def call(
-            layer: int, states: Tensor, view: SelfView, cross: tuple[CrossView, Tensor], attentions: Any = None
-        ) -> Tensor:
-            keys = view.slots.stop if isinstance(view.slots, slice) else past
-            self_bias, (cross_rows, cross_bias) = positions.self_bias(layer, view.rows, view.slots, keys), cross
-            return self.layers[layer](
-                states,
-                source,
-                self_bias,
-                cross_bias,
-                self_view=view,
-                cross_view=cross_rows,
-                cache=cache,
-                attentions=attentions,
-            )
-
-        def catch_up(layer: int, rows: Tensor | None) -> int:
-            def run(states: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-                return call(layer, states, SelfView(rows, slots), cross_view(rows, slots))
-
-            return 0 if cache is None else cache.fill(layer, rows, self.layers[layer].project_self, run)
-
-        def run_layer(layer: int, states: Tensor, rows: Tensor | None) -> Tensor:
-            nonlocal caught_up, views
-            caught_up += catch_up(layer, rows)
-            # the view changes only when rows leave
-            count = states.shape[0]
-            if count not in views:
-                views = {count: cross_view(rows, slots)}
-            return call(layer, states, SelfView(rows, slots), views[count], weights)
-
+        call = _DecoderCall(self, encoder_outputs, num_rows, num_tokens, mask, cache, output_attentions)
         rows = None
-        if active_rows is not None and not bool(active_rows.all()):
+        if active_rows is not None and not known_true(active_rows):
             rows = active_rows.cpu().nonzero().flatten()
-        valid = None if positions.key_mask is None else positions.key_mask[:, past:]
-        decider = ExitDecider(policy, valid, predict and (lambda states: predict(self.layer_norm(states))))
-        result = run_stack(states, len(self.layers), run_layer, decider, rows, output_hidden_states)
+        decider = ExitDecider(policy, call.new_mask, predict and (lambda states: predict(self.layer_norm(states))))
+        result = run_stack(states, len(self.layers), call.run_layer, decider, rows, output_hidden_states)
         if cache is not None:
             cache.record(result.states, result.depths)
+        attentions, cross_attentions = call.attentions or (None, None)
         return MuEDecoderOutput(
             last_hidden_state=self.layer_norm(result.states),
             cache=returned,
             hidden_states=result.hidden_states,
-            attentions=tuple(weights[0]) if weights else None,
-            cross_attentions=tuple(weights[1]) if weights else None,
-            exit_layers=result.depths.to(states.device),
-            executed_layers=result.executed + caught_up,
+            attentions=attentions and tuple(attentions),
+            cross_attentions=cross_attentions and tuple(cross_attentions),
+            decoder_exit_layers=result.depths.to(states.device),
+            executed_layers={"decoder": result.executed + call.caught_up},
         )
 
     def _embed(self, ids: Tensor | None, embeds: Tensor | None, check: bool) -> Tensor:
@@ -276,32 +323,6 @@ class MuEDecoder(nn.Module):
                 f"got {list(mask.shape)}."
             )
         return mask.bool()
-
-    def self_table(self, layer: int, length: int, tables: dict) -> Tensor:
-        """Self-attention bias [heads, length, length] of one layer, causal."""
-        config = self.config
-        if "self" not in tables:
-            p = self.pos_ln(self.embed_positions.weight[:length])
-            heads, factor = config.decoder_attention_heads, config.attn_scale_factor
-            scores = position_scores(self.self_pos_q_linear, self.self_pos_k_linear, p, p, heads, factor)
-            index = text_relative_index(length, config.token_bucket_size, config.max_position_embeddings, p.device)
-            later = torch.ones(length, length, dtype=torch.bool, device=p.device).triu(1)
-            tables["self"] = scores.masked_fill(later, mask_value(scores))
-            tables["index"] = index
-        return tables["self"] + relative_bias(self.token_rel_pos_table_list[layer], tables["index"])
-
-    def cross_table(self, encoder_positions: Tensor, length: int) -> Tensor:
-        """Cross-attention bias [heads, length, source], the same in all layers."""
-        config = self.config
-        p = self.pos_ln(self.embed_positions.weight[:length])
-        return position_scores(
-            self.cross_pos_q_linear,
-            self.cross_pos_k_linear,
-            p,
-            encoder_positions,
-            config.decoder_attention_heads,
-            config.attn_scale_factor,
-        )
 
 
 __all__ = ["MuEDecoder", "MuEDecoderOutput"]

@@ -4,7 +4,8 @@ Encoder streams and decoder call `run_stack`; nothing else in the package decide
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +51,29 @@ class ExitDecider:
         mask = self.mask if self.mask is None or rows is None else self.mask[rows]
         exits = self.criterion.exits(LayerStates(layer, previous, current, mask, rows, self.predict))
         return None if exits is None else exits.cpu()
+
+
+@dataclass
+class ExitRecord:
+    """What every output of the model says about its exits; a mixin of the output classes. None where nobody asked.
+
+    Args:
+        image_exit_layers, text_exit_layers (`LongTensor` [samples]): layers that each stream ran; 0 without one.
+        decoder_exit_layers (`LongTensor` [rows]): layers run by each decoder row in a call; of `generate`
+            [sequences, new tokens], 0 where a sequence has no token any more; of `score_answers` [samples, branching
+            nodes of the answers' trie].
+        executed_layers (`dict[str, int]`): "image", "text", "decoder": how often a layer ran, as rows x tokens, which
+            is what forward hooks count. More than the depths say where `exit_kv="exact"` caught up, and with beams.
+    """
+
+    image_exit_layers: torch.LongTensor | None = None
+    text_exit_layers: torch.LongTensor | None = None
+    decoder_exit_layers: torch.LongTensor | None = None
+    executed_layers: dict[str, int] | None = None
+
+    def exit_record(self) -> dict[str, Any]:
+        """The fields above by name."""
+        return {field.name: getattr(self, field.name) for field in fields(ExitRecord)}
 
 
 class StackResult(NamedTuple):
@@ -139,4 +163,4 @@ class ExitSchedule(LogitsProcessor):
         return scores
 
 
-__all__ = ["ExitDecider", "ExitSchedule", "StackResult", "run_stack"]
+__all__ = ["ExitDecider", "ExitRecord", "ExitSchedule", "StackResult", "run_stack"]

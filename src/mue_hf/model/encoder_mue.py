@@ -1,7 +1,6 @@
 """The encoder: one stack of layers over an image stream and a text stream (MuE), or over both joined (OFA)."""
 
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -10,10 +9,18 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import auto_docstring
 
 from .criteria_mue import ExitPolicy
-from .early_exit_mue import ExitDecider, StackResult, run_stack
+from .early_exit_mue import ExitDecider, ExitRecord, StackResult, run_stack
 from .exit_options_mue import ExitOptions
-from .layers_mue import MuEEncoderLayer, mask_value, position_scores, relative_bias, text_relative_index
-from .memo_mue import WeightMemo, modules_of, plain_weights
+from .folding_mue import BatchNormFolding, can_fold
+from .layers_mue import (
+    MuEEncoderLayer,
+    known_true,
+    mask_value,
+    position_scores,
+    relative_bias,
+    table_rows,
+    text_relative_index,
+)
 from .vision_mue import (
     add_patch_bias,
     check_features,
@@ -23,39 +30,34 @@ from .vision_mue import (
     trunk_features,
 )
 
-# Prompts and image grids whose results an encoder keeps.
-KEPT_PROMPTS = 16
-KEPT_GRIDS = 1
 
-
-@auto_docstring(custom_intro="Output of the encoder: image tokens first, then text tokens.")
 @dataclass
-class MuEEncoderOutput(BaseModelOutput):
-    r"""
-    attention_mask (`torch.BoolTensor` of shape `(batch_size, source_length)`):
-        Source positions that exist (True), image and text.
-    position_embeddings (`torch.FloatTensor` of shape `(batch_size, source_length, d_model)`):
-        Normalised position embeddings, which the decoder's cross-attention needs.
-    image_exit_layers (`torch.LongTensor` of shape `(batch_size,)`):
-        Layers run by each sample's image stream, 0 without an image. Only when exits were asked for.
-    text_exit_layers (`torch.LongTensor` of shape `(batch_size,)`):
-        The same for the text stream.
-    executed_layers (`dict[str, int]`):
-        "image" and "text": how often a layer ran, as rows x tokens. Only when exits were asked for.
+class MuEEncoderOutput(ExitRecord, BaseModelOutput):
+    r"""Output of the encoder: image tokens first, then text tokens; see [`ExitRecord`] for exits.
+
+    Args:
+        attention_mask (`torch.BoolTensor` of shape `(batch_size, source_length)`):
+            Source positions that exist (True), image and text.
+        position_embeddings (`torch.FloatTensor` of shape `(batch_size, source_length, d_model)`):
+            Normalised position embeddings, which the decoder's cross-attention needs.
     """
 
     attention_mask: torch.BoolTensor | None = None
     position_embeddings: torch.FloatTensor | None = None
-    image_exit_layers: torch.LongTensor | None = None
-    text_exit_layers: torch.LongTensor | None = None
-    executed_layers: dict[str, int] | None = None
 
 
 @dataclass
 class _Source:
-    """One modality, embedded: states [rows, tokens, d], mask [rows, tokens] (None: all valid), normalised positions
-    [tokens, d], its relative position tables (None: no such bias) and indices [tokens, tokens] into them, the (rows,
-    columns) of an image's patches, and the token ids of a text that all rows share."""
+    """One modality, embedded.
+
+    Args:
+        states (`Tensor` [rows, tokens, d]), mask (`BoolTensor` [rows, tokens], *optional*: all valid).
+        positions (`Tensor` [tokens, d]): normalised position embeddings.
+        tables (`nn.ModuleList`, *optional*): relative position tables, one per layer; None for no such bias.
+        relative_index (`LongTensor` [tokens, tokens], *optional*): indices into them.
+        grid (rows, columns), *optional*: of an image's patches.
+        is_constant (`bool`): whether all rows are the same, as a captioning prompt is.
+    """
 
     states: Tensor
     mask: Tensor | None
@@ -63,7 +65,58 @@ class _Source:
     tables: nn.ModuleList | None = None
     relative_index: Tensor | None = None
     grid: tuple[int, int] | None = None
-    prompt: tuple[int, ...] | None = None
+    is_constant: bool = False
+
+    def full_mask(self) -> Tensor:
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
+
+    def repeated(self, repeats: int) -> "_Source":
+        mask = None if self.mask is None else self.mask.repeat_interleave(repeats, dim=0)
+        return replace(self, states=self.states.repeat_interleave(repeats, dim=0), mask=mask)
+
+
+class _LayerBias:
+    """The additive attention bias of each layer over one sequence: absolute positions, the same in all layers, and the
+    relative ones of its parts.
+
+    Args:
+        scores (`Tensor` [heads, tokens, tokens]): of the absolute positions.
+        parts (list of (`slice`, `_Source`)): the places in the sequence that have relative position biases.
+        bucket_size (`int`): side of the image's position grid.
+    """
+
+    def __init__(self, scores: Tensor, parts: list[tuple[slice, _Source]], bucket_size: int):
+        self.scores, self.bucket_size = scores, bucket_size
+        self.parts = [(place, part) for place, part in parts if part.tables is not None]
+        # Memory of this size is mapped anew at each allocation: outside of a graph the layers share one bias.
+        self.buffer = None if _becomes_graph() else torch.empty_like(scores)
+        if self.buffer is not None and len(parts) > 1:
+            self.buffer.copy_(scores)
+
+    def __call__(self, layer: int) -> Tensor:
+        """[heads, tokens, tokens], valid until the next call."""
+        if not self.parts:
+            return self.scores
+        if self.buffer is None:
+            return self._differentiable(layer)
+        for place, part in self.parts:
+            table, inputs, output = part.tables[layer], self.scores[:, place, place], self.buffer[:, place, place]
+            if part.grid is None:
+                torch.add(inputs, relative_bias(table, part.relative_index), out=output)
+            else:
+                add_patch_bias(table_rows(table, inputs.device), part.grid, self.bucket_size, inputs, output)
+        return self.buffer
+
+    def _differentiable(self, layer: int) -> Tensor:
+        biases = [relative_bias(part.tables[layer], part.relative_index) for _, part in self.parts]
+        if len(biases) == 1 and biases[0].shape == self.scores.shape:
+            return biases[0] + self.scores
+        scores = self.scores.clone()
+        for (place, _), bias in zip(self.parts, biases, strict=True):
+            scores[:, place, place] += bias
+        return scores
 
 
 class MuEEncoder(nn.Module):
@@ -96,7 +149,7 @@ class MuEEncoder(nn.Module):
             [nn.Embedding(2 * config.token_bucket_size - 1, heads) for _ in self.layers]
         )
         self.image_rel_pos_table_list = nn.ModuleList([nn.Embedding(image_rows, heads) for _ in self.layers])
-        self.prompts, self.grids = WeightMemo(KEPT_PROMPTS), WeightMemo(KEPT_GRIDS)
+        self.folding: BatchNormFolding | None = None
 
     @auto_docstring
     def forward(
@@ -119,10 +172,11 @@ class MuEEncoder(nn.Module):
         image_features (`torch.FloatTensor` of shape `(images, channels, rows, columns)`, *optional*):
             The trunk's last feature map, in place of `pixel_values`.
         exit_options (`ExitOptions`, *optional*):
-            When streams leave; never by default.
+            When streams exit; never by default.
         output_exit_layers (`bool`, *optional*, defaults to `False`):
             Whether to return exit depths and the executed-layer record.
         """
+        check_attentions(self.config, output_attentions)
         image = self._embed_image(pixel_values, image_features, patch_mask)
         text = self._embed_text(input_ids, attention_mask, inputs_embeds)
         if image is None and text is None:
@@ -138,12 +192,12 @@ class MuEEncoder(nn.Module):
         sources = [source for source in (image, text) if source is not None]
         states = torch.cat([stream.states for stream in streams], dim=1)
         positions = torch.cat([source.positions for source in sources])
-        masks = [self._full_mask(source) for source in sources]
+        masks = [source.full_mask() for source in sources]
         if repeats > 1:
             masks[0] = masks[0].repeat_interleave(repeats, dim=0)
         output = MuEEncoderOutput(
             last_hidden_state=self.layer_norm(states),
-            hidden_states=self._joined_history(streams) if output_hidden_states else None,
+            hidden_states=_joined_history(streams) if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
             attention_mask=torch.cat(masks, dim=1),
             position_embeddings=positions.expand(states.shape[0], -1, -1),
@@ -151,6 +205,43 @@ class MuEEncoder(nn.Module):
         if output_exit_layers:
             self._add_exit_layers(output, image, text, repeats, streams)
         return output
+
+    # --- folded batch norms ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fold_batch_norms(self) -> int:
+        """See [`MuEModel.fold_batch_norms`]."""
+        if self.training:
+            raise ValueError("`fold_batch_norms` needs a model in evaluation mode; call `model.eval()` first.")
+        if self.folding is None and can_fold(self.embed_images):
+            folding = BatchNormFolding(
+                self.embed_images, getattr(self.config.backbone_config, "image_size", None) or 64
+            )
+            self.folding = folding if folding.pairs else None
+        return 0 if self.folding is None else len(self.folding.pairs)
+
+    @torch.no_grad()
+    def unfold_batch_norms(self, check: bool = True) -> None:
+        """See [`MuEModel.unfold_batch_norms`]."""
+        if self.folding is not None:
+            self.folding.undo(check)
+            self.folding = None
+
+    def train(self, mode: bool = True) -> "MuEEncoder":
+        """Training takes the batch norms as they were."""
+        if mode:
+            self.unfold_batch_norms()
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Weights are saved as they were before folding."""
+        self.unfold_batch_norms()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # called before the trunk's own weights are loaded
+        self.unfold_batch_norms(check=False)
+        super()._load_from_state_dict(*args, **kwargs)
 
     # --- embedding -------------------------------------------------------------------------------------------------
 
@@ -170,7 +261,7 @@ class MuEEncoder(nn.Module):
         rows, columns = features.shape[2:]
         ids = patch_positions(rows, columns, config.image_bucket_size, features.device)
         positions = self.image_pos_ln(self.embed_image_positions(ids))
-        states = self.image_proj(features.flatten(2).transpose(1, 2)) + self.type_embedding.weight[1]
+        states = self.image_proj(features.flatten(2).transpose(1, 2)) + self._type(1, features.device)
         if config.add_position_embedding:
             states = states + positions
         states = nn.functional.dropout(self.patch_layernorm_embedding(states), config.dropout, self.training)
@@ -181,11 +272,11 @@ class MuEEncoder(nn.Module):
                     f"`patch_mask` must hold one value per image, [{states.shape[0]}], got {list(patch_mask.shape)}."
                 )
             mask = patch_mask.bool().unsqueeze(1).expand(states.shape[:2])
-            mask = None if bool(mask.all()) else mask
+            mask = None if known_true(mask) else mask
         source = _Source(states, mask, positions, grid=(rows, columns))
         if config.image_relative_bias:
             source.tables = self.image_rel_pos_table_list
-            if _recorded():
+            if _becomes_graph():
                 source.relative_index = patch_relative_index(rows, columns, config.image_bucket_size, states.device)
         return source
 
@@ -214,17 +305,20 @@ class MuEEncoder(nn.Module):
                     f"`attention_mask` must have the shape of `input_ids`, {[batch, length]}, got {list(mask.shape)}."
                 )
             mask = mask.bool()
-            mask = None if bool(mask.all()) else mask
-        positions = self.pos_ln(self.embed_positions.weight[:length])
-        states = embeds + self.type_embedding.weight[0]
+            mask = None if known_true(mask) else mask
+        positions = self.pos_ln(table_rows(self.embed_positions, embeds.device, length))
+        states = embeds + self._type(0, embeds.device)
         if config.add_position_embedding:
             states = states + positions
         states = nn.functional.dropout(self.layernorm_embedding(states), config.dropout, self.training)
         index = text_relative_index(length, config.token_bucket_size, config.max_position_embeddings, states.device)
-        prompt, alone = None, self.training or _recorded()
-        if ids is not None and mask is None and not alone and bool((ids == ids[:1]).all()):
-            prompt = tuple(ids[0].tolist())
-        return _Source(states, mask, positions, self.token_rel_pos_table_list, index, prompt=prompt)
+        constant = ids is not None and mask is None and not self.training and not _becomes_graph()
+        constant = constant and len(ids) > 1 and known_true(ids == ids[:1])
+        return _Source(states, mask, positions, self.token_rel_pos_table_list, index, is_constant=constant)
+
+    def _type(self, modality: int, device: torch.device) -> Tensor:
+        """The type embedding [d] of text (0) or image (1)."""
+        return self.type_embedding(torch.tensor(modality, device=device))
 
     @staticmethod
     def _texts_per_image(image: _Source | None, text: _Source | None) -> int:
@@ -255,11 +349,14 @@ class MuEEncoder(nn.Module):
                 continue
             policy = options.policy(name, len(self.layers))
             collected = [] if output_attentions else None
-            if source.prompt is None or output_hidden_states or output_attentions or isinstance(policy.depth, Tensor):
-                parts = [(slice(None), source)]
-                stream = self._run_stream(source, parts, policy, output_hidden_states, collected)
-            else:
-                stream = self._run_prompt(source, policy)
+            batch = source.states.shape[0]
+            # rows that are all the same run once
+            once = source.is_constant and not output_attentions and not isinstance(policy.depth, Tensor)
+            if once:
+                source = replace(source, states=source.states[:1])
+            stream = self._run_stream(source, [(slice(None), source)], policy, output_hidden_states, collected)
+            if once and batch > 1:
+                stream = _repeated(stream, batch)
             if name == "image" and repeats > 1:
                 stream = _repeated(stream, repeats)
                 collected = collected and [x.repeat_interleave(repeats, dim=0) for x in collected]
@@ -277,17 +374,15 @@ class MuEEncoder(nn.Module):
         output_attentions: bool,
     ) -> tuple[list[StackResult], tuple[Tensor, ...]]:
         if image is not None and repeats > 1:
-            states = image.states.repeat_interleave(repeats, dim=0)
-            mask = None if image.mask is None else image.mask.repeat_interleave(repeats, dim=0)
-            image = replace(image, states=states, mask=mask)
+            image = image.repeated(repeats)
         sources = [source for source in (image, text) if source is not None]
         lengths = [source.states.shape[1] for source in sources]
-        masks = [self._full_mask(source) for source in sources]
         joint = _Source(
             torch.cat([source.states for source in sources], dim=1),
-            torch.cat(masks, dim=1) if any(source.mask is not None for source in sources) else None,
+            torch.cat([source.full_mask() for source in sources], dim=1)
+            if any(source.mask is not None for source in sources)
+            else None,
             torch.cat([source.positions for source in sources]),
-            grid=None if image is None else image.grid,
         )
         places = [slice(0, lengths[0]), slice(lengths[0], sum(lengths))]
         parts = list(zip(places, sources, strict=False))
@@ -295,25 +390,6 @@ class MuEEncoder(nn.Module):
         collected = [] if output_attentions else None
         stream = self._run_stream(joint, parts, policy, output_hidden_states, collected)
         return [stream], tuple(collected or ())
-
-    def _run_prompt(self, source: _Source, policy: ExitPolicy) -> StackResult:
-        """A text that all rows share, run for one of them, and not again while weights and policy are the same."""
-        one, fresh = replace(source, states=source.states[:1]), []
-
-        def run() -> StackResult:
-            fresh.append(self._run_stream(one, [(slice(None), one)], policy, False, None))
-            return fresh[0]
-
-        stream = None
-        if not torch.is_autocast_enabled(source.states.device.type):
-            parts = (self.embed_tokens, self.layernorm_embedding, self.type_embedding, self.embed_positions)
-            parts += (self.pos_ln, self.pos_q_linear, self.pos_k_linear, self.token_rel_pos_table_list, self.layers)
-            weights = plain_weights(chain.from_iterable(map(modules_of, parts)))
-            stream = self.prompts.get((source.prompt, policy, self.config._attn_implementation), weights, run)
-        stream = stream or run()
-        batch = source.states.shape[0]
-        executed = stream.executed if fresh else 0
-        return StackResult(stream.states.expand(batch, -1, -1), stream.depths.expand(batch), executed, None)
 
     def _run_stream(
         self,
@@ -327,21 +403,16 @@ class MuEEncoder(nn.Module):
         states, mask, rows = source.states, source.mask, None
         if mask is not None:
             states = states * mask.unsqueeze(-1)
-            present = mask.any(dim=1).cpu()
-            if not present.all():
-                rows = present.nonzero().flatten()
-                if bool(mask[present].all()):
+            present = mask.any(dim=1)
+            if not mask.is_meta and not present.all():
+                rows = present.cpu().nonzero().flatten()
+                if mask[present].all():
                     # samples without an image take no part, those with one have all patches
                     mask = None
-
-        scores = self._position_scores(source)
-        # Memory of this size is mapped anew at each allocation: the layers share one bias.
-        buffer = None if _recorded() else torch.empty_like(scores)
-        if buffer is not None and len(parts) > 1:
-            buffer.copy_(scores)
+        layer_bias = _LayerBias(self._position_scores(source), parts, self.config.image_bucket_size)
 
         def run_layer(layer: int, states: Tensor, rows: Tensor | None) -> Tensor:
-            bias = self._layer_bias(layer, scores, parts, buffer).unsqueeze(0)
+            bias = layer_bias(layer).unsqueeze(0)
             if mask is not None:
                 keys = mask if rows is None else mask[rows]
                 bias = bias.masked_fill(~keys[:, None, None, :], mask_value(bias))
@@ -354,62 +425,10 @@ class MuEEncoder(nn.Module):
         decider = ExitDecider(policy, mask)
         return run_stack(states, len(self.layers), run_layer, decider, rows, output_hidden_states)
 
-    def _layer_bias(
-        self, layer: int, scores: Tensor, parts: list[tuple[slice, _Source]], buffer: Tensor | None
-    ) -> Tensor:
-        """Adds the relative position biases of a layer to scores [heads, tokens, tokens] shared by all layers; in
-        `buffer`, which holds scores outside of the parts, or differentiably without one."""
-        parts = [(place, part) for place, part in parts if part.tables is not None]
-        if not parts:
-            return scores
-        if buffer is not None:
-            for place, part in parts:
-                table, inputs, output = part.tables[layer], scores[:, place, place], buffer[:, place, place]
-                if part.grid is None:
-                    torch.add(inputs, relative_bias(table, part.relative_index), out=output)
-                else:
-                    add_patch_bias(table.weight, part.grid, self.config.image_bucket_size, inputs, output)
-            return buffer
-        biases = [relative_bias(part.tables[layer], part.relative_index) for _, part in parts]
-        if len(biases) == 1 and biases[0].shape == scores.shape:
-            return biases[0] + scores
-        scores = scores.clone()
-        for (place, _), bias in zip(parts, biases, strict=True):
-            scores[:, place, place] += bias
-        return scores
-
     def _position_scores(self, source: _Source) -> Tensor:
-        """Scores [heads, tokens, tokens] of absolute positions; those of an image's size are kept."""
-
-        def compute() -> Tensor:
-            heads, factor, positions = config.encoder_attention_heads, config.attn_scale_factor, source.positions
-            return position_scores(self.pos_q_linear, self.pos_k_linear, positions, positions, heads, factor)
-
-        config, scores = self.config, None
-        autocast = torch.is_autocast_enabled(source.positions.device.type)
-        if source.grid is not None and not _recorded() and not autocast:
-            parts = (self.embed_image_positions, self.image_pos_ln, self.embed_positions, self.pos_ln)
-            weights = plain_weights((*parts, self.pos_q_linear, self.pos_k_linear))
-            scores = self.grids.get((source.grid, len(source.positions)), weights, compute)
-        return compute() if scores is None else scores
-
-    # --- output ----------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _full_mask(source: _Source) -> Tensor:
-        if source.mask is not None:
-            return source.mask
-        return torch.ones(source.states.shape[:2], dtype=torch.bool, device=source.states.device)
-
-    @staticmethod
-    def _joined_history(streams: list[StackResult]) -> tuple[Tensor, ...]:
-        if len(streams) == 1:
-            return streams[0].hidden_states
-        depth = max(len(stream.hidden_states) for stream in streams)
-        return tuple(
-            torch.cat([s.hidden_states[min(i, len(s.hidden_states) - 1)] for s in streams], dim=1)
-            for i in range(depth)
-        )
+        """Scores [heads, tokens, tokens] of absolute positions, the same in all layers."""
+        heads, factor, positions = self.config.encoder_attention_heads, self.config.attn_scale_factor, source.positions
+        return position_scores(self.pos_q_linear, self.pos_k_linear, positions, positions, heads, factor)
 
     def _add_exit_layers(
         self,
@@ -420,35 +439,44 @@ class MuEEncoder(nn.Module):
         streams: list[StackResult],
     ) -> None:
         batch, device = output.last_hidden_state.shape[0], output.last_hidden_state.device
-        depths, executed, at = {}, {}, 0
+        depths, executed, of_source = {}, {}, iter(streams)
         for name, source in (("image", image), ("text", text)):
             depths[name], executed[name] = torch.zeros(batch, dtype=torch.long), 0
             if source is None:
                 continue
-            if self.config.modality_decomposition:
-                stream = streams[at]
-                executed[name], at = stream.executed, at + 1
-            else:
-                stream = streams[0]
+            stream = next(of_source) if self.config.modality_decomposition else streams[0]
+            executed[name] = stream.executed
+            if not self.config.modality_decomposition:
                 executed[name] = stream.executed // stream.states.shape[1] * source.states.shape[1]
-            present = self._full_mask(source).any(dim=1).cpu()
-            if name == "image" and repeats > 1:
-                present = present.repeat_interleave(repeats)
-            depths[name] = stream.depths * present
+            depths[name] = stream.depths
+            if source.mask is not None:
+                present = source.mask.any(dim=1).cpu()
+                depths[name] = stream.depths * (
+                    present.repeat_interleave(repeats) if name == "image" and repeats > 1 else present
+                )
         output.image_exit_layers, output.text_exit_layers = depths["image"].to(device), depths["text"].to(device)
         output.executed_layers = executed
 
 
-def _recorded() -> bool:
+def _becomes_graph() -> bool:
     """Whether what is computed becomes part of a graph: to differentiate, to compile or to export."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def check_attentions(config: Any, output_attentions: bool | None) -> None:
+    """Raises a ValueError if attention weights are asked for and this attention does not give them."""
+    if output_attentions and config._attn_implementation != "eager":
+        raise ValueError(
+            f"`output_attentions=True` needs eager attention, got {config._attn_implementation!r}; "
+            'call `model.set_attn_implementation("eager")` first.'
+        )
 
 
 def check_token_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     """Raises a ValueError unless ids [batch, length] lie in the vocabulary."""
     if ids.dim() != 2:
         raise ValueError(f"`{name}` must have the shape [batch, length], got {list(ids.shape)}.")
-    if ids.numel():
+    if ids.numel() and not ids.is_meta:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(
@@ -461,6 +489,16 @@ def _repeated(stream: StackResult, repeats: int) -> StackResult:
     history = stream.hidden_states and tuple(x.repeat_interleave(repeats, dim=0) for x in stream.hidden_states)
     states, depths = stream.states.repeat_interleave(repeats, dim=0), stream.depths.repeat_interleave(repeats)
     return StackResult(states, depths, stream.executed, history)
+
+
+def _joined_history(streams: list[StackResult]) -> tuple[Tensor, ...]:
+    """States after every layer of all streams side by side; a shorter stream repeats its last ones."""
+    if len(streams) == 1:
+        return streams[0].hidden_states
+    depth = max(len(stream.hidden_states) for stream in streams)
+    return tuple(
+        torch.cat([s.hidden_states[min(i, len(s.hidden_states) - 1)] for s in streams], dim=1) for i in range(depth)
+    )
 
 
 def _spread(weights: Tensor, rows: Tensor | None, batch: int) -> Tensor:
@@ -490,4 +528,4 @@ def _block_diagonal(streams: list[list[Tensor]]) -> tuple[Tensor, ...]:
     return tuple(joined)
 
 
-__all__ = ["MuEEncoder", "MuEEncoderOutput", "check_token_ids"]
+__all__ = ["MuEEncoder", "MuEEncoderOutput", "check_attentions", "check_token_ids"]

@@ -217,6 +217,11 @@ def chosen_preset(call: Mapping[str, Any], passed: Mapping[str, Any], saved: Map
     return ((saved.get("exit_presets") or {}) | (passed.get("exit_presets") or {})).get(name) or {}
 
 
+def exit_attributes(config: Any) -> dict[str, Any]:
+    """The exit options that a GenerationConfig holds, by name."""
+    return {name: value for name, value in vars(config).items() if "exit" in name and not name.startswith("_")}
+
+
 def _presets(value: Any) -> Mapping[str, Mapping[str, Any]]:
     if not (isinstance(value, Mapping) and all(isinstance(options, Mapping) for options in value.values())):
         raise ValueError(f"`exit_presets` must be a dict of name to a dict of options, got {value!r}; correct it.")
@@ -305,7 +310,8 @@ def _check_contradictions(given: Mapping[str, Any]) -> None:
     needed = CRITERIA[criterion].needed
     if needed and not given.keys() & set(needed):
         raise ValueError(
-            f"`exit_criterion={criterion!r}` needs {' or '.join(f'`{name}`' for name in needed)}, got none; pass a number of layers."
+            f"`exit_criterion={criterion!r}` needs {' or '.join(f'`{name}`' for name in needed)}, got none; "
+            "pass a number of layers."
         )
     for name in LAYER_OPTIONS.values():
         depth = given.get(name)
@@ -327,6 +333,7 @@ __all__ = [
     "ExitOptions",
     "check_names",
     "chosen_preset",
+    "exit_attributes",
     "resolve_options",
     "without_dropped",
 ]

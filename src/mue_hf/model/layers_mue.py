@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_mue import CrossView, MuECache, SelfView
+from .cache_mue import ImageView, MuECache, TokenView
 
 
 def eager_attention_forward(
@@ -130,7 +130,7 @@ class MuECrossAttention(MuEAttention):
     """Attention of decoder tokens to an image and its text. All rows of one image are folded into the query length."""
 
     def forward(
-        self, hidden_states: Tensor, keys: Tensor, values: Tensor, bias: Tensor, view: CrossView
+        self, hidden_states: Tensor, keys: Tensor, values: Tensor, bias: Tensor, view: ImageView
     ) -> tuple[Tensor, Tensor | None]:
         """Queries of decoder rows [rows, tokens, d] over the keys and values of all images; `bias` is folded."""
         query = view.fold(self.split_heads(self.q_proj(hidden_states)))
@@ -216,8 +216,8 @@ class MuEDecoderLayer(_MuELayer):
         encoder_hidden_states: Tensor,
         self_bias: Tensor,
         cross_bias: Tensor,
-        self_view: SelfView,
-        cross_view: CrossView,
+        tokens: TokenView,
+        images: ImageView,
         cache: MuECache | None = None,
         attentions: tuple[list, list] | None = None,
     ) -> Tensor:
@@ -227,15 +227,15 @@ class MuEDecoderLayer(_MuELayer):
             encoder_hidden_states (`Tensor` [images, source, d]): what cross-attention keys are made of, once.
             self_bias (`Tensor` [rows or 1, heads, tokens, keys]): additive bias of the self-attention; it also masks.
             cross_bias (`Tensor` [images or 1, heads, folded tokens or 1, source]): the same for cross-attention.
-            self_view (`SelfView`): which rows and positions these are.
-            cross_view (`CrossView`): which image each row belongs to.
+            tokens (`TokenView`): which rows and positions these are.
+            images (`ImageView`): which image each row belongs to.
             cache (`MuECache`, *optional*): takes the new keys and values and returns them with the older ones.
             attentions (pair of lists, *optional*): receive self- and cross-attention weights.
         """
         states = self.self_attn_layer_norm(hidden_states)
         keys, values = self.self_attn.keys_values(states)
         if cache is not None:
-            keys, values = cache.update_self(self.layer_idx, keys, values, self_view)
+            keys, values = cache.update_self(self.layer_idx, keys, values, tokens, self.project_self)
         output, self_weights = self.self_attn(states, keys, values, self_bias)
         hidden_states = self.residual(hidden_states, self.self_attn_mid_layer_norm(output))
 
@@ -243,9 +243,9 @@ class MuEDecoderLayer(_MuELayer):
             keys, values = self.cross_attn.keys_values(encoder_hidden_states)
         else:
             project = self.cross_attn.keys_values
-            keys, values = cache.cross(self.layer_idx, project, encoder_hidden_states, cross_view.images)
+            keys, values = cache.cross(self.layer_idx, project, encoder_hidden_states, images.images)
         states = self.cross_attn_layer_norm(hidden_states)
-        output, cross_weights = self.cross_attn(states, keys, values, cross_bias, cross_view)
+        output, cross_weights = self.cross_attn(states, keys, values, cross_bias, images)
         hidden_states = self.residual(hidden_states, self.cross_attn_mid_layer_norm(output))
         if attentions is not None:
             attentions[0].append(self_weights)
@@ -263,9 +263,20 @@ def position_scores(
     return q @ k.transpose(-1, -2)
 
 
+def table_rows(table: nn.Embedding, device: torch.device, count: int | None = None) -> Tensor:
+    """The first `count` rows [count, d] of an embedding, all by default. The module is called, since the hooks that
+    bring offloaded weights do not see a weight being read."""
+    return table(torch.arange(table.num_embeddings if count is None else count, device=device))
+
+
 def relative_bias(table: nn.Embedding, index: Tensor) -> Tensor:
     """Looks up indices [queries, keys] in a table [buckets, heads]; returns [heads, queries, keys]."""
-    return table.weight.t()[:, index]
+    return table_rows(table, index.device).t()[:, index]
+
+
+def known_true(mask: Tensor) -> bool:
+    """Whether a mask is True everywhere; False where nobody knows, on the meta device."""
+    return not mask.is_meta and bool(mask.all())
 
 
 def text_relative_index(length: int, bucket_size: int, max_positions: int, device: torch.device) -> Tensor:
@@ -293,8 +304,10 @@ __all__ = [
     "MuEEncoderLayer",
     "MuELinear",
     "MuEOutputHead",
+    "known_true",
     "mask_value",
     "position_scores",
     "relative_bias",
+    "table_rows",
     "text_relative_index",
 ]

@@ -1,6 +1,8 @@
 """The models: `MuEModel` (encoder and decoder) and `MuEForConditionalGeneration` (with the tied output head)."""
 
+import difflib
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,56 +16,38 @@ from transformers.utils.deprecation import deprecate_kwarg
 from .cache_mue import MuECache
 from .configuration_mue import MuEConfig
 from .criteria_mue import ExitPolicy
-from .decoder_mue import MuEDecoder
+from .decoder_mue import MuEDecoder, MuEDecoderOutput
+from .early_exit_mue import ExitRecord
 from .encoder_mue import MuEEncoder, MuEEncoderOutput
-from .exit_options_mue import OPTION_NAMES, ExitOptions, check_names
+from .exit_options_mue import CONFIG_NAMES, ExitOptions, check_names, resolve_options
 from .generation_mue import MuEGenerationMixin
 from .layers_mue import MuEAttention, MuEOutputHead
-from .memo_mue import WeightMemo
 from .vision_mue import trunk_features
 
+# What transformers passes to any model beside its own inputs.
+PASSED_BY_TRANSFORMERS = frozenset({"num_items_in_batch", "return_dict"})
 
-@auto_docstring(custom_intro="Output of `MuEModel`.")
+
 @dataclass
-class MuEModelOutput(Seq2SeqModelOutput):
-    r"""
-    encoder_attention_mask (`torch.BoolTensor` of shape `(batch_size, source_length)`):
-        Source positions that exist, image then text.
-    image_exit_layers (`torch.LongTensor` of shape `(batch_size,)`):
-        Layers run by each sample's image stream, 0 without an image. Only when exits were asked for.
-    text_exit_layers (`torch.LongTensor` of shape `(batch_size,)`):
-        The same for the text stream.
-    decoder_exit_layers (`torch.LongTensor` of shape `(rows,)`):
-        Layers run by each decoder row in this call.
-    executed_layers (`dict[str, int]`):
-        "image", "text", "decoder": how often a layer ran in this call, as rows x tokens.
+class MuEModelOutput(ExitRecord, Seq2SeqModelOutput):
+    r"""Output of `MuEModel`; see [`ExitRecord`] for exits.
+
+    Args:
+        encoder_attention_mask (`torch.BoolTensor` of shape `(batch_size, source_length)`):
+            Source positions that exist, image then text. Only when exits were asked for.
     """
 
     encoder_attention_mask: torch.BoolTensor | None = None
-    image_exit_layers: torch.LongTensor | None = None
-    text_exit_layers: torch.LongTensor | None = None
-    decoder_exit_layers: torch.LongTensor | None = None
-    executed_layers: dict[str, int] | None = None
 
 
-@auto_docstring(custom_intro="Output of `MuEForConditionalGeneration`.")
 @dataclass
-class MuESeq2SeqLMOutput(Seq2SeqLMOutput):
-    r"""
-    image_exit_layers (`torch.LongTensor` of shape `(batch_size,)`):
-        Layers run by each sample's image stream, 0 without an image. Only when exits were asked for.
-    text_exit_layers (`torch.LongTensor` of shape `(batch_size,)`):
-        The same for the text stream.
-    decoder_exit_layers (`torch.LongTensor` of shape `(rows,)`):
-        Layers run by each decoder row in this call.
-    executed_layers (`dict[str, int]`):
-        "image", "text", "decoder": how often a layer ran in this call, as rows x tokens.
-    """
+class MuESeq2SeqLMOutput(ExitRecord, Seq2SeqLMOutput):
+    r"""Output of `MuEForConditionalGeneration`; see [`ExitRecord`] for exits.
 
-    image_exit_layers: torch.LongTensor | None = None
-    text_exit_layers: torch.LongTensor | None = None
-    decoder_exit_layers: torch.LongTensor | None = None
-    executed_layers: dict[str, int] | None = None
+    Args:
+        logits (`torch.FloatTensor` of shape `(rows, target_length, vocab_size)`):
+            Of the next token, from each row's exit state.
+    """
 
 
 def shift_tokens_right(labels: Tensor, pad_token_id: int, start_token_id: int) -> Tensor:
@@ -80,7 +64,7 @@ class MuEPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["MuEEncoderLayer", "MuEDecoderLayer"]
-    _skip_keys_device_placement = ["cache"]
+    _skip_keys_device_placement = ["cache", "attentions"]
     _supports_sdpa = True
     # the additive position bias has no place in these kernels
     _supports_flash_attn = False
@@ -151,6 +135,28 @@ class MuEModel(MuEPreTrainedModel):
         and `generate` take as `image_features`: cache them while the trunk is frozen."""
         return trunk_features(self.encoder.embed_images, pixel_values)
 
+    def fold_batch_norms(self) -> int:
+        """Folds the trunk's batch norms into the convolutions before them: the same features to rounding, faster.
+        `train()`, saving and loading weights undo it; fingerprints are those of the weights before.
+
+        Folds in place, in evaluation mode and at least float32; otherwise, or without batch norms, it does nothing.
+
+        Returns:
+            `int`: how many batch norms are folded now.
+
+        Raises:
+            ValueError: in training mode.
+        """
+        return self.encoder.fold_batch_norms()
+
+    def unfold_batch_norms(self) -> None:
+        """Undoes `fold_batch_norms`.
+
+        Raises:
+            ValueError: if a folded weight was written to, which would be lost.
+        """
+        self.encoder.unfold_batch_norms()
+
     @deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")
     @can_return_tuple
     @auto_docstring
@@ -174,6 +180,7 @@ class MuEModel(MuEPreTrainedModel):
         exit_step: int | None = None,
         exit_num_steps: int | None = None,
         exit_policy: ExitPolicy | None = None,
+        exit_options: ExitOptions | None = None,
         active_rows: torch.BoolTensor | None = None,
         predict: Any = None,
         **kwargs: Any,
@@ -193,6 +200,8 @@ class MuEModel(MuEPreTrainedModel):
             N of Theta(t), the greatest number of new tokens. Default: what the generation config allows.
         exit_policy (`ExitPolicy`, *optional*):
             The decoder's policy at this step, as `generate` passes it, in place of the decoder's exit options.
+        exit_options (`ExitOptions`, *optional*):
+            All exit options, in place of those by name.
         active_rows (`torch.BoolTensor` of shape `(rows,)`, *optional*):
             Decoder rows that are worth running; the others have depth 0.
         predict (`Callable`, *optional*):
@@ -201,17 +210,14 @@ class MuEModel(MuEPreTrainedModel):
         kwargs (*optional*):
             The exit options of [`ExitOptions`] by name, e.g. `decoder_exit_threshold=0.95`.
         """
-        options, active = self._exit_options(kwargs)
+        options = exit_options or self.exit_options_of(kwargs, {})
         if output_exit_layers is None:
-            output_exit_layers = active
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+            output_exit_layers = options is not None
+        options = options or ExitOptions()
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"`output_attentions=True` needs eager attention, got {self.config._attn_implementation!r}; "
-                'call `model.set_attn_implementation("eager")` first.'
-            )
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids,
@@ -225,19 +231,14 @@ class MuEModel(MuEPreTrainedModel):
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
             )
-        elif getattr(encoder_outputs, "position_embeddings", None) is None:
-            raise ValueError(
-                "`encoder_outputs` must be what `model.get_encoder()(...)` returned: the decoder needs its mask and "
-                f"position embeddings, got {type(encoder_outputs).__name__}."
-            )
+        encoded = _checked(encoder_outputs)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             start = self.config.decoder_start_token_id
-            rows = encoder_outputs.last_hidden_state.shape[0]
-            decoder_input_ids = torch.full((rows, 1), start, device=encoder_outputs.last_hidden_state.device)
-        cache = self._cache(cache, use_cache, options, decoder_input_ids, decoder_inputs_embeds)
+            decoder_input_ids = torch.full((encoded.shape[0], 1), start, device=encoded.device)
+        num_tokens = (decoder_inputs_embeds if decoder_input_ids is None else decoder_input_ids).shape[1]
+        cache = self._cache(cache, use_cache, options, num_tokens)
         if exit_policy is None:
-            tokens = decoder_input_ids if decoder_input_ids is not None else decoder_inputs_embeds
-            last = (0 if cache is None else cache.length) + tokens.shape[1] - 1
+            last = (0 if cache is None else cache.length) + num_tokens - 1
             exit_policy = options.policy("decoder", self.config.decoder_layers).at_step(
                 last if exit_step is None else exit_step, exit_num_steps or self.config.max_position_embeddings
             )
@@ -253,40 +254,29 @@ class MuEModel(MuEPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        output = MuEModelOutput(
-            last_hidden_state=decoder_outputs.last_hidden_state,
-            cache=decoder_outputs.cache,
-            decoder_hidden_states=decoder_outputs.hidden_states,
-            decoder_attentions=decoder_outputs.attentions,
-            cross_attentions=decoder_outputs.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-        )
-        if output_exit_layers:
-            output.encoder_attention_mask = encoder_outputs.attention_mask
-            output.image_exit_layers = encoder_outputs.image_exit_layers
-            output.text_exit_layers = encoder_outputs.text_exit_layers
-            output.decoder_exit_layers = decoder_outputs.exit_layers
-            output.executed_layers = {
-                **(encoder_outputs.executed_layers or {}),
-                "decoder": decoder_outputs.executed_layers,
-            }
-        return output
+        return _joined(encoder_outputs, decoder_outputs, output_exit_layers)
 
-    def _exit_options(self, kwargs: dict[str, Any]) -> tuple[ExitOptions, bool]:
-        """The options among a call's keyword arguments, and whether there were any."""
-        check_names(kwargs)
-        given = {name: value for name, value in kwargs.items() if name in OPTION_NAMES and value is not None}
-        return ExitOptions.from_dict(given, self.config), bool(given)
+    def exit_options_of(self, kwargs: dict[str, Any], presets: dict[str, Any]) -> ExitOptions | None:
+        """The exit options among the keyword arguments of `forward`, None without any.
+
+        Raises:
+            ValueError: for options that `ExitOptions` refuses, and for keyword arguments that nobody reads.
+        """
+        names = CONFIG_NAMES - {"exit_presets"}
+        check_names(kwargs, names)
+        if unknown := sorted(kwargs.keys() - names - PASSED_BY_TRANSFORMERS):
+            near = difflib.get_close_matches(unknown[0], signature(self.forward).parameters, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else "drop it."
+            raise ValueError(f"`{unknown[0]}` must be an input of the model, which it is not; {hint}")
+        given = {name: value for name, value in kwargs.items() if name in names and value is not None}
+        return resolve_options(given, {}, {"exit_presets": presets}, self.config) if given else None
 
     def _cache(
         self,
         cache: MuECache | None,
         use_cache: bool | None,
         options: ExitOptions,
-        ids: Tensor | None,
-        embeds: Tensor | None,
+        num_tokens: int,
     ) -> MuECache | None:
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if cache is not None:
@@ -298,8 +288,40 @@ class MuEModel(MuEPreTrainedModel):
             return cache
         if not use_cache or (self.training and torch.is_grad_enabled()):
             return None
-        length = (ids if ids is not None else embeds).shape[1]
-        return MuECache(self.config, max(length, 32), options.exit_kv)
+        return MuECache(self.config, max(num_tokens, 32), options.exit_kv)
+
+
+def _checked(encoder_outputs: MuEEncoderOutput) -> Tensor:
+    """The encoder's states [samples, source, d].
+
+    Raises:
+        ValueError: if the output is not that of a MuE encoder.
+    """
+    if getattr(encoder_outputs, "position_embeddings", None) is None:
+        raise ValueError(
+            "`encoder_outputs` must be what `model.get_encoder()(...)` returned: the decoder needs its mask and "
+            f"position embeddings, got {type(encoder_outputs).__name__}."
+        )
+    return encoder_outputs.last_hidden_state
+
+
+def _joined(encoder: MuEEncoderOutput, decoder: MuEDecoderOutput, output_exit_layers: bool) -> MuEModelOutput:
+    output = MuEModelOutput(
+        last_hidden_state=decoder.last_hidden_state,
+        cache=decoder.cache,
+        decoder_hidden_states=decoder.hidden_states,
+        decoder_attentions=decoder.attentions,
+        cross_attentions=decoder.cross_attentions,
+        encoder_last_hidden_state=encoder.last_hidden_state,
+        encoder_hidden_states=encoder.hidden_states,
+        encoder_attentions=encoder.attentions,
+    )
+    if output_exit_layers:
+        output.encoder_attention_mask = encoder.attention_mask
+        output.image_exit_layers, output.text_exit_layers = encoder.image_exit_layers, encoder.text_exit_layers
+        output.decoder_exit_layers = decoder.decoder_exit_layers
+        output.executed_layers = {**(encoder.executed_layers or {}), **decoder.executed_layers}
+    return output
 
 
 @auto_docstring(custom_intro="MuE with its tied output head: captions, closed answers, and fine-tuning.")
@@ -310,7 +332,6 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
         super().__init__(config)
         self.model = MuEModel(config)
         self.lm_head = MuEOutputHead(config.d_model, config.vocab_size, bias=False)
-        self.fingerprints = WeightMemo(1)
         # A generation config marked as made from a model config would lose exit options and presets on loading.
         self.generation_config._from_model_config = False
         self.post_init()
@@ -330,6 +351,14 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
     def trunk_features(self, pixel_values: Tensor) -> Tensor:
         """See [`MuEModel.trunk_features`]."""
         return self.model.trunk_features(pixel_values)
+
+    def fold_batch_norms(self) -> int:
+        """See [`MuEModel.fold_batch_norms`]."""
+        return self.model.fold_batch_norms()
+
+    def unfold_batch_norms(self) -> None:
+        """See [`MuEModel.unfold_batch_norms`]."""
+        self.model.unfold_batch_norms()
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Decoder input [batch, length] that predicts labels [batch, length]."""
@@ -410,10 +439,10 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
             exit_step=exit_step,
             exit_num_steps=exit_num_steps or limits.max_new_tokens or limits.max_length,
             exit_policy=exit_policy,
+            exit_options=self.model.exit_options_of(kwargs, getattr(limits, "exit_presets", None) or {}),
             active_rows=active_rows,
             predict=self.lm_head,
             return_dict=True,
-            **{name: value for name, value in kwargs.items() if "exit" in name},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self._logits(outputs.last_hidden_state[:, keep], emitted_ids)
@@ -426,21 +455,8 @@ class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
                 shift_labels=labels,
                 num_items_in_batch=kwargs.get("num_items_in_batch"),
             )
-        return MuESeq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-            image_exit_layers=outputs.image_exit_layers,
-            text_exit_layers=outputs.text_exit_layers,
-            decoder_exit_layers=outputs.decoder_exit_layers,
-            executed_layers=outputs.executed_layers,
-        )
+        shared = {name: outputs[name] for name in outputs if name in MuESeq2SeqLMOutput.__dataclass_fields__}
+        return MuESeq2SeqLMOutput(loss=loss, logits=logits, **shared)
 
     def _logits(self, states: Tensor, ids: slice | Tensor | None) -> Tensor:
         if ids is None:

@@ -14,8 +14,8 @@ from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 from transformers.utils import TensorType
 
-from .answers_mue import answer_tree
 from .images_mue import load_image, to_rgb
+from .scoring_mue import answer_trie
 
 CAPTION_PROMPT = " what does the image describe?"
 ENTAILMENT_PROMPT = ' does the image describe " {hypothesis} "?'
@@ -429,7 +429,7 @@ class MuEProcessor(ProcessorMixin):
         if prompt_length < 1:
             raise ValueError(f"`prompt_length` must be at least 1, got {prompt_length}; count the start token.")
         eos = self.tokenizer.eos_token_id
-        tree = answer_tree(self.encode_answers(answers), eos)
+        tree = answer_trie(self.encode_answers(answers), eos)
 
         def allowed_tokens(batch_id: int, input_ids: torch.Tensor) -> list[int]:
             return tree.get(tuple(input_ids[prompt_length:].tolist()), [eos])

@@ -1,23 +1,14 @@
 """From a picture to patches: any transformers or timm backbone, and where each patch sits on OFA's position grid."""
 
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import AutoBackbone, PreTrainedModel
-
-from .memo_mue import WeightMemo, modules_of, plain_weights
 
 # Pixels of one call on a CPU: memory for the feature maps of more is mapped anew by every operation.
 # An image of 480 x 480 has less.
 PIXELS_AT_ONCE = 2**18
-
-HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-)
 
 
 def load_trunk(config: Any) -> PreTrainedModel:
@@ -26,15 +17,11 @@ def load_trunk(config: Any) -> PreTrainedModel:
     if trunk_config._attn_implementation == "sdpa":
         # Asked of encoder and decoder, it need not exist for the trunk; where it does, it is the default.
         trunk_config._attn_implementation = None
-    trunk = AutoBackbone.from_config(trunk_config)
-    trunk.folded = WeightMemo(1)
-    return trunk
+    return AutoBackbone.from_config(trunk_config)
 
 
 def trunk_features(trunk: nn.Module, pixel_values: Tensor) -> Tensor:
     """Runs the trunk: pixels [batch, 3, height, width] -> features [batch, channels, rows, columns].
-
-    In inference it is a copy of the trunk that runs, with batch norms folded into the convolutions before them.
 
     Raises:
         ValueError: if the pixels have another shape.
@@ -44,84 +31,11 @@ def trunk_features(trunk: nn.Module, pixel_values: Tensor) -> Tensor:
             f"`pixel_values` must have the shape [batch, 3, height, width], got {list(pixel_values.shape)}; "
             "make them with the processor."
         )
-    trunk = inference_trunk(trunk, pixel_values)
     if pixel_values.device.type == "cpu" and not trunk.training and not torch.compiler.is_compiling():
         parts = pixel_values.split(max(1, PIXELS_AT_ONCE // pixel_values[0, 0].numel()))
         maps = [trunk(part).feature_maps[-1] for part in parts]
         return torch.cat(maps) if len(maps) > 1 else maps[0]
     return trunk(pixel_values).feature_maps[-1]
-
-
-def inference_trunk(trunk: nn.Module, pixel_values: Tensor) -> nn.Module:
-    """What `trunk_features` runs on these pixels: in inference the folded copy, which calls the hooks of the trunk;
-    else the trunk itself, as it does where modules inside it have hooks, or are compiled."""
-    # what `torch.compile` returns has none of its own
-    memo = vars(trunk).get("folded")
-    if memo is None or trunk.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return trunk
-    if pixel_values.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(pixel_values.device.type):
-        # in half precision the folded weights would be rounded once more
-        return trunk
-    whole, *modules = modules_of(trunk)
-    if any(module._compiled_call_impl is not None for module in (whole, *modules)):
-        return trunk
-    weights = plain_weights(modules)
-    return memo.get("trunk", weights, lambda: _folded(trunk, pixel_values[:1])) or trunk
-
-
-@torch.no_grad()
-def _folded(trunk: nn.Module, pixels: Tensor) -> nn.Module | None:
-    """A copy of a trunk whose batch norms are part of the convolutions that feed them; None if there are none, or if
-    the copy does not give the same features."""
-    folded = deepcopy(trunk)
-    for hooks in HOOKS:
-        getattr(folded, hooks).clear()
-    pairs = _convolutions_and_norms(folded, pixels)
-    expected = folded(pixels).feature_maps[-1]
-    for convolution, norm in pairs:
-        fused = fuse_conv_bn_eval(convolution, norm)
-        convolution.weight, convolution.bias = fused.weight, fused.bias
-        # timm's batch norms bring their activation along
-        _replace(folded, norm, nn.Sequential(*(getattr(norm, x) for x in ("drop", "act") if hasattr(norm, x))))
-    for module in folded.modules():
-        if isinstance(module, nn.ReLU | nn.ReLU6):
-            module.inplace = True
-    folded.requires_grad_(False)
-    if pixels.device.type == "cpu":
-        folded.to(memory_format=torch.channels_last)
-    error = (folded(pixels).feature_maps[-1] - expected).abs().max()
-    if not pairs or not error <= 1000 * torch.finfo(pixels.dtype).eps * expected.abs().max():
-        return None
-    for hooks in HOOKS:
-        setattr(folded, hooks, getattr(trunk, hooks))
-    return folded
-
-
-def _convolutions_and_norms(trunk: nn.Module, pixels: Tensor) -> list[tuple[nn.Module, nn.Module]]:
-    """The batch norms whose input is the output of a convolution, found by running the trunk."""
-    pairs: list[tuple[nn.Module, nn.Module]] = []
-    latest: list[tuple[nn.Module, Tensor]] = []
-
-    def note_output(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        latest[:] = [(module, output)]
-
-    def note_norm(module: nn.Module, inputs: tuple) -> None:
-        if latest and latest[0][1] is inputs[0] and module.running_var is not None:
-            pairs.append((latest[0][0], module))
-
-    handles = [m.register_forward_hook(note_output) for m in trunk.modules() if isinstance(m, nn.Conv2d)]
-    handles += [m.register_forward_pre_hook(note_norm) for m in trunk.modules() if isinstance(m, nn.BatchNorm2d)]
-    trunk(pixels)
-    for handle in handles:
-        handle.remove()
-    return pairs
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for module in model.modules():
-        for name, child in module.named_children():
-            if child is old:
-                setattr(module, name, new)
 
 
 def check_features(features: Tensor, channels: int, bucket_size: int) -> None:
@@ -173,7 +87,6 @@ def add_patch_bias(table: Tensor, grid: tuple[int, int], bucket_size: int, score
 __all__ = [
     "add_patch_bias",
     "check_features",
-    "inference_trunk",
     "load_trunk",
     "patch_positions",
     "patch_relative_index",
