@@ -26,7 +26,7 @@ from mue_hf import (
     SceneDataset,
     load_captioning,
 )
-from mue_hf.data.loaders import CAPTIONING_FEATURES
+from mue_hf.data import CAPTIONING_FEATURES
 
 
 def scenes(seed: int, count: int, parts: list[int]) -> Iterator[dict]:

@@ -48,8 +48,8 @@ from torch.utils.data import Dataset
 from transformers import GenerationConfig, HfArgumentParser, TimmBackboneConfig, set_seed
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
+from mue_hf.data import MuEDataCollator, load_captioning, load_entailment
 from mue_hf.data.features import cache_trunk_features
-from mue_hf.data.loaders import MuEDataCollator, load_captioning, load_entailment
 from mue_hf.evaluation.processes import finish_processes
 from mue_hf.metrics.rewards import CiderDReward
 from mue_hf.training.arguments import MuETrainingArguments

@@ -46,7 +46,7 @@ from torch.utils.data import Dataset
 from transformers import GenerationConfig, HfArgumentParser, ResNetConfig, Trainer, TrainerCallback, set_seed
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
-from mue_hf.data.loaders import MuEDataCollator
+from mue_hf.data import MuEDataCollator
 from mue_hf.data.scenes import (
     COLORS,
     FORMS,

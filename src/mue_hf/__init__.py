@@ -33,15 +33,15 @@ __version__ = version("mue-hf")
 
 # Name -> its module.
 _TRAINING = {
-    "CaptionPairs": "data.loaders",
+    "CaptionPairs": "data",
     "CiderDReward": "metrics.rewards",
-    "MuEDataCollator": "data.loaders",
+    "MuEDataCollator": "data",
     "MuETrainer": "training.trainer",
     "MuETrainingArguments": "training.arguments",
     "SceneDataset": "data.scenes",
     "cache_trunk_features": "data.features",
-    "load_captioning": "data.loaders",
-    "load_entailment": "data.loaders",
+    "load_captioning": "data",
+    "load_entailment": "data",
 }
 
 AutoConfig.register("mue", MuEConfig, exist_ok=True)

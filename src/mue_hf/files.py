@@ -1,10 +1,12 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and JSON lines of which some may be broken."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -61,4 +63,19 @@ def whole_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[P
         shutil.rmtree(part, ignore_errors=True)
 
 
-__all__ = ["whole_file", "whole_folder", "write_whole"]
+def json_lines(path: str | os.PathLike) -> Iterator[dict[str, Any] | str]:
+    """The objects of a JSONL file, in UTF-8 with or without a mark, blank lines passed over; in place of a line that
+    holds no object a sentence that says so, with its number from 1."""
+    with open(path, encoding="utf-8-sig", errors="backslashreplace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (RecursionError, ValueError) as error:
+                yield f"line {number} must be JSON, got an error: {error}."
+            else:
+                yield record if isinstance(record, dict) else f"line {number} must be a JSON object."
+
+
+__all__ = ["json_lines", "whole_file", "whole_folder", "write_whole"]

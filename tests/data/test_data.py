@@ -14,17 +14,17 @@ from conftest import character_tokenizer, tiny_model
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PilImage
 
-from mue_hf.data import features
-from mue_hf.data import loaders as data
-from mue_hf.data.features import cache_trunk_features, image_digest, trunk_fingerprint
-from mue_hf.data.loaders import (
+from mue_hf.data import (
     CAPTIONING_FEATURES,
     ENTAILMENT_FEATURES,
     CaptionPairs,
     MuEDataCollator,
+    features,
     load_captioning,
     load_entailment,
+    reader,
 )
+from mue_hf.data.features import cache_trunk_features, image_digest, trunk_fingerprint
 from mue_hf.data.scenes import SceneDataset
 from mue_hf.evaluation.rows import load_rows, row_fields
 from mue_hf.model.processing_mue import CAPTION_PROMPT, MuEImageProcessorPil, MuEProcessor
@@ -165,7 +165,7 @@ class TestCaptioning:
             rows = embedded(folder)
             return rows if kwargs["split"] else DatasetDict(first=rows.select([0, 2]), second=rows.select([1]))
 
-        monkeypatch.setattr(data, "load_dataset", load_dataset)
+        monkeypatch.setattr(reader, "load_dataset", load_dataset)
         rows = load_captioning("someone/pictures", "validation", image_column="picture", name="en", revision="v1")
         assert len(rows) == 3
         options = {"name": "en", "revision": "v1", "streaming": False}
@@ -195,16 +195,44 @@ class TestCaptioning:
             ("captions.jsonl", {"keep_columns": ["place"]}, "must name a column .*'place'"),
             ("plain.jsonl", {}, "`split_column` must name a column.*`split=None`"),
             ("images", {}, "`caption_column` must name a column"),
-            ("broken.jsonl", {}, "`source` must be .*that `datasets` can read"),
+            ("broken.jsonl", {}, "a JSON object in each line; in .*broken.jsonl line 1 must be JSON, .*Fix or delete"),
+            ("broken.json", {}, "`source` must be .*that `datasets` can read, .*JSON parse error"),
         ],
         ids=lambda value: value if isinstance(value, str) and " " not in value else "",
     )
     def test_bad_source(self, folder, captioning, source, options, match):
         jsonl(folder)
         write_lines(folder / "plain.jsonl", [{"image": "images/0.png", "captions": ["a dog"]}])
-        (folder / "broken.jsonl").write_text('{"image": "images/0.png", ')
+        for suffix in ("json", "jsonl"):
+            (folder / f"broken.{suffix}").write_text('{"image": "images/0.png", ')
         with pytest.raises(ValueError, match=match):
             captioning(folder / source, **options)
+
+    @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+    @pytest.mark.parametrize(
+        ("line", "match"),
+        [
+            ('{"image": "images/1.png", ', r"in .*lines\.jsonl line 3 must be JSON, got an error: .*Fix or delete"),
+            ("[1]", r"in .*lines\.jsonl line 3 must be a JSON object\. Fix or delete"),
+            ('"text"', r"in .*lines\.jsonl line 3 must be a JSON object\. Fix or delete"),
+        ],
+        ids=["cut", "list", "text"],
+    )
+    def test_one_bad_line_of_many_is_named(self, folder, captioning, line, match, streaming):
+        good = json.dumps({"image": "images/0.png", "captions": ["a dog"]})
+        (folder / "lines.jsonl").write_text("\n".join([good, "", line, good]))
+        with pytest.raises(ValueError, match=match):
+            captioning(folder / "lines.jsonl", None, streaming=streaming)
+
+    def test_empty_file(self, folder, captioning):
+        (folder / "lines.jsonl").write_text("\n")
+        with pytest.raises(ValueError, match=r"in .*lines\.jsonl no line was found"):
+            captioning(folder / "lines.jsonl", None)
+
+    def test_numbers_are_no_paths(self, folder, captioning):
+        path = write_lines(folder / "rows.jsonl", [{"image": 3, "captions": ["a dog"]}])
+        with pytest.raises(ValueError, match="missing or unreadable image: 1 .first in row 0"):
+            captioning(path, None)
 
     @pytest.fixture
     def bad(self, folder):

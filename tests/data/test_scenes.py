@@ -8,7 +8,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from mue_hf.data.loaders import load_captioning, load_entailment
+from mue_hf.data import load_captioning, load_entailment
 from mue_hf.data.scenes import (
     COLORS,
     FORMS,

@@ -412,7 +412,8 @@ class TestSources:
         assert [row.name for row in rows] == ["a.png", *[None] * 4, "", None]
         assert [row.fields["id"] for row in rows] == [1, None, None, None, 2, None, None]
         assert [row.fault is None for row in rows] == [True, *[False] * 6]
-        assert "line 3 must be JSON" in rows[1].fault and "line 4 must be a JSON object" in rows[2].fault
+        assert "line 3 must be JSON" in rows[1].fault
+        assert [row.fault for row in rows[2:4]] == [f"line {line} must be a JSON object." for line in (4, 5)]
 
     @pytest.mark.parametrize("name", ["list.txt", "table.jsonl", "table.csv"])
     def test_a_byte_order_mark_is_no_part_of_the_first_name(self, place, name):
@@ -450,7 +451,9 @@ class TestSources:
             (["none.txt"], "`source` must exist"),
             (["/none"], "`source` must exist"),
             (["broken.parquet"], "must be a parquet file|Parquet"),
-            (["bare.jsonl"], "must be a table with rows"),
+            (["bare.jsonl"], "must be a table with rows, got none in bare.jsonl: line 2 must be a JSON object. Fix"),
+            (["bad.jsonl"], "must be a table with rows, got none in bad.jsonl: line 1 must be JSON, .* Fix the file"),
+            (["nothing.csv"], "must be a table with rows, got none in nothing.csv: it has no lines. Fix the file"),
             (["other.jsonl"], "`image_column` must be given"),
             (["photos", "other.jsonl"], "`image_column` must be given"),
         ],
@@ -460,6 +463,8 @@ class TestSources:
         (place / "empty").mkdir()
         (place / "broken.parquet").write_bytes(b"PAR1 nothing PAR1")
         (place / "bare.jsonl").write_text("\n[1]\n")
+        (place / "bad.jsonl").write_text('{"image": "a.png",')
+        (place / "nothing.csv").write_text("")
         (place / "other.jsonl").write_text('{"picture": "a.png"}\n')
         with pytest.raises(ValueError, match=message):
             Source(names).rows()

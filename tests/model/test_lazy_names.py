@@ -28,7 +28,7 @@ def test_unknown_name():
 
 
 def test_the_import_is_light():
-    modules = ("datasets", "mue_hf.data.loaders", "mue_hf.training.trainer", "transformers.trainer")
+    modules = ("datasets", "mue_hf.data", "mue_hf.training.trainer", "transformers.trainer")
     assert run(f"import sys, mue_hf; print([name for name in {modules} if name in sys.modules])").strip() == "[]"
 
 

@@ -25,7 +25,7 @@ pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate
 from accelerate.state import AcceleratorState
 
 from mue_hf import MuEImageProcessor, MuEProcessor, MuETokenizer
-from mue_hf.data.loaders import MuEDataCollator
+from mue_hf.data import MuEDataCollator
 from mue_hf.data.scenes import SceneDataset
 from mue_hf.evaluation.processes import finish_processes
 from mue_hf.inference.predict import predict

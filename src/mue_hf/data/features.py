@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..files import whole_file
 from ..model.modeling_mue import MuEForConditionalGeneration, MuEModel
 from ..model.processing_mue import MuEProcessor
 
@@ -105,13 +106,8 @@ def _read_index(folder: Path) -> dict[str, tuple[Path, int]]:
 
 
 def _write_shard(folder: Path, keys: list[str], features: Tensor) -> None:
-    path = folder / f"{sha256(json.dumps(keys).encode()).hexdigest()[:16]}.safetensors"
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
+    with whole_file(folder / f"{sha256(json.dumps(keys).encode()).hexdigest()[:16]}.safetensors") as part:
         save_file({"features": features}, part, metadata={"keys": json.dumps(keys)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @torch.inference_mode()

@@ -44,7 +44,8 @@ from pyarrow.parquet import ParquetWriter
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .loaders import CAPTIONING_FEATURES, ENTAILMENT_FEATURES
+from .captioning import CAPTIONING_FEATURES
+from .entailment import ENTAILMENT_FEATURES
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {

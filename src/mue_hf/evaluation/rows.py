@@ -12,8 +12,8 @@ from typing import Any
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from tqdm import tqdm
 
+from ..data import CAPTIONING_FEATURES, ENTAILMENT_FEATURES, load_captioning, load_entailment
 from ..data.features import image_digest
-from ..data.loaders import CAPTIONING_FEATURES, ENTAILMENT_FEATURES, load_captioning, load_entailment
 from ..data.scenes import SceneDataset
 
 LOADERS = {"captioning": load_captioning, "entailment": load_entailment}

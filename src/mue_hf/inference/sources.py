@@ -3,11 +3,16 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from ..files import json_lines
+
+T = TypeVar("T")
 
 #: Files of a folder that count as images; a damaged one is a bad row, other files are passed over.
 IMAGE_SUFFIXES = frozenset(
@@ -53,6 +58,13 @@ class _Part:
     records: Callable[[Sequence[str]], Iterator[dict[str, Any] | str]]
     root: Path | None = None
     total: int | None = None
+
+
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one maybe of fewer."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def printable(text: str) -> str:
@@ -186,10 +198,11 @@ def _part(name: str, split: str, root: Path | None) -> _Part:
         if suffix == ".parquet":
             return _parquet(path, root)
         if suffix in TABLE_SUFFIXES:
-            read = _csv if suffix == ".csv" else _json_lines
+            read = _csv if suffix == ".csv" else json_lines
             first = next((record for record in read(path) if isinstance(record, dict)), None)
             if first is None:
-                raise ValueError(f"`source` must be a table with rows, got none in {name}; check the file.")
+                fault = next(read(path), "it has no lines.")
+                raise ValueError(f"`source` must be a table with rows, got none in {name}: {fault} Fix the file.")
             return _Part(list(first), lambda _: read(path), root, sum(1 for _ in read(path)))
     if path.is_file() or "://" in name or suffix in IMAGE_SUFFIXES:
         return _Part(["image"], lambda _: iter([{"image": name}]), None, 1)
@@ -227,18 +240,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line := line.rstrip("\r\n"):
                 yield {"image": line}
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any] | str]:
-    with open(path, encoding="utf-8-sig", errors="backslashreplace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (RecursionError, ValueError) as error:
-                record = f"line {number} must be JSON, got an error: {error}."
-            yield record if isinstance(record, dict | str) else f"line {number} must be a JSON object."
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any] | str]:
@@ -292,4 +293,4 @@ def _hub(name: str, split: str) -> _Part:
     return _Part(columns, lambda needed: iter(rows.select_columns(list(needed))))
 
 
-__all__ = ["IMAGE_SUFFIXES", "Row", "Source", "printable"]
+__all__ = ["IMAGE_SUFFIXES", "Row", "Source", "batches", "printable"]

@@ -1,0 +1,122 @@
+"""Captioning data: images with their captions, from the Hub, folders, JSONL, JSON, CSV or parquet."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from os import PathLike
+from typing import Any
+
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from torch.utils.data import Dataset as TorchDataset
+
+from .reader import Fault, Reader, has_words
+
+CAPTIONING_FEATURES = Features({"image": Image(), "image_id": Value("string"), "references": List(Value("string"))})
+# The first that the source has.
+CAPTION_COLUMNS = ("references", "captions", "sentences", "caption", "text")
+
+
+def load_captioning(
+    source: str | PathLike,
+    split: str | None = "train",
+    *,
+    image_column: str | None = None,
+    caption_column: str | Sequence[str] | None = None,
+    id_column: str | None = None,
+    split_column: str | None = None,
+    image_root: str | PathLike | None = None,
+    keep_columns: Sequence[str] = (),
+    streaming: bool = False,
+    skip_bad: bool = False,
+    skipped: Counter | None = None,
+    **load_options: Any,
+) -> Dataset | IterableDataset:
+    """
+    Images with their captions, one row per image, checked.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A JSONL, JSON, CSV or parquet file, whose images are paths relative to it or embedded; a folder, such as an
+            `imagefolder` with metadata.jsonl; or a dataset of the Hub.
+        split (`str`, *optional*, defaults to `"train"`):
+            Which rows; "a+b" for both, None for all.
+        image_column (`str`, *optional*):
+            Column of the images or their paths, or a path made from columns such as "{filepath}/{filename}". Default:
+            the first that exists of "image", "file_name", "{filepath}/{filename}", "filename", "{Flickr30K_ID}.jpg".
+        caption_column (`str` or sequence of `str`, *optional*):
+            Column or columns with a caption, a list of captions, or a list of `{"raw": caption}` as in COCO Karpathy.
+            Default: the first that exists of "references", "captions", "sentences", "caption", "text". Rows of the
+            same image are joined, unless streamed.
+        id_column (`str`, *optional*):
+            Column that identifies the image. Default: "image_id" if there is one, else the image's path, else the
+            row's number.
+        split_column (`str`, *optional*):
+            Column with each row's split. Default: "split" for files; none for folders and the Hub, which have splits
+            of their own. Where it is named, `split` chooses by it among all of those.
+        image_root (`str` or `os.PathLike`, *optional*):
+            Folder of relative paths. Default: that of the file.
+        keep_columns (sequence of `str`, *optional*):
+            Further columns to keep as they are.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether rows are read, and checked, only when they are needed. Only that each line of a JSONL file is a
+            JSON object is checked before.
+        skip_bad (`bool`, *optional*, defaults to `False`):
+            Whether bad captions and rows are left out and counted in a warning.
+        skipped (`Counter`, *optional*):
+            Where to add how many are bad, by reason.
+        load_options (*optional*):
+            Further arguments of `datasets.load_dataset`: `name`, `revision`, `field="images"` for Karpathy's JSON.
+
+    Returns:
+        `Dataset`, or `IterableDataset` if streamed: "image", "image_id", "references" (list of `str`, as written), and
+        `keep_columns`.
+
+    Raises:
+        ValueError: if the source or the split does not exist, a line of a JSONL file is no JSON object, a column is
+            missing, or rows are bad: an image that is missing or not an image, a caption without words, no caption.
+    """
+    options = (image_column, id_column, split_column, image_root, keep_columns, streaming, skip_bad, skipped)
+    reader = Reader(source, split, *options, load_options)
+    columns = [caption_column] if caption_column is None or isinstance(caption_column, str) else caption_column
+    columns = [reader.column("caption_column", name, CAPTION_COLUMNS) for name in columns]
+    return reader.read(columns, partial(_captions, columns), CAPTIONING_FEATURES, gather=True)
+
+
+def _captions(columns: Sequence[str], row: dict[str, Any], fault: Fault) -> dict[str, Any] | None:
+    captions = []
+    for name in columns:
+        value = row[name]
+        for caption in value if isinstance(value, list) else [value]:
+            caption = caption.get("raw") if isinstance(caption, dict) else caption
+            if has_words(caption):
+                captions.append(caption)
+            else:
+                fault("caption without words", f"{name} holds {caption!r}")
+    if not captions:
+        fault("no caption", f"{list(columns)} hold none")
+        return None
+    return {"references": captions}
+
+
+class CaptionPairs(TorchDataset):
+    """
+    One row per caption, as OFA counts its epochs: a row of `rows` for each of its captions, with that one alone.
+
+    Args:
+        rows (sequence of `dict`): images, or their features, with captions.
+        references (sequence of sequences of `str`): the captions of each row.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]], references: Sequence[Sequence[str]]) -> None:
+        self.rows = rows
+        self.places = [(row, caption) for row, captions in enumerate(references) for caption in captions]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, caption = self.places[index]
+        return self.rows[row] | {"references": [caption]}
+
+
+__all__ = ["CAPTIONING_FEATURES", "CaptionPairs", "load_captioning"]

@@ -1,0 +1,294 @@
+"""Sources of rows, opened and checked: files, folders and data sets of the Hub, what they are about left aside."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from os import PathLike
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from datasets import Dataset, Features, Image, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
+from PIL import Image as PilImage
+from tqdm import tqdm
+from transformers.utils import logging
+
+from ..files import json_lines
+from ..model.processing_mue import PUNCTUATION
+
+logger = logging.get_logger(__name__)
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# The first that the source has; in braces a path made from columns (COCO Karpathy, SNLI-VE).
+IMAGE_COLUMNS = ("image", "file_name", "{filepath}/{filename}", "filename", "{Flickr30K_ID}.jpg")
+
+#: Takes the reason why a row is bad, and what is there.
+Fault = Callable[[str, str], None]
+#: The texts of a row in the schema; None for a bad row, of which the fault has been reported.
+Fields = Callable[[dict[str, Any], Fault], dict[str, Any] | None]
+
+
+def has_words(text: Any) -> bool:
+    """Whether `text` is a text with more than punctuation."""
+    return isinstance(text, str) and bool(text.translate(PUNCTUATION).strip())
+
+
+class _Faults:
+    """What is wrong with the rows of a source, by reason: an error, or a count where bad ones are to be left out."""
+
+    def __init__(self, source: str, skip: bool, counts: Counter | None) -> None:
+        self.source, self.skip = source, skip
+        self.counts = Counter() if counts is None else counts
+        self.found: Counter = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, row: int, detail: str) -> None:
+        self.counts[reason] += 1
+        self.found[reason] += 1
+        self.first.setdefault(reason, f"row {row}: {detail}")
+
+    def report(self) -> None:
+        if not self.found:
+            return
+        what = "; ".join(f"{reason}: {count} (first in {self.first[reason]})" for reason, count in self.found.items())
+        self.found = Counter()
+        if not self.skip:
+            raise ValueError(
+                f"`source` must hold good rows only, got in {self.source}: {what}; "
+                "fix them, or pass `skip_bad=True` to leave them out."
+            )
+        logger.warning(f"Left out of {self.source}: {what}.")
+
+
+def _names(template: str) -> list[str]:
+    """The columns that a path such as "{filepath}/{filename}" is made from, or the one column that is named."""
+    return [name for _, name, _, _ in Formatter().parse(template) if name] or [template]
+
+
+@dataclass
+class Reader:
+    """A source of rows, opened; the fields are the arguments of [`load_captioning`] of the same name."""
+
+    source: str | PathLike
+    split: str | None = "train"
+    image_column: str | None = None
+    id_column: str | None = None
+    split_column: str | None = None
+    image_root: str | PathLike | None = None
+    keep_columns: Sequence[str] = ()
+    streaming: bool = False
+    skip_bad: bool = False
+    skipped: Counter | None = None
+    load_options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        path = Path(self.source)
+        self.is_file = path.is_file()
+        self.root = Path(self.image_root or (path.parent if self.is_file else path)).absolute()
+        if self.is_file and path.suffix not in FORMATS:
+            raise ValueError(f"`source` must be a file of the kinds {list(FORMATS)}, got {str(path)!r}; convert it.")
+        if not path.exists() and (path.suffix in FORMATS or path.is_absolute()):
+            raise ValueError(f"`source` must exist, got {str(path)!r}; check the path.")
+        if self.is_file and path.suffix == ".jsonl":
+            _check_lines(path)
+        self.rows = self._open(path)
+        self.columns = self.rows.column_names or list(next(iter(self.rows), {}))
+        if self.is_file and self.split is not None and self.split_column is None:
+            self.split_column = self.column("split_column", None, ("split",), hint="; pass `split=None` for all rows")
+        for name in (self.id_column, self.split_column, *self.keep_columns):
+            self.column("columns", name, ())
+        if self.id_column is None and "image_id" in self.columns:
+            self.id_column = "image_id"
+        self.image_column = self.column("image_column", self.image_column, IMAGE_COLUMNS)
+        # Encoded images are passed on as they are: decoding them here would be wasted.
+        if isinstance(self._kind(self.image_column), Image | dict):
+            self.rows = self.rows.cast_column(self.image_column, Image(decode=False))
+        self.embedded = isinstance(self._kind(self.image_column), Image)
+        self.faults = _Faults(str(self.source), self.skip_bad, self.skipped)
+        self.checked_paths: dict[str, str | None] = {}
+
+    def _open(self, path: Path) -> Dataset | IterableDataset:
+        options = (self.load_options or {}) | {"streaming": self.streaming}
+        whole = self.split is None or self.split_column is not None
+        try:
+            if self.is_file:
+                return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", **options)
+            loaded = load_dataset(str(self.source), split=None if whole else self.split, **options)
+        except (DatasetsError, OSError, ValueError) as error:
+            raise ValueError(
+                f"`source` must be a file, a folder or a dataset of the Hub that `datasets` can read, got "
+                f"{str(self.source)!r} with split {self.split!r}: {error.__cause__ or error}"
+            ) from error
+        return concatenate_datasets(list(loaded.values())) if whole else loaded
+
+    def _kind(self, column: str) -> Any:
+        return (self.rows.features or {}).get(column)
+
+    def column(self, argument: str, given: str | None, defaults: Sequence[str], hint: str = "") -> str | None:
+        """`given`, or the first of `defaults` that the source has.
+
+        Raises:
+            ValueError: if the source has none of them.
+        """
+        candidates = defaults if given is None else (given,)
+        for candidate in candidates:
+            if all(name in self.columns for name in _names(candidate)):
+                return candidate
+        if not candidates:
+            return None
+        raise ValueError(
+            f"`{argument}` must name a column of the source, got none of {list(candidates)} among {self.columns} in "
+            f"{self.source}; name the right one{hint}."
+        )
+
+    @cached_property
+    def wanted_splits(self) -> set[str] | None:
+        return None if self.split is None or self.split_column is None else set(self.split.split("+"))
+
+    def read(
+        self, columns: Sequence[str], fields: Fields, features: Features, gather: bool
+    ) -> Dataset | IterableDataset:
+        """All rows in the schema.
+
+        Args:
+            columns: those that `fields` needs.
+            fields: a row to the texts of the schema.
+            features: the schema.
+            gather: whether "references" of rows with the same image are joined, unless streamed.
+        """
+        if self.keep_columns:
+            features = Features(features | {name: self._kind(name) or Value("string") for name in self.keep_columns})
+        if self.streaming:
+            return self._stream(fields, features)
+        needed = {*columns, *self.keep_columns, self.id_column, self.split_column} - {None}
+        if not self.embedded:
+            needed |= set(_names(self.image_column))
+        return self._table(sorted(needed), fields, features, gather)
+
+    def _stream(self, fields: Fields, features: Features) -> IterableDataset:
+        def batch(columns: dict[str, list], numbers: list[int]) -> dict[str, list]:
+            kept: dict[str, list] = {name: [] for name in features}
+            for index, number in enumerate(numbers):
+                row = {name: values[index] for name, values in columns.items()}
+                image = row[self.image_column] if self.embedded else {"bytes": None, "path": self._image_path(row)}
+                image = image or {"bytes": None, "path": None}
+                one = self._normalized(number, row, image["bytes"], image["path"], fields)
+                if one is not None:
+                    one["image"] = image | {"path": one["path"]}
+                    for name in features:
+                        kept[name].append(one[name])
+            self.faults.report()
+            return kept
+
+        rows = self.rows.map(batch, with_indices=True, batched=True, batch_size=16, remove_columns=self.columns)
+        # `features=` of `map` would leave the images undecoded.
+        return rows.cast(features)
+
+    def _table(self, needed: list[str], fields: Fields, features: Features, gather: bool) -> Dataset:
+        kept: dict[str, dict[str, Any]] = {}
+        seen_splits: set[str] = set()
+        images = self._embedded_images() if self.embedded else None
+        for number, row in enumerate(tqdm(self.rows.select_columns(needed), desc="checking", unit="row", delay=2)):
+            stored, path = (None, self._image_path(row)) if images is None else next(images)
+            if self.split_column is not None:
+                seen_splits.add(row[self.split_column])
+            one = self._normalized(number, row, stored, path, fields)
+            if one is None:
+                continue
+            key = one["image_id"] if gather else str(number)
+            if key in kept:
+                kept[key]["references"] += one["references"]
+            else:
+                kept[key] = one | {"number": number}
+        self.faults.report()
+        if not kept:
+            raise ValueError(
+                f"`source` must hold rows of the split {self.split!r}, got none in {self.source} "
+                f"(splits there: {sorted(map(str, seen_splits)) or 'its own'}); check `split`."
+            )
+        if not self.embedded:
+            columns = {name: [row["path" if name == "image" else name] for row in kept.values()] for name in features}
+            return Dataset.from_dict(columns, features=features)
+        # Texts beside the images as they are, then a choice of rows: no image is copied.
+        by_number = {row["number"]: row for row in kept.values()}
+        rows = [by_number.get(number, {}) for number in range(len(self.rows))]
+        texts = Features({name: kind for name, kind in features.items() if name != "image"})
+        columns = {name: [row.get(name) for row in rows] for name in texts}
+        pictures = self.rows.select_columns([self.image_column]).cast_column(self.image_column, Image())
+        if self.image_column != "image":
+            pictures = pictures.rename_column(self.image_column, "image")
+        joined = concatenate_datasets([pictures, Dataset.from_dict(columns, features=texts)], axis=1)
+        return joined.select(list(by_number))
+
+    def _embedded_images(self) -> Iterator[tuple[bytes | None, str | None]]:
+        """For each row the encoded image if it is stored there, and its path."""
+        for table in self.rows.select_columns([self.image_column]).with_format("arrow").iter(100):
+            for image in table.column(self.image_column):
+                yield (image["bytes"].as_py(), image["path"].as_py()) if image.is_valid else (None, None)
+
+    def _image_path(self, row: dict[str, Any]) -> str | None:
+        """The path as the source gives it, None where it gives none."""
+        if any(row[name] is None or row[name] == "" for name in _names(self.image_column)):
+            return None
+        return self.image_column.format(**row) if "{" in self.image_column else str(row[self.image_column])
+
+    def _normalized(
+        self, number: int, row: dict[str, Any], stored: bytes | None, path: str | None, fields: Fields
+    ) -> dict[str, Any] | None:
+        """One row in the schema, without its image's bytes; None if it is bad or of another split."""
+        if self.wanted_splits is not None and row[self.split_column] not in self.wanted_splits:
+            return None
+        located = path if stored or path is None or "://" in path else str(self.root / path)
+        if fault := self._image_fault(stored, located):
+            self.faults.add("missing or unreadable image", number, fault)
+            return None
+        texts = fields(row, lambda reason, detail: self.faults.add(reason, number, detail))
+        if texts is None:
+            return None
+        if self.id_column is not None:
+            image_id = str(row[self.id_column])
+        elif path is None:
+            image_id = str(number)
+        else:
+            image_id = str(Path(path).relative_to(self.root)) if Path(path).is_relative_to(self.root) else path
+        return {"path": located, "image_id": image_id, **texts, **{name: row[name] for name in self.keep_columns}}
+
+    def _image_fault(self, stored: bytes | None, path: str | None) -> str | None:
+        if stored:
+            return _decoding_fault(BytesIO(stored))
+        if path is None:
+            return "there is none"
+        if "://" in path:
+            return None
+        if path not in self.checked_paths:
+            self.checked_paths[path] = _decoding_fault(path)
+        return self.checked_paths[path]
+
+
+def _check_lines(path: Path) -> None:
+    """Refuses a JSONL file that `datasets` cannot read, and names the line, which `datasets` does not."""
+    fault: str | None = "no line was found."
+    for line in json_lines(path):
+        fault = line if isinstance(line, str) else None
+        if fault:
+            break
+    if fault:
+        raise ValueError(f"`source` must hold a JSON object in each line; in {path} {fault} Fix or delete that line.")
+
+
+def _decoding_fault(file: str | BytesIO) -> str | None:
+    """Why an image can't be decoded; JPEGs are, at an eighth of their size, which takes a fraction of the time."""
+    try:
+        with PilImage.open(file) as image:
+            image.draft("RGB", (1, 1))
+            image.load()
+    # Pillow's decoders raise many kinds of errors.
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+__all__ = ["Fault", "Fields", "Reader", "has_words"]
