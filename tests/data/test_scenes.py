@@ -13,8 +13,6 @@ from mue_hf.data.scenes import (
     COLORS,
     FORMS,
     GRID,
-    MOST_HIDDEN,
-    SEPARATION,
     SHAPES,
     Scene,
     SceneDataset,
@@ -25,6 +23,7 @@ from mue_hf.data.scenes import (
     scene_statements,
     write_scenes,
 )
+from mue_hf.data.scenes.drawing import MOST_HIDDEN, SEPARATION
 
 OBJECT = r"an? (\w+) (\w+)"
 PLURALS = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}

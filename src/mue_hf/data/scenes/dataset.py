@@ -1,0 +1,179 @@
+"""Scenes as a data set that is drawn on demand, and as files."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Features, Value
+from pyarrow import Table
+from pyarrow.parquet import ParquetWriter
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ...files import whole_folder
+from ..captioning import CAPTIONING_FEATURES
+from ..entailment import ENTAILMENT_FEATURES
+from .drawing import check_split, draw_scene, make_scene
+from .texts import FORMS, check_kinds, scene_captions, scene_statements
+
+
+class SceneDataset(Dataset):
+    """
+    Scenes drawn on demand, as rows for [`MuEDataCollator`]. The texts do not hold for mirrored pictures.
+
+    Each row holds "image" (PIL), "image_id", "references" (two captions), and lists of `statements` entries
+    "hypothesis", "label" and "kind": the statements share the picture, which is then encoded once for all of them.
+
+    Args:
+        scenes (`int`): number of scenes, from index 0 on.
+        seed, split: see [`make_scene`].
+        statements (`int`, *optional*, defaults to 8): statements per scene; 0 for captions alone.
+        captions (`bool`, *optional*, defaults to `True`): whether rows have "references".
+        kinds (sequence of `str`, *optional*): see [`scene_statements`].
+        image_size (`int`, *optional*, defaults to 64): pixels; better a multiple of 64.
+
+    Raises:
+        ValueError: if a number is too small, or a split or kind has another name.
+    """
+
+    def __init__(
+        self,
+        scenes: int,
+        seed: int = 0,
+        split: str = "train",
+        *,
+        statements: int = 8,
+        captions: bool = True,
+        kinds: Sequence[str] = tuple(FORMS),
+        image_size: int = 64,
+    ) -> None:
+        check_split(split)
+        check_kinds(kinds)
+        for name, value, least in (
+            ("scenes", scenes, 1),
+            ("statements", statements, 0),
+            ("image_size", image_size, 32),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}; pass more.")
+        if not (statements or captions):
+            raise ValueError("`statements` must be at least 1 without `captions`, got 0; there would be no text.")
+        self.scenes, self.seed, self.split = scenes, seed, split
+        self.statements, self.captions, self.kinds, self.image_size = statements, captions, tuple(kinds), image_size
+
+    def __len__(self) -> int:
+        return self.scenes
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.scenes:
+            raise IndexError(f"`index` must be in 0..{self.scenes - 1}, got {index}.")
+        scene = make_scene(index, self.seed, self.split)
+        row: dict[str, Any] = {
+            "image": draw_scene(scene, self.image_size),
+            "image_id": f"{self.split}-{self.seed}-{index:07d}",
+        }
+        if self.captions:
+            row["references"] = scene_captions(scene)
+        if self.statements:
+            drawn = scene_statements(index, self.statements, self.seed, self.split, self.kinds)
+            for name, field in (("hypothesis", "text"), ("label", "label"), ("kind", "kind")):
+                row[name] = [getattr(statement, field) for statement in drawn]
+        return row
+
+
+def write_scenes(
+    folder: str | os.PathLike,
+    scenes: dict[str, int],
+    seed: int = 0,
+    *,
+    statements: int = 8,
+    kinds: Sequence[str] = tuple(FORMS),
+    image_size: int = 64,
+    file_format: str = "jsonl",
+) -> None:
+    """
+    Writes scenes as data that [`load_captioning`] and [`load_entailment`] read, whole or not at all.
+
+    "jsonl" gives images/*.png, captions.jsonl and entailment.jsonl, "parquet" captions.parquet and entailment.parquet,
+    which hold the pictures. Both have a column "split"; entailment has one row per statement and a column "kind".
+
+    Args:
+        folder (`str` or `os.PathLike`): must not exist.
+        scenes (`dict[str, int]`): number of scenes by split, such as `{"train": 1000, "test": 100}`.
+        seed, statements, kinds, image_size: see [`SceneDataset`].
+        file_format (`str`, *optional*, defaults to `"jsonl"`): "jsonl" or "parquet".
+
+    Raises:
+        ValueError: if the folder exists, or an argument is out of range.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"`folder` must not exist, got {str(folder)!r}; pass a new one, or remove it.")
+    writers = {"jsonl": _write_jsonl, "parquet": _write_parquet}
+    if file_format not in writers:
+        raise ValueError(f"`file_format` must be one of {sorted(writers)}, got {file_format!r}; choose one of them.")
+    if not scenes or statements < 1:
+        raise ValueError(f"`scenes` and `statements` must not be empty, got {scenes} and {statements}; ask for some.")
+    options = {"statements": statements, "kinds": kinds, "image_size": image_size}
+    splits = [SceneDataset(count, seed, split, **options) for split, count in scenes.items()]
+    rows = (drawn[index] | {"split": drawn.split} for drawn in splits for index in range(len(drawn)))
+    with whole_folder(folder) as part:
+        writers[file_format](part, iter(tqdm(rows, total=sum(scenes.values()), desc="scenes", unit="scene")))
+
+
+def _tables(row: dict[str, Any], image: Any) -> dict[str, list[dict[str, Any]]]:
+    """The rows of one scene for captions and entailment, with `image` as the reference to its picture."""
+    common = {"image": image, "image_id": row["image_id"], "split": row["split"]}
+    statements = zip(row["hypothesis"], row["label"], row["kind"], strict=True)
+    return {
+        "captions": [common | {"references": row["references"]}],
+        "entailment": [
+            common | {"premise": None, "hypothesis": text, "label": label, "kind": kind}
+            for text, label, kind in statements
+        ],
+    }
+
+
+def _write_jsonl(folder: Path, rows: Iterator[dict[str, Any]]) -> None:
+    (folder / "images").mkdir()
+    with ExitStack() as stack:
+        names = ("captions", "entailment")
+        files = {name: stack.enter_context(open(folder / f"{name}.jsonl", "w", encoding="utf-8")) for name in names}
+        for row in rows:
+            path = f"images/{row['image_id']}.png"
+            row["image"].save(folder / path)
+            for name, table in _tables(row, path).items():
+                files[name].writelines(json.dumps(one) + "\n" for one in table)
+
+
+def _write_parquet(folder: Path, rows: Iterator[dict[str, Any]]) -> None:
+    split = {"split": Value("string")}
+    schemas = {
+        "captions": Features(CAPTIONING_FEATURES | split).arrow_schema,
+        "entailment": Features(ENTAILMENT_FEATURES | split | {"kind": Value("string")}).arrow_schema,
+    }
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(ParquetWriter(folder / f"{name}.parquet", schema))
+            for name, schema in schemas.items()
+        }
+        # A thousand scenes at a time bound the memory.
+        while chunk := list(islice(rows, 1000)):
+            tables = defaultdict(list)
+            for row in chunk:
+                file = BytesIO()
+                row["image"].save(file, "PNG")
+                picture = {"bytes": file.getvalue(), "path": f"{row['image_id']}.png"}
+                for name, table in _tables(row, picture).items():
+                    tables[name] += table
+            for name, table in tables.items():
+                files[name].write_table(Table.from_pylist(table, schemas[name]))
+
+
+__all__ = ["SceneDataset", "write_scenes"]
