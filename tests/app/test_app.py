@@ -14,8 +14,12 @@ from bulk_fixtures import BALANCED, make_checkpoint
 from conftest import tiny_config, tiny_inputs, tiny_model
 from PIL import Image
 
-from mue_hf import MuEForConditionalGeneration, MuEProcessor, app, cli
+from mue_hf import ExitOptions, MuEForConditionalGeneration, MuEProcessor, cli
+from mue_hf.app import page as app_page
 from mue_hf.app.explain import depth_map, draw_signals, record_signals
+from mue_hf.app.page import build_page, find_photos, serve
+from mue_hf.app.results import caption_photo, judge_statement, show_figures
+from mue_hf.app.settings import exit_choice, preset_names, slider_values
 from mue_hf.evaluation.signals import SignalRecorder
 
 ROOT = Path(__file__).parents[2]
@@ -53,13 +57,13 @@ def encoded(loaded, photo):
 class TestSettings:
     def test_presets(self, loaded):
         shipped = ["paper-captioning", "paper-entailment", "released-captioning", "released-entailment"]
-        assert app.preset_names(loaded[0]) == ["full depth", "balanced", *shipped]
+        assert preset_names(loaded[0]) == ["full depth", "balanced", *shipped]
 
     def test_presets_of_the_other_encoder_are_left_out(self):
         model = MuEForConditionalGeneration(tiny_config(modality_decomposition=False))
-        assert app.preset_names(model) == ["full depth"]
+        assert preset_names(model) == ["full depth"]
         names = ["encoder_exit_threshold", "decoder_exit_threshold", "exit_decay_beta", "exit_decay_tau"]
-        assert list(app.slider_values(model, "full depth")) == names
+        assert list(slider_values(model, "full depth")) == names
 
     @pytest.mark.parametrize(
         ("threshold", "place"),
@@ -69,33 +73,33 @@ class TestSettings:
     def test_where_a_slider_stands(self, loaded, monkeypatch, threshold, place):
         presets = {"this": {"decoder_exit_threshold": threshold, "image_exit_threshold": 0.5}}
         monkeypatch.setattr(loaded[0].generation_config, "exit_presets", presets)
-        values = app.slider_values(loaded[0], "this")
+        values = slider_values(loaded[0], "this")
         assert values["decoder_exit_threshold"] == place
         assert (values["image_exit_threshold"], values["exit_decay_beta"], values["exit_decay_tau"]) == (0.5, 1, 1)
 
     @pytest.mark.parametrize("preset", ["balanced", "paper-captioning"])
     def test_sliders_that_stay_leave_a_preset_as_it_is(self, loaded, preset):
         model = loaded[0]
-        assert app.exit_choice(model, preset, app.slider_values(model, preset)) == {"exit_preset": preset}
+        assert exit_choice(model, preset, slider_values(model, preset)) == {"exit_preset": preset}
 
     def test_a_moved_slider_replaces_its_part(self, loaded):
-        values = app.slider_values(loaded[0], "balanced") | {"decoder_exit_threshold": 1}
+        values = slider_values(loaded[0], "balanced") | {"decoder_exit_threshold": 1}
         exits = {"exit_preset": "balanced", "decoder_exit_threshold": 1.0}
-        assert app.exit_choice(loaded[0], "balanced", values) == exits
+        assert exit_choice(loaded[0], "balanced", values) == exits
 
     def test_full_depth_until_a_slider_is_moved(self, loaded):
-        values = app.slider_values(loaded[0], "full depth")
-        assert app.exit_choice(loaded[0], "full depth", values) == {"exit_criterion": "never"}
+        values = slider_values(loaded[0], "full depth")
+        assert exit_choice(loaded[0], "full depth", values) == {"exit_criterion": "never"}
         values["image_exit_threshold"] = 0.5
-        exits = app.exit_choice(loaded[0], "full depth", values)
+        exits = exit_choice(loaded[0], "full depth", values)
         assert exits == {"exit_criterion": "similarity"} | values
 
     def test_photos(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        assert app.find_photos(None) == []
+        assert find_photos(None) == []
         for name in ("b.JPG", "a.png", "notes.txt"):
             (tmp_path / name).touch()
-        assert [path.name for path in app.find_photos(tmp_path)] == ["a.png", "b.JPG"]
+        assert [path.name for path in find_photos(tmp_path)] == ["a.png", "b.JPG"]
 
 
 class TestExplanation:
@@ -121,7 +125,7 @@ class TestExplanation:
             assert whole.shape == (1, 3) and not whole.isnan().any()
             assert torch.equal(signals[name][ran], whole[ran])
 
-    def test_rows_of_a_batch_end_where_they_left(self, loaded, encoded):
+    def test_rows_of_a_batch_end_where_they_exited(self, loaded, encoded):
         inputs = {name: value.expand(3, *value.shape[1:]) for name, value in encoded.items()}
         inputs["pixel_values"] = inputs["pixel_values"] * torch.tensor([1.0, 0.1, -1.0]).double()[:, None, None, None]
         with SignalRecorder(loaded[0]) as recorder:
@@ -143,7 +147,7 @@ class TestExplanation:
     )
     def test_curves(self, loaded, photo, exits, panels):
         pytest.importorskip("matplotlib", reason="the curves need the extra: pip install mue-hf[app]")
-        record, figure = app.caption_photo(*loaded, photo, exits, 1)
+        record, figure = caption_photo(*loaded, photo, exits, 1)
         assert [axes.get_title() for axes in figure.axes] == panels
         if panels[-1].startswith("decoder"):
             dots = [line for line in figure.axes[-1].lines if line.get_marker() == "o"]
@@ -155,7 +159,7 @@ class TestExplanation:
         exits = {"encoder_exit_threshold": 0.9, "decoder_exit_threshold": 0.9}
         signals = record_signals(model, tiny_inputs(batch=1), [5, 6, 7], exits)
         assert [tuple(values.shape) for values in signals.values()] == [(1, 3), (1, 3), (3, 4)]
-        figure = draw_signals(signals, app.ExitOptions.from_dict(exits, model.config), 20)
+        figure = draw_signals(signals, ExitOptions.from_dict(exits, model.config), 20)
         assert [axes.get_title() for axes in figure.axes] == ["encoder stream", "decoder, each token"]
         # One between any two layers, for tokens of the first and of the last.
         assert [len(axes.collections) for axes in figure.axes] == [2, 6]
@@ -170,11 +174,11 @@ class TestExplanation:
 def test_the_record_is_that_of_the_command(loaded, photo, encoded):
     pytest.importorskip("matplotlib", reason="the curves need the extra: pip install mue-hf[app]")
     model, processor = loaded
-    record, _ = app.caption_photo(model, processor, photo, MIDDLE, 1)
+    record, _ = caption_photo(model, processor, photo, MIDDLE, 1)
     output = model.generate(**encoded, **MIDDLE, return_dict_in_generate=True)
     assert [token["id"] for token in record["tokens"]] == output.sequences[0, 1:].tolist()
     assert [token["layers"] for token in record["tokens"]] == output.decoder_exit_layers[0].tolist()
-    shown = app.show_figures(model, record, MIDDLE, 1)
+    shown = show_figures(model, record, MIDDLE, 1)
     assert f"<b>{record['flops_skipped']:.0%}</b>FLOPs skipped" in shown
     assert f"<b>{1000 * record['seconds']:.0f} ms</b>with exits" in shown
     assert "decoder_exit_threshold=0.5" in shown
@@ -182,7 +186,7 @@ def test_the_record_is_that_of_the_command(loaded, photo, encoded):
 
 def test_a_statement_is_judged_by_score_answers(loaded, photo):
     model, processor = loaded
-    record = app.judge_statement(model, processor, photo, "a cat is looking up", BALANCED, 1)
+    record = judge_statement(model, processor, photo, "a cat is looking up", BALANCED, 1)
     inputs = processor(images=photo, task="entailment", hypothesis="a cat is looking up")
     inputs["pixel_values"] = inputs["pixel_values"].double()
     answers = processor.encode_answers(["yes", "no", "maybe"])
@@ -201,8 +205,8 @@ class TestCommand:
 
     @pytest.mark.parametrize("package", ["gradio", "matplotlib"])
     def test_a_missing_extra_is_named(self, package, capsys, monkeypatch):
-        find = app.find_spec
-        monkeypatch.setattr(app, "find_spec", lambda name: None if name == package else find(name) or sys)
+        find = app_page.find_spec
+        monkeypatch.setattr(app_page, "find_spec", lambda name: None if name == package else find(name) or sys)
         assert cli.main(["app", "--model", "nosuch"]) == 2
         assert capsys.readouterr().err == (
             f"mue-hf app: The page needs {package}, not installed here: pip install 'mue-hf[app]'\n"
@@ -236,7 +240,7 @@ class TestCommand:
 @pytest.fixture(scope="module")
 def page(loaded):
     pytest.importorskip("gradio", reason="the page needs the extra: pip install mue-hf[app]")
-    return app.build_page(*loaded, photos=[PHOTO], repeats=1)
+    return build_page(*loaded, photos=[PHOTO], repeats=1)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +283,7 @@ class TestPage:
 def test_the_space_serves_the_page(checkpoint, monkeypatch):
     pytest.importorskip("gradio", reason="the page needs the extra: pip install mue-hf[app]")
     served = []
-    monkeypatch.setattr(app, "serve", served.append)
+    monkeypatch.setattr(app_page, "serve", served.append)
     monkeypatch.setenv("MODEL", str(checkpoint))
     run_path(str(ROOT / "examples" / "space" / "app.py"), run_name="__main__")
     assert [page.title for page in served] == ["mue_hf"]
@@ -317,8 +321,8 @@ def address():
     pytest.importorskip("gradio", reason="the page needs the extra: pip install mue-hf[app]")
     pytest.importorskip("timm", reason="the small checkpoint's trunk needs the extra: pip install mue-hf[timm]")
     model = MuEForConditionalGeneration.from_pretrained(SMALL_CHECKPOINT, dtype=torch.float32).eval()
-    page = app.build_page(model, MuEProcessor.from_pretrained(SMALL_CHECKPOINT), app.find_photos(PHOTO.parent), 1)
-    _, address, _ = app.serve(page, prevent_thread_lock=True, quiet=True)
+    page = build_page(model, MuEProcessor.from_pretrained(SMALL_CHECKPOINT), find_photos(PHOTO.parent), 1)
+    _, address, _ = serve(page, prevent_thread_lock=True, quiet=True)
     yield address
     page.close()
 

@@ -14,7 +14,7 @@ from bulk_fixtures import PHOTO_SIZE
 from PIL import Image
 
 from mue_hf import MuEForConditionalGeneration, MuEProcessor, cli
-from mue_hf.cli import caption
+from mue_hf.cli.options import setting
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_text_for_a_person(checkpoint, photos, capsys, tmp_path):
     ids=["number", "word", "list", "second equals sign"],
 )
 def test_settings(text, expected):
-    assert caption.setting(text) == expected
+    assert setting(text) == expected
 
 
 def test_the_module_is_a_program():

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration
-from mue_hf.benchmarking.stock import nothing_kept
 from mue_hf.inference.depths import Depths, layers_skipped
 from mue_hf.inference.flops import caption_flops, filled_layers, full_depth_flops, trunk_flops
 
@@ -53,8 +52,7 @@ def count(config, model, **options):
     inputs = {"pixel_values": torch.randn(1, 3, 64, 64), "input_ids": torch.tensor([[0, 5, 6, 7, 8, 2]])}
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     tokens = options["max_new_tokens"]
-    # what the encoder keeps between calls is counted for the call that makes it
-    with nothing_kept(model.get_encoder()), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         output = model.generate(**inputs, min_new_tokens=tokens, return_dict_in_generate=True, **options)
     trunk, channels, image_tokens = trunk_flops(model, (3, 64, 64))
     depths = output.decoder_exit_layers[0].tolist()

@@ -2,46 +2,64 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-# Command -> module with `add_arguments(parser)` and `run(args) -> exit code`, and its line in the help. A module is
-# imported only when its command is asked for.
-COMMANDS = {
-    "answer": ("mue_hf.cli.answer", "choose among given answers for each row of a table"),
-    "app": ("mue_hf.app.page", "show where and why layers stop, on a page in the browser"),
-    "bench": (
-        "mue_hf.benchmarking.run",
-        "time exits against plain decoding, with layers and FLOPs beside",
-    ),
-    "calibrate": ("mue_hf.cli.calibrate", "find exit thresholds for a budget of changed outputs or of compute"),
-    "caption": ("mue_hf.cli.caption", "caption images: a few, showing which layers were skipped, or any number"),
-    "convert": ("mue_hf.convert.ofa", "convert an OFA checkpoint"),
-    "evaluate": ("mue_hf.evaluation.run", "measure quality, depth, FLOPs and time of exit settings on a data set"),
-    "publish": ("mue_hf.publishing.upload", "put a checkpoint and its model card on the Hugging Face Hub"),
+# What one does, in order -> command -> its line in the help. A command's module, `mue_hf.cli.<command>`, has
+# `add_arguments(parser)` and `run(args) -> exit code`, and is imported only when its command is asked for.
+GROUPS = {
+    "try a checkpoint": {
+        "caption": "caption images: a few, showing which layers were skipped, or any number into a file",
+        "app": "show where and why layers stop, on a page in the browser",
+    },
+    "use it on many rows (and caption --out)": {
+        "answer": "choose among given answers for each row of a table",
+    },
+    "bring a model": {
+        "convert": "convert an OFA checkpoint",
+    },
+    "measure and tune exits": {
+        "evaluate": "measure quality, depth, FLOPs and time of exit settings on a data set",
+        "calibrate": "find exit thresholds for a budget of changed outputs or of compute",
+        "bench": "time exits against plain decoding, with layers and FLOPs beside",
+    },
+    "share": {
+        "publish": "put a checkpoint and its model card on the Hugging Face Hub",
+    },
 }
+COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
+# Not moved yet.
+OLD = {"evaluate": "mue_hf.evaluation.run", "publish": "mue_hf.publishing.upload"}
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser, with the arguments of `command` alone filled in."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = []
+    for title, commands in GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {name:{width}}{summary}" for name, summary in commands.items())]
     parser = argparse.ArgumentParser(
         prog="mue-hf",
-        description="OFA and MuE for transformers: vision-language models that leave their layers early.",
+        usage="mue-hf [-h] [--version] command ...",
+        description="\n".join(["OFA and MuE for transformers: vision-language models with early exits.", *lines]),
         epilog="example: mue-hf caption photo.jpg\nEach command has its own --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mue-hf {version('mue-hf')}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (module, summary) in COMMANDS.items():
+    # the description lists them, grouped
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command", help=argparse.SUPPRESS)
+    for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(
             name,
-            help=summary,
+            prog=f"mue-hf {name}",
             description=f"{summary[0].upper()}{summary[1:]}.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == command:
-            import_module(module).add_arguments(subparser)
+            import_module(OLD.get(name, f"{__name__}.{name}")).add_arguments(subparser)
+            subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -58,18 +76,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((argument for argument in argv if not argument.startswith("-")), None)
     try:
         args = build_parser(command).parse_args(argv)
-        return import_module(COMMANDS[args.command][0]).run(args)
+        return import_module(OLD.get(args.command, f"{__name__}.{args.command}")).run(args)
     # ImportError: a trunk, a scorer or the loaders of an extra that is not installed; its message names the package.
     except (ImportError, OSError, ValueError) as error:
+        if "--debug" in argv:
+            traceback.print_exception(error)
         print(f"mue-hf {command}: {error}", file=sys.stderr)
+        if isinstance(error, ValueError) and not _is_ours(error) and "--debug" not in argv:
+            print("--debug shows where this came from.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"mue-hf {command}: interrupted", file=sys.stderr)
         return 130
 
 
-__all__ = ["build_parser", "main"]
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised an error; its messages say what to do."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].partition(".")[0] == __package__.partition(".")[0]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+__all__ = ["COMMANDS", "GROUPS", "build_parser", "main"]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ..inference.bulk import ANSWER_COLUMNS, TASKS
 from ..inference.sources import Source, printable
-from ..model.exit_options_mue import CONFIG_NAMES
 from .bulk import bulk_process, run_bulk
 from .options import (
     add_bulk_arguments,
     add_exit_arguments,
     add_model_arguments,
     at_least,
+    decoding_options,
     exit_options,
     load_model,
 )
@@ -104,9 +104,9 @@ def run(args: argparse.Namespace) -> int:
     row_arguments = {"image_column": args.image_column, "texts": texts, "keep": args.keep}
     rows = source.rows(**row_arguments)
     model, processor = load_model(args)
-    exits = exit_options(args, getattr(model.generation_config, "exit_presets", None))
-    foreign = {name: value for name, value in args.generate if name not in CONFIG_NAMES}
-    work = {"task": task, "answers": args.answers, "options": exits | foreign}
+    # Options of decoding are refused, with a reason.
+    options = exit_options(args, model) | decoding_options(args)
+    work = {"task": task, "answers": args.answers, "options": options}
     process, settings = bulk_process(args, source, row_arguments, model, processor, **work)
     if args.out is not None:
         return run_bulk(args, source, rows, process, settings)

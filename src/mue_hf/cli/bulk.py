@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 
 BULK_BATCH = 16
+Process = Callable[[Iterator[Row], Counter], Iterator[dict[str, Any]]]
 
 
 def bulk_process(
@@ -23,7 +24,7 @@ def bulk_process(
     model: MuEForConditionalGeneration,
     processor: MuEProcessor,
     **work: Any,
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Process, dict[str, Any]]:
     """What turns rows into results (see [`bulk_to_file`]), and the settings that the results depend on.
 
     Raises:
@@ -56,7 +57,9 @@ def bulk_process(
     return process, settings
 
 
-def run_bulk(args: argparse.Namespace, source: Source, rows: Iterator[Row], process: Any, settings: Any) -> int:
+def run_bulk(
+    args: argparse.Namespace, source: Source, rows: Iterator[Row], process: Process, settings: Mapping[str, Any]
+) -> int:
     """Writes `--out`, shows progress, and says what became of it.
 
     Returns:
@@ -67,11 +70,12 @@ def run_bulk(args: argparse.Namespace, source: Source, rows: Iterator[Row], proc
     if args.json:
         print(json.dumps(summary))
     else:
+        counted = "layers" if "layers_skipped" in summary else "FLOPs"
         skipped = summary["compute_skipped"]
         print(
             f"{summary['out']}: {summary['rows']} rows, {summary['bad']} of them bad; in this run "
             f"{summary['new_rows']} in {summary['seconds']:.1f} s ({summary['rows_per_second']:.2f} per second)"
-            + ("" if skipped is None else f", {skipped:.0%} of compute skipped")
+            + ("" if skipped is None else f", {skipped:.0%} of {counted} skipped")
         )
     return 1 if summary["bad"] else 0
 

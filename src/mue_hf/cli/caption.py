@@ -3,8 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,13 @@ from tqdm import tqdm
 from ..app.report import draw_report, save_png
 from ..inference.bulk import CAPTION_COLUMNS
 from ..inference.captioner import Captioner
-from ..inference.sources import LIST_SUFFIXES, TABLE_SUFFIXES, Source, printable
-from ..model.processing_mue import load_image
+from ..inference.sources import LIST_SUFFIXES, TABLE_SUFFIXES, Source, batches, printable
+from ..model.images_mue import load_image
+from ..model.modeling_mue import MuEForConditionalGeneration
 from .bulk import bulk_process, run_bulk
 from .options import (
     add_bulk_arguments,
+    add_decoding_arguments,
     add_exit_arguments,
     add_model_arguments,
     at_least,
@@ -59,8 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=at_least(1), metavar="N", help="images per call (default: 1; with --out 16)"
     )
-    parser.add_argument("--num-beams", type=at_least(1), metavar="N", help="default: the checkpoint's own")
-    parser.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help="default: the checkpoint's own")
+    add_decoding_arguments(parser)
     parser.add_argument("--repeats", type=at_least(1), default=5, metavar="N", help="timed runs each (default: 5)")
     add_exit_arguments(parser, " of generate, exits or not")
     output = parser.add_argument_group("output")
@@ -119,12 +119,6 @@ def png_path(folder: Path, image: str, taken: set[Path]) -> Path:
     return path
 
 
-def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of at most `size` items."""
-    while batch := list(islice(items, size)):
-        yield batch
-
-
 def run(args: argparse.Namespace) -> int:
     """Captions the images.
 
@@ -137,17 +131,18 @@ def run(args: argparse.Namespace) -> int:
     row_arguments = {"image_column": args.image_column, "keep": args.keep}
     rows = source.rows(**row_arguments)
     model, processor = load_model(args)
-    exits = exit_options(args, getattr(model.generation_config, "exit_presets", None))
-    _say_without_exits(exits)
-    options = exits | decoding_options(args, exits)
+    options = chosen_exits(args, model) | decoding_options(args)
     work = {"task": "captioning", "answers": None, "options": options}
     process, settings = bulk_process(args, source, row_arguments, model, processor, **work)
     return run_bulk(args, source, rows, process, settings)
 
 
-def _say_without_exits(exits: Mapping[str, Any]) -> None:
+def chosen_exits(args: argparse.Namespace, model: MuEForConditionalGeneration) -> dict[str, Any]:
+    """The exit options; says so where there are none."""
+    exits = exit_options(args, model)
     if not exits:
-        print("mue-hf: no exits are set; pass --preset or a threshold", file=sys.stderr)
+        print("mue-hf caption: no exits are set; pass --preset or a threshold", file=sys.stderr)
+    return exits
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -159,9 +154,7 @@ def run_report(args: argparse.Namespace) -> int:
         if Path(name).is_dir() or Path(name).suffix.lower() in TABLE_SUFFIXES | LIST_SUFFIXES:
             raise ValueError(f"`--out` must be given for a folder, a list or a table, got {name}; pass a file name.")
     model, processor = load_model(args)
-    exits = exit_options(args, getattr(model.generation_config, "exit_presets", None))
-    captioner = Captioner(model, processor, exits, decoding_options(args, exits), args.repeats)
-    _say_without_exits(exits)
+    captioner = Captioner(model, processor, chosen_exits(args, model), decoding_options(args), args.repeats)
     failed: list[str] = []
     taken: set[Path] = set()
     progress = tqdm(total=len(args.images), unit="image", file=sys.stderr, disable=len(args.images) == 1)

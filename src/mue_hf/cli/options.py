@@ -2,15 +2,15 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..inference.loading import SMALL_CHECKPOINT, load_checkpoint
+from ..inference.loading import DEFAULT_PRESET, SMALL_CHECKPOINT, load_checkpoint
+from ..model.criteria_mue import THRESHOLD_OPTIONS
 from ..model.exit_options_mue import CONFIG_NAMES
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
-
-DEFAULT_PRESET = "balanced"
 
 
 def thresholds(text: str) -> float | list[float]:
@@ -46,33 +46,51 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model runs, and how."""
+class RenamedOption(argparse.Action):
+    """An option under its old name, with a warning; `dest` is the new one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        new = f"--{self.dest.replace('_', '-')}"
+        print(f"{parser.prog}: {option_string} is now {new}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
+def add_model_arguments(parser: Any) -> None:
+    """Which model runs, and how: what [`load_model`] reads."""
     parser.add_argument("--model", help=f"checkpoint folder or Hub id; default: {SMALL_CHECKPOINT}, where it exists")
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: Any) -> None:
+    """Where a model runs, in what precision, with how many threads."""
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32")
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's own)")
 
 
 def add_exit_arguments(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """When to leave, and other options of the model's call."""
+    """When to exit, and other options of the model's call."""
     exits = parser.add_argument_group(
         "exits",
         f"Without any of these the preset {DEFAULT_PRESET!r} is used where the checkpoint has it.\n"
         "A threshold is one number, or one per layer with commas between them.",
     )
     exits.add_argument("--preset", metavar="NAME", help="exit settings by name, see exit_presets of the checkpoint")
-    for stream in ("image", "text", "encoder", "decoder"):
+    for stream in THRESHOLD_OPTIONS:
         joint = ", for checkpoints with a joint one" if stream == "encoder" else ""
         exits.add_argument(f"--{stream}-threshold", type=thresholds, metavar="T", help=f"of the {stream}{joint}")
-    exits.add_argument(
-        "--generate",
-        type=setting,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help=f"any other option{note}, e.g. exit_criterion=confidence; may be repeated",
-    )
+    add_generate_argument(exits, f"any other option{note}, e.g. exit_criterion=confidence; may be repeated")
+
+
+def add_generate_argument(parser: Any, note: str) -> None:
+    """Options of the model's call by name."""
+    parser.add_argument("--generate", type=setting, action="append", default=[], metavar="NAME=VALUE", help=note)
+
+
+def add_decoding_arguments(parser: Any) -> None:
+    """How captions are decoded, exits aside: what [`decoding_options`] reads besides `--generate`."""
+    parser.add_argument("--num-beams", type=at_least(1), metavar="N", help="default: the checkpoint's own")
+    parser.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help="default: the checkpoint's own")
 
 
 def add_bulk_arguments(group: Any, known: Sequence[str]) -> None:
@@ -101,39 +119,37 @@ def add_bulk_arguments(group: Any, known: Sequence[str]) -> None:
 
 
 def load_model(args: argparse.Namespace) -> tuple[MuEForConditionalGeneration, MuEProcessor]:
-    """Model and processor that the arguments of `add_model_arguments` name; see [`load_checkpoint`]."""
+    """Model and processor that the arguments of [`add_model_arguments`] name; see [`load_checkpoint`]."""
     return load_checkpoint(args.model, device=args.device, dtype=args.dtype, threads=args.threads)
 
 
-def exit_options(args: argparse.Namespace, presets: dict[str, Any] | None) -> dict[str, Any]:
-    """The exit options of `generate` that the arguments ask for."""
-    options = {
-        f"{stream}_exit_threshold": getattr(args, f"{stream}_threshold")
-        for stream in ("image", "text", "encoder", "decoder")
-        if getattr(args, f"{stream}_threshold") is not None
-    }
+def exit_options(args: argparse.Namespace, model: MuEForConditionalGeneration) -> dict[str, Any]:
+    """The exit options of `generate` that the arguments of [`add_exit_arguments`] ask for."""
+    given = {option: getattr(args, f"{stream}_threshold") for stream, option in THRESHOLD_OPTIONS.items()}
+    options = {option: value for option, value in given.items() if value is not None}
     options |= {name: value for name, value in args.generate if name in CONFIG_NAMES}
     if args.preset is not None:
         options["exit_preset"] = args.preset
-    if not options and DEFAULT_PRESET in (presets or {}):
+    if not options and DEFAULT_PRESET in (getattr(model.generation_config, "exit_presets", None) or {}):
         options["exit_preset"] = DEFAULT_PRESET
     return options
 
 
-def decoding_options(args: argparse.Namespace, exits: Mapping[str, Any]) -> dict[str, Any]:
+def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `generate` besides exits that the arguments ask for."""
-    options = {name: value for name, value in args.generate if name not in exits}
-    if args.num_beams is not None:
-        options["num_beams"] = args.num_beams
-    if args.max_new_tokens is not None:
-        options["max_new_tokens"] = args.max_new_tokens
-    return options
+    options: Mapping[str, Any] = {name: getattr(args, name, None) for name in ("num_beams", "max_new_tokens")}
+    given = {name: value for name, value in options.items() if value is not None}
+    return {name: value for name, value in args.generate if name not in CONFIG_NAMES} | given
 
 
 __all__ = [
     "DEFAULT_PRESET",
+    "RenamedOption",
     "add_bulk_arguments",
+    "add_decoding_arguments",
+    "add_device_arguments",
     "add_exit_arguments",
+    "add_generate_argument",
     "add_model_arguments",
     "at_least",
     "decoding_options",

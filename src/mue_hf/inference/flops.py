@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..model.criteria_mue import CRITERIA
 from ..model.exit_options_mue import resolve_options
 from .depths import Depths
+from .loading import evaluating
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
@@ -40,13 +41,9 @@ def trunk_flops(model: PreTrainedModel, pixel_shape: Sequence[int]) -> tuple[int
     trunk = model.get_encoder().embed_images
     weight = next(trunk.parameters())
     pixels = torch.zeros(1, *pixel_shape, dtype=weight.dtype, device=weight.device)
-    training = trunk.training
-    trunk.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            features = trunk(pixels).feature_maps[-1]
-    finally:
-        trunk.train(training)
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with evaluating(trunk), torch.no_grad(), counter:
+        features = trunk(pixels).feature_maps[-1]
     return counter.get_total_flops(), features.shape[1], features.shape[2] * features.shape[3]
 
 

@@ -5,14 +5,13 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from ..files import write_whole
-from .sources import Row, printable
+from .sources import Row, batches, printable
 
 FORMATS = (".jsonl", ".parquet")
 # Rows of a parquet file that are in memory at a time.
@@ -214,7 +213,7 @@ def _finite(value: Any) -> Any:
 
 def _chunks(part: Path) -> Iterator[list[dict[str, Any]]]:
     with open(part, encoding="utf-8") as file:
-        while lines := list(islice(file, CHUNK)):
+        for lines in batches(file, CHUNK):
             yield [json.loads(line) for line in lines]
 
 

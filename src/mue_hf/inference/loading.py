@@ -1,14 +1,32 @@
 """A model and its processor from a checkpoint, with messages for what can be wrong."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
 from transformers import AutoConfig
 
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 
 SMALL_CHECKPOINT = Path("checkpoints/mue-flickr8k-small")
+# What commands and the page choose where a checkpoint has it.
+DEFAULT_PRESET = "balanced"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode inside, and in the mode it was in afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def check_device(device: str) -> None:
@@ -21,10 +39,29 @@ def check_device(device: str) -> None:
         raise ValueError(f"`--device` must be one that torch can use here, got {device!r}: {reason}") from error
 
 
+def _checked_name(name: str | None) -> str:
+    if name is None:
+        if not SMALL_CHECKPOINT.is_dir():
+            raise ValueError(
+                f"`--model` is needed: {SMALL_CHECKPOINT} is not in this folder. Pass a checkpoint folder or a Hub "
+                "id, or run in a clone of the repository."
+            )
+        return str(SMALL_CHECKPOINT)
+    if not Path(name).is_dir():
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(
+                f"`--model` must be a checkpoint folder that exists, or a Hub id such as ORG/NAME, got {name!r}; "
+                "check the path."
+            ) from error
+    return name
+
+
 def load_checkpoint(
     name: str | None = None, *, device: str = "cpu", dtype: str = "float32", threads: int | None = None
 ) -> tuple[MuEForConditionalGeneration, MuEProcessor]:
-    """Model and processor of a checkpoint, in evaluation mode.
+    """Model and processor of a checkpoint, in evaluation mode and with batch norms folded.
 
     Args:
         name (`str`, *optional*): a folder or a Hub id; default: the small checkpoint of a clone.
@@ -32,16 +69,10 @@ def load_checkpoint(
         threads (`int`, *optional*): CPU threads of this process from now on; default: as they are.
 
     Raises:
-        `ValueError`: no model is named and the small checkpoint is not here, the checkpoint holds another kind of
-            model, or the device does not exist.
+        `ValueError`: no model is named and the small checkpoint is not here, the folder does not exist, the checkpoint
+            holds another kind of model, or the device does not exist.
     """
-    if name is None:
-        if not SMALL_CHECKPOINT.is_dir():
-            raise ValueError(
-                f"`--model` is needed: {SMALL_CHECKPOINT} is not in this folder. Pass a checkpoint folder or a Hub "
-                "id, or run in a clone of the repository."
-            )
-        name = str(SMALL_CHECKPOINT)
+    name = _checked_name(name)
     check_device(device)
     model_type = AutoConfig.from_pretrained(name).model_type
     if model_type != "mue":
@@ -52,7 +83,9 @@ def load_checkpoint(
     if threads:
         torch.set_num_threads(threads)
     model = MuEForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype))
-    return model.to(device).eval(), MuEProcessor.from_pretrained(name)
+    model = model.to(device).eval()
+    model.fold_batch_norms()
+    return model, MuEProcessor.from_pretrained(name)
 
 
-__all__ = ["SMALL_CHECKPOINT", "check_device", "load_checkpoint"]
+__all__ = ["DEFAULT_PRESET", "SMALL_CHECKPOINT", "check_device", "evaluating", "load_checkpoint"]

@@ -16,9 +16,24 @@ from ..model.exit_options_mue import CONFIG_NAMES, check_names, resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import CAPTION_PROMPT, MuEProcessor
 from .depths import Depths, new_tokens, read_depths
+from .loading import evaluating
 from .timing import timed
 
 TASKS = ("captioning", "entailment")
+# Options of `generate` whose values transformers does not look at: the least whole number, or None for any number.
+NUMBERS = {
+    "num_beams": 1,
+    "max_new_tokens": 1,
+    "max_length": 1,
+    "min_new_tokens": 0,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "top_k": 0,
+    "length_penalty": None,
+    "repetition_penalty": None,
+    "temperature": None,
+    "top_p": None,
+}
 
 
 @dataclass(frozen=True)
@@ -83,26 +98,19 @@ def predict(
     _check(model, rows, task, options, batch_size, prompt_type)
     if task == "captioning":
         options = one_caption(options)
-    training = model.training
-    model.eval()
     predictions: list[Prediction] = []
-    try:
-        with (
-            tqdm(total=len(rows), desc=task, unit="row", leave=None, disable=not progress) as bar,
-            torch.inference_mode(),
-        ):
-            for start in range(0, len(rows), batch_size):
-                batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-                inputs = model_inputs(model, processor, batch, task, prompt_type)
-                counts = [len(list(group)) for _, group in groupby(row["image_id"] for row in batch)]
-                cut = {
-                    name: value[start : start + len(batch)] if isinstance(value, Tensor) else value
-                    for name, value in options.items()
-                }
-                predictions += _run(model, processor, batch, inputs, counts, cut, task)
-                bar.update(len(batch))
-    finally:
-        model.train(training)
+    bar = tqdm(total=len(rows), desc=task, unit="row", leave=None, disable=not progress)
+    with bar, evaluating(model), torch.inference_mode():
+        for start in range(0, len(rows), batch_size):
+            batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
+            inputs = model_inputs(model, processor, batch, task, prompt_type)
+            counts = [len(list(group)) for _, group in groupby(row["image_id"] for row in batch)]
+            cut = {
+                name: value[start : start + len(batch)] if isinstance(value, Tensor) else value
+                for name, value in options.items()
+            }
+            predictions += _run(model, processor, batch, inputs, counts, cut, task)
+            bar.update(len(batch))
     return predictions
 
 
@@ -110,8 +118,17 @@ def one_caption(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `generate`, by which each image has one caption whatever is saved with the model.
 
     Raises:
-        ValueError: if they ask for more.
+        ValueError: if they ask for more, or one that must be a number is none.
     """
+    for name, value in options.items():
+        if name not in NUMBERS or value is None:
+            continue
+        least = NUMBERS[name]
+        if isinstance(value, bool) or not isinstance(value, int if least is not None else int | float):
+            kind = "a number" if least is None else "a whole number"
+            raise ValueError(f"`{name}` must be {kind}, got {value!r}; pass one.")
+        if least is not None and value < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}; pass more.")
     count = options.get("num_return_sequences", 1)
     if count != 1:
         raise ValueError(f"`num_return_sequences` must be 1, got {count}; a row has one caption.")
