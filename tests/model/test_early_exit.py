@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from mue_hf import ExitOptions
-from mue_hf.model.criteria_mue import CRITERIA, ExitPolicy, last_valid, similarity
-from mue_hf.model.early_exit_mue import ExitDecider, ExitSchedule, output_score, run_stack
+from mue_hf.model.criteria_mue import (
+    CRITERIA,
+    Criterion,
+    ExitPolicy,
+    LayerStates,
+    last_valid,
+    register_criterion,
+    similarity,
+)
+from mue_hf.model.early_exit_mue import ExitDecider, ExitSchedule, run_stack
 from mue_hf.model.exit_options_mue import SHIPPED_PRESETS, resolve_options
 
 CONFIG = tiny_config()
@@ -44,7 +52,7 @@ class TestOptions:
             ({"exit_criterion": "cosine"}, "`exit_criterion` must be one of"),
             ({"exit_kv": "zeros"}, "`exit_kv` must be one of"),
             ({"exit_min_layers": 0}, "`exit_min_layers` must be an integer from 1 to 4"),
-            ({"exit_criterion": "fixed"}, "needs a depth"),
+            ({"exit_criterion": "fixed"}, "needs `image_exit_layer` or .* or `decoder_exit_layer`, got none"),
             ({"exit_criterion": "fixed", "decoder_exit_layer": 5}, "from 1 to 4, got 5"),
             ({"exit_criterion": "fixed", "image_exit_layer": 0}, "from 1 to 3, got 0"),
             ({"exit_criterion": "fixed", "decoder_exit_layer": 2.0}, "from 1 to 4, got 2.0"),
@@ -174,10 +182,15 @@ class TestSignals:
     def test_scores(self):
         logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
         probs = logits.softmax(-1)
-        assert output_score("confidence", logits).tolist() == probs.amax(-1).tolist()
-        torch.testing.assert_close(output_score("margin", logits), probs[:, 0] - probs[:, 1])
+        states = LayerStates(0, logits[:, None], logits[:, None], predict=lambda x: x)
+
+        def score(name):
+            return CRITERIA[name](ExitPolicy(name)).score(states)
+
+        assert score("confidence").tolist() == probs.amax(-1).tolist()
+        torch.testing.assert_close(score("margin"), probs[:, 0] - probs[:, 1])
         entropy = -(probs * probs.log()).sum(-1) / math.log(4)
-        torch.testing.assert_close(output_score("entropy", logits), entropy)
+        torch.testing.assert_close(score("entropy"), entropy)
 
     def test_last_valid(self):
         states = torch.arange(12.0).view(2, 3, 2)
@@ -258,5 +271,59 @@ class TestStack:
         result, _ = self.run(policy, states, predict=lambda x: x, mask=mask)
         assert result.depths.tolist() == [1, 5]
 
+    def test_a_threshold_out_of_reach_costs_no_head(self):
+        def predict(states):
+            raise AssertionError("nobody can be surer than 1")
+
+        for criterion in ("confidence", "margin"):
+            result, _ = self.run(ExitPolicy(criterion, (1.0,) * 5), torch.randn(2, 1, 4), predict=predict)
+            assert result.depths.tolist() == [5, 5]
+
+
+class TestCriteria:
     def test_every_criterion_is_covered(self):
         assert set(CRITERIA) == {"similarity", "confidence", "margin", "entropy", "patience", "fixed", "never"}
+
+    @pytest.mark.parametrize("name", CRITERIA)
+    def test_sweeps_go_from_careful_to_fast(self, name):
+        criterion = CRITERIA[name]
+        values = list(criterion.sweep(6))
+        assert values == sorted(values, reverse=name != "entropy") and len(set(values)) == len(values)
+        assert bool(values) == bool(criterion.sweep_options) == (name != "never")
+        assert criterion.name == name and criterion.summary
+        for option in criterion.sweep_options.values():
+            assert option in criterion.options
+
+    def test_a_registered_criterion_is_known(self):
+        """One entry, and `exit_criterion` takes it: options, decay, errors and the encoder's stand-in."""
+
+        @register_criterion
+        class Odd(Criterion):
+            name = "odd"
+            summary = "for this test"
+            needs_logits = True
+            exits_above = False
+
+            @classmethod
+            def sweep(cls, num_layers):
+                return (0.1, 0.5)
+
+            def score(self, states):
+                return states.logits().softmax(-1).amin(-1)
+
+        try:
+            made = options(exit_criterion="odd", decoder_exit_threshold=0.2, image_exit_threshold=0.9)
+            assert made.policy("decoder", 4).criterion == "odd" and made.policy("image", 3).criterion == "similarity"
+            early, late = (ExitPolicy("odd", (0.4,), beta=0.5).at_step(t, 10).thresholds[0] for t in (0, 9))
+            assert early < late
+            with pytest.raises(ValueError, match="pass `exit_criterion` as one of .*'odd'"):
+                options(exit_criterion="patience", exit_patience=1, decoder_exit_threshold=0.2)
+            with pytest.raises(ValueError, match="`exit_criterion` must be one of .*'odd'"):
+                options(exit_criterion="even")
+            with pytest.raises(ValueError, match="`name` must be new, got 'odd'"):
+                register_criterion(Odd)
+            sure = torch.tensor([[9.0, 0.0], [0.1, 0.0]])[:, None]
+            result, _ = TestStack.run(ExitPolicy("odd", (0.2,) * 5), sure, predict=lambda x: x)
+            assert result.depths.tolist() == [1, 5]
+        finally:
+            del CRITERIA["odd"]

@@ -19,7 +19,7 @@ from .cache_mue import MuECache
 from .early_exit_mue import ExitRecord, ExitSchedule
 from .encoder_mue import check_attentions
 from .exit_options_mue import CONFIG_NAMES, check_names, exit_attributes, resolve_options
-from .presets_mue import PresetCheckMixin, weights_fingerprint
+from .presets_mue import weights_fingerprint
 from .scoring_mue import AnswerScoringMixin, MuEScoreOutput
 
 
@@ -61,7 +61,7 @@ class _ExitRun:
         return ~torch.isin(new, self.eos_token_ids.to(new.device)).any(dim=1)
 
 
-class MuEGenerationMixin(PresetCheckMixin, AnswerScoringMixin, GenerationMixin):
+class MuEGenerationMixin(AnswerScoringMixin, GenerationMixin):
     """`generate` with exit options, per-token thresholds, and exit depths in its output."""
 
     def _prepare_generation_config(

@@ -22,6 +22,7 @@ from .encoder_mue import MuEEncoder, MuEEncoderOutput
 from .exit_options_mue import CONFIG_NAMES, ExitOptions, check_names, resolve_options
 from .generation_mue import MuEGenerationMixin
 from .layers_mue import MuEAttention, MuEOutputHead
+from .presets_mue import PresetCheckMixin
 from .vision_mue import trunk_features
 
 # What transformers passes to any model beside its own inputs.
@@ -325,7 +326,7 @@ def _joined(encoder: MuEEncoderOutput, decoder: MuEDecoderOutput, output_exit_la
 
 
 @auto_docstring(custom_intro="MuE with its tied output head: captions, closed answers, and fine-tuning.")
-class MuEForConditionalGeneration(MuEPreTrainedModel, MuEGenerationMixin):
+class MuEForConditionalGeneration(PresetCheckMixin, MuEPreTrainedModel, MuEGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
 
     def __init__(self, config: MuEConfig):

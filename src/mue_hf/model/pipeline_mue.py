@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import GenerationConfig, ImageTextToTextPipeline
+from transformers import AutoModelForImageTextToText, GenerationConfig, ImageTextToTextPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 from transformers.utils.chat_template_utils import Chat
@@ -59,6 +59,11 @@ class MuEImageTextToTextPipeline(ImageTextToTextPipeline):
         if model is not None and model.config.model_type != "mue":
             return ImageTextToTextPipeline(model, *args, **kwargs)
         return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if getattr(self.model, "loaded_by_pipeline", False):
+            self.model.fold_batch_norms()
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         options = {name: value for name, value in kwargs.items() if name not in PIPELINE_PARAMETERS}
@@ -158,13 +163,29 @@ def _pairs(images: Any, text: str | list[str]) -> dict[str, Any] | list[dict[str
     ]
 
 
+class _Loader(AutoModelForImageTextToText):
+    """Loads what `pipeline(model=NAME)` names, as ever; a MuE model that nobody else holds may be folded."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        if model.config.model_type == "mue":
+            model.loaded_by_pipeline = True
+        return model
+
+
+# Code of other models in their checkpoints is found by this name.
+_Loader.__name__ = AutoModelForImageTextToText.__name__
+
+
 def register_pipelines() -> None:
     """
     Makes `pipeline("image-text-to-text")` take images alone for MuE models.
 
     transformers sends the old name "image-to-text" on to it before it looks at its registry.
     """
-    PIPELINE_REGISTRY.supported_tasks["image-text-to-text"]["impl"] = MuEImageTextToTextPipeline
+    task = PIPELINE_REGISTRY.supported_tasks["image-text-to-text"]
+    task |= {"impl": MuEImageTextToTextPipeline, "pt": (_Loader,)}
 
 
 __all__ = ["MuEImageTextToTextPipeline", "MuEImageToTextPipeline", "register_pipelines"]
