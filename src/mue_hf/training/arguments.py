@@ -44,8 +44,8 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
             takes their place when training ends.
         muon_learning_rate (`float`, *optional*): trains all matrices but tables of embeddings and positions with Muon
             at this rate, and the rest with AdamW at `learning_rate`. A small model trained from scratch on little data
-            learns in about two thirds of the steps. Its own products are in bfloat16, as in timm; on CPUs that would
-            emulate it, in float32.
+            learns in about two thirds of the steps. Its matrix products are in bfloat16; on CPUs that would emulate
+            it, in float32.
         scst_samples (`int`): captions sampled per image for self-critical training (SCST), 0 for training on labels.
             `layer_weights` and `self_distillation` apply to it too: `0 0 0 0 0 1` with a weight of 0.1 rewards the
             last layer and lets the others follow it.

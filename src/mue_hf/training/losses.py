@@ -1,4 +1,4 @@
-"""MuE's layer-wise loss, flat in memory, and layers that learn from the last one.
+"""MuE's layer-wise loss in bounded memory, and self-distillation from the last decoder layer.
 
 The output head of OFA has 59,457 rows: the logits of six decoder layers at once would be most of a step's memory.
 `layerwise_loss` therefore makes the logits of one piece (some tokens of one layer) at a time and takes the gradients
@@ -26,8 +26,8 @@ class LayerwiseLoss(NamedTuple):
     Args:
         loss (`Tensor` []): what is minimised.
         loss_sums (`Tensor` [layers]): each layer's label-smoothed cross-entropy summed over its tokens, detached.
-        correct (`Tensor` [layers]): how many tokens each layer predicts rightly.
-        tokens (`Tensor` [layers]): on how many tokens each layer was looked at.
+        correct (`Tensor` [layers]): how many tokens each layer predicts correctly.
+        tokens (`Tensor` [layers]): on how many tokens each layer was evaluated.
     """
 
     loss: Tensor
@@ -42,7 +42,7 @@ class LayerwiseLoss(NamedTuple):
 
     @property
     def layer_accuracies(self) -> Tensor:
-        """Share of tokens that each layer predicts rightly [layers]."""
+        """Share of tokens that each layer predicts correctly [layers]."""
         return self.correct / self.tokens.clamp_min(1)
 
 
@@ -75,7 +75,7 @@ def layerwise_loss(
             of a batch (gradient accumulation, several processes). Default: those in `labels`.
         label_smoothing (`float` in [0, 1)): share of the target's probability that goes to all tokens alike.
         layer_weights (sequence of `float`, *optional*): a factor per layer of its cross-entropy; 1 by default. A
-            layer of weight 0 is looked at for the record, and learns from the last layer alone if at all.
+            layer of weight 0 is only evaluated, and trained by `self_distillation` if at all.
         self_distillation (`float`): weight of KL(last layer || layer), the last layer being detached.
         intermediate_token_share (`float` in (0, 1]): share of the tokens, drawn at random, on which the layers before
             the last are trained; their mean counts for all.
@@ -184,16 +184,16 @@ class _HeadLoss(torch.autograd.Function):
                 losses = _cross_entropy(log_probs, target, plan.smoothing)
                 loss_sums[layer] += losses.sum()
                 total += scale * (factor * losses).sum()
-                lesson: _Teacher | None = None
+                soft: _Teacher | None = None
                 if teacher is not None:
-                    lesson = _Teacher(*(part[: len(states)] for part in teacher))
-                    divergences = lesson.negative_entropy - _dot(lesson.probs, log_probs)
+                    soft = _Teacher(*(part[: len(states)] for part in teacher))
+                    divergences = soft.negative_entropy - _dot(soft.probs, log_probs)
                     total += scale * plan.distillation * divergences.sum()
                 elif plan.distillation:
                     probs = log_probs.exp()
                     teacher = _Teacher(probs, _dot(probs, log_probs))
-                if plan.with_grad and (plan.factors[layer] != 0 or lesson is not None):
-                    gradient = _logit_gradient(log_probs, target, factor, plan, lesson).to(plan.dtype)
+                if plan.with_grad and (plan.factors[layer] != 0 or soft is not None):
+                    gradient = _logit_gradient(log_probs, target, factor, plan, soft).to(plan.dtype)
                     hidden_grads[layer][rows] = scale * (gradient @ head)
                     if weight_grad is not None:
                         _add_product(weight_grad, gradient.t(), states, scale)

@@ -1,24 +1,24 @@
 """`MuETrainer`: transformers' Seq2SeqTrainer with MuE's layer-wise loss, its options, and SCST for captions."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import write_whole
+from ..model.criteria_mue import LAYER_OPTIONS
 from ..model.exit_options_mue import CONFIG_NAMES
 from .arguments import MuETrainingArguments, cpu_has_bf16
+from .average import WeightAverage
 from .card import trainer_card
+from .checks import check_arguments, check_launch
 from .losses import IGNORED, LayerwiseLoss, layerwise_loss
 from .muon import Muon
 
@@ -63,9 +63,9 @@ class MuETrainer(Seq2SeqTrainer):
         **kwargs: Any,
     ):
         args = MuETrainingArguments() if args is None else args
-        _check_trainer(model, args, reward, kwargs)
+        check_arguments(model, args, reward, kwargs.get("compute_loss_func"))
         super().__init__(model, args, **kwargs)
-        _check_launch(self)
+        check_launch(self)
         # every layer's loss is smoothed here; the base class would smooth the last layer's alone
         self.label_smoother = None
         if args.scst_samples:
@@ -162,10 +162,8 @@ class MuETrainer(Seq2SeqTrainer):
         means = self._layer_means("eval", f"{metric_key_prefix}_")
         if means:
             # exact over tokens, where the base class has a mean over batches
-            output.metrics[f"{metric_key_prefix}_loss"] = means[
-                f"{metric_key_prefix}_loss_layer_{self.model.config.decoder_layers}"
-            ]
-            output.metrics.update(means)
+            last = means[f"{metric_key_prefix}_loss_layer_{self.model.config.decoder_layers}"]
+            output.metrics.update(means | {f"{metric_key_prefix}_loss": last})
         return output
 
     def prediction_step(
@@ -208,16 +206,15 @@ class MuETrainer(Seq2SeqTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # before the trainer's state, the mark of a whole checkpoint
-        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.average is not None and self.args.should_save:
-            os.makedirs(folder, exist_ok=True)
-            self.average.save(os.path.join(folder, AVERAGE_NAME))
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            self.average.save(folder / AVERAGE_NAME)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.average is not None:
-            self.average.load(os.path.join(resume_from_checkpoint, AVERAGE_NAME))
+            self.average.load(Path(resume_from_checkpoint, AVERAGE_NAME))
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -266,7 +263,7 @@ class MuETrainer(Seq2SeqTrainer):
             streams = {"encoder": images if inputs.get("input_ids") is None else inputs["input_ids"]}
         layers = self.model.config.encoder_layers
         depths = {
-            f"{name}_exit_layer": torch.randint(1, layers + 1, (len(stream),))
+            LAYER_OPTIONS[name]: torch.randint(1, layers + 1, (len(stream),))
             for name, stream in streams.items()
             if stream is not None
         }
@@ -362,82 +359,6 @@ class MuETrainer(Seq2SeqTrainer):
         }
 
 
-class WeightAverage(TrainerCallback):
-    """Exponential moving average of the trained weights, which takes their place when training ends.
-
-    Args:
-        model (`nn.Module`): whose parameters are averaged, those that have `requires_grad`.
-        decay (`float`): share of the average that a step keeps. The first steps keep less, (1 + step) / (10 + step),
-            so that the initial weights are soon forgotten.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.decay = decay
-        self.averages: dict[str, Tensor] | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.averages is None:
-            self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.averages = {name: self.averages[name].to(p.device) for name, p in self.parameters.items()}
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        kept = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - kept)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._swap()
-        self.averages = None
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The model has the averaged weights inside, if training goes on."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def save(self, path: str) -> None:
-        """Writes the averages as safetensors, whole or not at all."""
-        save_file({name: average.contiguous() for name, average in self.averages.items()}, f"{path}.part")
-        os.replace(f"{path}.part", path)
-
-    def load(self, path: str) -> None:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: if the file is missing or belongs to other parameters.
-        """
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"`ema_decay` needs the average that a checkpoint of such a run has, but {path} does not exist; "
-                "resume without `ema_decay`, or from another checkpoint."
-            )
-        self.averages = load_file(path)
-        if self.averages.keys() != self.parameters.keys():
-            differing = sorted(self.averages.keys() ^ self.parameters.keys())
-            raise ValueError(
-                f"{path} must average the parameters that are trained; only one of them has {differing[:5]}; "
-                "freeze the same parts as before."
-            )
-
-    def _swap(self) -> None:
-        if self.averages is None:
-            return
-        for name, parameter in self.parameters.items():
-            average = self.averages[name].clone()
-            self.averages[name].copy_(parameter.data)
-            parameter.data.copy_(average)
-
-
 def scst_advantages(rewards: Tensor) -> Tensor:
     """Rewards [images, samples] above the mean of the image's other samples (self-critical training without a greedy
     pass). They sum to 0 for each image."""
@@ -475,60 +396,6 @@ def freeze(model: nn.Module, trunk: bool = False, batch_norm: bool = False) -> l
     for module in frozen:
         module.requires_grad_(False)
     return frozen
-
-
-def _check_trainer(model: Any, args: Any, reward: Any, kwargs: dict[str, Any]) -> None:
-    if not isinstance(args, MuETrainingArguments):
-        raise ValueError(f"`args` must be MuETrainingArguments, got {type(args).__name__}; it has the same fields.")
-    if model is None:
-        raise ValueError("`model` must be given, got None; `model_init` is not supported.")
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "mue" or model.get_output_embeddings() is None:
-        raise ValueError(f"`model` must be a MuEForConditionalGeneration, got {type(model).__name__}.")
-    if kwargs.get("compute_loss_func") is not None:
-        raise ValueError("`compute_loss_func` would replace the layer-wise loss; use Seq2SeqTrainer for that.")
-    if args.layer_weights is not None and len(args.layer_weights) != config.decoder_layers:
-        raise ValueError(
-            f"`layer_weights` must hold one factor for each of the {config.decoder_layers} decoder layers, got "
-            f"{args.layer_weights}."
-        )
-    if args.scst_samples and reward is None:
-        raise ValueError("`scst_samples` needs `reward`, got None; pass e.g. CiderDReward(training references).")
-    if reward is not None and not args.scst_samples:
-        raise ValueError("`reward` is used by `scst_samples` only, which is 0; set it to 2 or more.")
-
-
-def _check_launch(trainer: Seq2SeqTrainer) -> None:
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            f"one process cannot share {trainer.args.n_gpu} GPUs here; start one process per GPU with `accelerate "
-            "launch`, or set CUDA_VISIBLE_DEVICES to one of them."
-        )
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "the loss reads the whole output head, which DeepSpeed ZeRO-3 splits; use FSDP 2, DDP or ZeRO-1/2."
-        )
-    if trainer.is_fsdp_enabled:
-        _check_fsdp(trainer.args, getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1))
-
-
-def _check_fsdp(args: MuETrainingArguments, version: int) -> None:
-    if version != 2:
-        raise ValueError(f"`fsdp_version` must be 2, got {version}; see examples/fsdp.yaml.")
-    reasons = {
-        "ema_decay": "averages whole weights",
-        "muon_learning_rate": "needs whole matrices",
-        "random_exit_depth": "leaves out layers that another process waits for",
-        "scst_samples": "generates with whole weights",
-    }
-    for name, reason in reasons.items():
-        if getattr(args, name):
-            raise ValueError(f"`{name}` (got {getattr(args, name)}) {reason}, which FSDP splits; drop it, or use DDP.")
-    if args.predict_with_generate:
-        raise ValueError(
-            "`predict_with_generate` (got True) generates with whole weights, which FSDP splits; pass "
-            "`--predict_with_generate False` and score the saved model with `mue-hf evaluate`."
-        )
 
 
 __all__ = ["MuETrainer", "WeightAverage", "freeze", "scst_advantages"]
