@@ -37,9 +37,36 @@ def test_help_shows_an_example(command, capsys):
     assert f"mue-hf {command} " in capsys.readouterr().out.split("example", 1)[1]
 
 
-def test_general_help_imports_no_command(monkeypatch):
+def test_general_help_imports_no_command_and_has_them_in_order(monkeypatch):
     monkeypatch.setattr(cli, "import_module", lambda name: pytest.fail(f"imported {name}"))
-    assert "convert" in cli.build_parser().format_help()
+    shown = cli.build_parser().format_help()
+    names = ["caption", "app", "answer", "convert", "evaluate", "calibrate", "bench", "publish"]
+    places = [shown.index(f"\n  {name} ") for name in names]
+    assert places == sorted(places) and names == list(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_command_takes_debug(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    assert "--debug" in capsys.readouterr().out
+
+
+def test_debug_shows_where_an_error_came_from(checkpoint, photos, capsys, monkeypatch):
+    command = ["caption", photos[0], "--model", str(checkpoint)]
+    hint = "--debug shows where this came from."
+    # an error of this package says what to do
+    assert cli.main([*command, "--preset", "nosuch"]) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message and hint not in message
+    assert cli.main([*command, "--preset", "nosuch", "--debug"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and shown.endswith(message.splitlines()[-1] + "\n")
+    # that of another one does not
+    monkeypatch.setattr("mue_hf.cli.caption.load_model", lambda args: json.loads("{"))
+    assert cli.main(command) == 2
+    error, last = capsys.readouterr().err.splitlines()[-2:]
+    assert error.startswith("mue-hf caption: Expecting property name") and last == hint
 
 
 @pytest.mark.parametrize(
@@ -57,15 +84,23 @@ def test_usage_errors(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--model", "no/such/folder"], "`--model` must be a checkpoint folder that exists, or a Hub id such as"),
+        (["--model", "/no/such"], "ORG/NAME, got '/no/such'; check the path."),
         ([], "`--model` is needed"),
         (["--device", "nowhere"], "`--device` must be"),
         (["--preset", "nosuch"], "`exit_preset` must name a preset"),
         (["--decoder-threshold", "nan"], "`decoder_exit_threshold` must be a finite number"),
         (["--encoder-threshold", "0.9"], "`encoder_exit_threshold` needs"),
         (["--generate", "exit_criterian=never"], "did you mean `exit_criterion`"),
+        (["--generate", "num_beams=zero"], "`num_beams` must be a whole number, got 'zero'"),
+        (["--generate", "num_beams=1.5"], "`num_beams` must be a whole number, got 1.5"),
+        (["--generate", "max_new_tokens=0"], "`max_new_tokens` must be at least 1, got 0"),
+        (["--generate", "length_penalty=long"], "`length_penalty` must be a number, got 'long'"),
     ],
-    ids=["missing folder", "no model", "device", "preset", "nan", "other mode", "misspelt"],
+    ids=[
+        *("missing folder", "missing path", "no model", "device", "preset", "nan", "other mode", "misspelt"),
+        *("word", "fraction", "zero", "no number"),
+    ],
 )
 def test_bad_input_is_a_message_and_code_2(arguments, message, checkpoint, photos, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -17,8 +17,8 @@ from bulk_fixtures import make_checkpoint, make_images
 from filelock import FileLock
 from PIL import Image
 
-from mue_hf import MuEForConditionalGeneration, MuEImageProcessorPil, MuEProcessor, bulk, cli
-from mue_hf.inference.bulk import bulk_rows
+from mue_hf import MuEForConditionalGeneration, MuEImageProcessorPil, MuEProcessor, cli
+from mue_hf.inference.bulk import CAPTION_COLUMNS, bulk_rows
 from mue_hf.inference.journal import Journal
 from mue_hf.inference.sources import Row, Source
 
@@ -101,7 +101,7 @@ class TestRows:
         good = [str(folder / name) for name, damage in made.items() if damage is None][:3]
         options = {"image_exit_threshold": 0.5, "decoder_exit_threshold": 0.9, "num_beams": 2}
         totals = Counter()
-        work = {"options": options, "columns": bulk.CAPTION_COLUMNS, "batch_size": 2, "workers": 0, "totals": totals}
+        work = {"options": options, "columns": CAPTION_COLUMNS, "batch_size": 2, "workers": 0, "totals": totals}
         rows = list(bulk_rows(model, processor, (Row(7 + i, path, path) for i, path in enumerate(good)), **work))
         assert [row["row"] for row in rows] == [7, 8, 9] and [row["batch_size"] for row in rows] == [2, 2, 1]
         for row in rows:
@@ -347,7 +347,7 @@ class TestFiles:
         rows = [{"image": "a.png", **dict(kept)}, {"image": "none.png", "n": None, "x": 1, "mixed": "three"}]
         table = tmp_path / "table.jsonl"
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        columns = ["--columns", ",".join(bulk.CAPTION_COLUMNS), "--keep", ",".join(name for name, _ in kept)]
+        columns = ["--columns", ",".join(CAPTION_COLUMNS), "--keep", ",".join(name for name, _ in kept)]
         assert caption(table, *columns, out="out.parquet")[0] == 1
         result = pq.read_table(tmp_path / "out.parquet")
         kinds = dict(zip(result.schema.names, map(str, result.schema.types), strict=True))
@@ -533,6 +533,18 @@ class TestAnswers:
                 assert row["scores"] == pytest.approx(scores.tolist(), abs=1e-9)
                 assert row["answer"] == answers[scores.argmax()] and row["hypothesis"] == given["hypothesis"]
                 assert row["decoder_exit_layers"] == [1] and row["layers_skipped"] > 0
+
+    def test_the_summary_says_what_was_counted(self, answer, caption, pairs, listed, tmp_path):
+        """Layers for answers, FLOPs for captions; the old key stays."""
+        _, output = answer(pairs[0], "--out", tmp_path / "answers.jsonl", "--json")
+        summary = json.loads(output.out)
+        assert 0 < summary["layers_skipped"] == summary["compute_skipped"] < 1 and "flops_skipped" not in summary
+        _, output = answer(pairs[0], "--out", tmp_path / "more.jsonl")
+        assert f"{summary['layers_skipped']:.0%} of layers skipped" in output.out
+        _, _, output = caption(listed, "--json")
+        summary = json.loads(output.out)
+        assert 0 < summary["flops_skipped"] == summary["compute_skipped"] < 1 and "layers_skipped" not in summary
+        assert f"{summary['flops_skipped']:.0%} of FLOPs skipped" in caption(listed, out="others.jsonl")[2].out
 
     def test_names_that_are_no_text(self, answer, tmp_path):
         path = tmp_path / "table.jsonl"

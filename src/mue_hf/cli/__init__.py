@@ -30,8 +30,6 @@ GROUPS = {
     },
 }
 COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
-# Not moved yet.
-OLD = {"evaluate": "mue_hf.evaluation.run", "publish": "mue_hf.publishing.upload"}
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -58,7 +56,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == command:
-            import_module(OLD.get(name, f"{__name__}.{name}")).add_arguments(subparser)
+            import_module(f"{__name__}.{name}").add_arguments(subparser)
             subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -76,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((argument for argument in argv if not argument.startswith("-")), None)
     try:
         args = build_parser(command).parse_args(argv)
-        return import_module(OLD.get(args.command, f"{__name__}.{args.command}")).run(args)
+        return import_module(f"{__name__}.{args.command}").run(args)
     # ImportError: a trunk, a scorer or the loaders of an extra that is not installed; its message names the package.
     except (ImportError, OSError, ValueError) as error:
         if "--debug" in argv:
