@@ -1,4 +1,4 @@
-"""`mue-hf publish`, `push_to_hub` and the model card, against a Hub in memory and client processes of their own."""
+"""`mue-hf publish`, `push_to_hub` and the model card: into folders, and on a Hub in memory with clients of its own."""
 
 import json
 import os
@@ -236,7 +236,7 @@ class TestPublished:
             'had not seen (hoeffding-bentkus), under `{"num_beams": 2}`, in float32 |',
             "* It knows bytes alone.",
             "```\nmue-hf evaluate captioning --data scenes:0:6\n```",
-            'pipeline("image-to-text", model="org/mue-ofa", trust_remote_code=True)',
+            'pipeline("image-text-to-text", model="org/mue-ofa", trust_remote_code=True)',
             "@inproceedings{tang2023mue",
         ):
             assert text in card.text, text
@@ -250,13 +250,13 @@ class TestPublished:
         assert seen["packages"] == ["mue_hf"]
         head = "MuEForConditionalGeneration"
         assert seen["classes"] == ["MuEModel", head, "MuEProcessor", "MuEImageTextToTextPipeline"]
-        here = pipeline("image-to-text", model=str(checkpoint), device="cpu")
+        here = pipeline("image-text-to-text", model=str(checkpoint), device="cpu")
         assert seen["caption"] == here(photo) and seen["preset"] == here(photo, exit_preset="first")
         assert inside["task"] == "image-text-to-text"
 
     def test_loads_without_the_package(self, inside, hub, checkpoint, photo, tmp_path):
         names = ["org/mue-ofa", "org/pushed", "org/trained"]
-        here = pipeline("image-to-text", model=str(checkpoint), device="cpu")
+        here = pipeline("image-text-to-text", model=str(checkpoint), device="cpu")
         for seen in take_steps(hub, tmp_path, "without", [["load", name, photo, "owner"] for name in names]):
             assert seen["packages"] == ["transformers_modules"]
             assert seen["caption"] == here(photo) and seen["preset"] == here(photo, exit_preset="first")
@@ -267,7 +267,7 @@ def test_pushed_by_model_processor_and_trainer(hub, inside):
         assert_loads_alone(files(hub, name))
     assert hub.repositories["org/pushed"].private and not hub.repositories["org/trained"].private
     # what loads a processor, where there is no model
-    assert {"processing_mue.py", "answers_mue.py", "processor_config.json"} <= set(files(hub, "org/processor"))
+    assert {"processing_mue.py", "scoring_mue.py", "processor_config.json"} <= set(files(hub, "org/processor"))
     card = ModelCard(files(hub, "org/trained")["README.md"].decode())
     assert (card.data.license, card.data.datasets) == ("apache-2.0", ["org/data"])
     assert card.data.library_name == "transformers"
@@ -404,6 +404,7 @@ class TestBadInput:
         assert "must be a folder" in refused("org/elsewhere", "org/name")
 
     def test_name(self, checkpoint, refused):
+        assert "must be given, got none; name it, or pass `--to DIR`" in refused(checkpoint)
         assert "must be named ORG/NAME" in refused(checkpoint, "name")
         assert "Repo id must" in refused(checkpoint, "org/na me")
 
@@ -415,7 +416,7 @@ class TestBadInput:
         write_other_weights(copy)
         assert "must hold records of the weights" in refused(copy, "org/name", "--evaluation", evaluation)
 
-    def test_costs_of_a_device_are_no_thresholds(self, copy, evaluation):
+    def test_costs_of_old_checkpoints_are_no_thresholds(self, copy, evaluation):
         path = copy / "generation_config.json"
         costs = {"cpu": {"text": {"fixed": 0.0, "per_row": 1.0, "shrink": 1.0}}}
         path.write_text(json.dumps(json.loads(path.read_text()) | {"exit_costs": costs}))
@@ -426,8 +427,8 @@ class TestBadInput:
         assert "'first' was evaluated with other thresholds" in refused(copy, "org/name", "--evaluation", evaluation)
 
     def test_missing_extra(self, checkpoint, refused, evaluation, monkeypatch):
-        monkeypatch.setitem(sys.modules, "mue_hf.evaluation.run", None)
-        assert "pip install 'mue-hf[eval,train]'" in refused(checkpoint, "org/name", "--evaluation", evaluation)
+        monkeypatch.setattr("mue_hf.evaluation.plots.find_spec", lambda name: None)
+        assert "pip install 'mue-hf[eval]'" in refused(checkpoint, "org/name", "--evaluation", evaluation)
 
     @pytest.mark.parametrize(
         "content", ["", "{}", "no json", '["a list"]'], ids=["empty", "no-record", "text", "list"]
@@ -451,6 +452,66 @@ class TestBadInput:
         path = tmp_path / "about.toml"
         path.write_text(content)
         assert message in refused(checkpoint, "org/name", "--about", path)
+
+
+def in_folder(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def published(checkpoint, about, evaluation, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published") / "new" / "mue-ofa"
+    command = ["publish", str(checkpoint), "org/mue-ofa", "--to", str(folder), "--about", str(about)]
+    assert cli.main([*command, "--evaluation", str(evaluation)]) == 0
+    return folder
+
+
+class TestToFolder:
+    """`--to DIR` writes what the Hub would get."""
+
+    def test_files(self, published, hub, inside):
+        assert not any(path.is_symlink() for path in published.iterdir())
+        assert [path.name for path in published.parent.iterdir()] == ["mue-ofa"]
+        assert in_folder(published) == files(hub, "org/mue-ofa")
+
+    def test_loads_without_the_package(self, published, hub, checkpoint, photo, tmp_path):
+        (seen,) = take_steps(hub, tmp_path, "without", [["load", str(published), photo]])
+        here = pipeline("image-text-to-text", model=str(checkpoint), device="cpu")
+        assert seen["packages"] == ["transformers_modules"]
+        assert seen["caption"] == here(photo) and seen["preset"] == here(photo, exit_preset="first")
+
+    def test_without_a_name_the_card_names_the_folder(self, whole, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(["publish", str(whole), "--to", "here"]) == 0
+        assert 'model="here", trust_remote_code=True)' in (tmp_path / "here" / "README.md").read_text()
+
+    def test_overwrites_checkpoints_that_it_is_told_to(self, whole, tmp_path, capsys):
+        command = ["publish", str(whole), "--to", str(tmp_path / "here")]
+        assert cli.main(command) == 0
+        (tmp_path / "here" / "memo_mue.py").touch()
+        before = in_folder(tmp_path / "here")
+        assert cli.main(command) == 2
+        assert "must be empty or new, got" in capsys.readouterr().err and in_folder(tmp_path / "here") == before
+        assert cli.main([*command, "--overwrite"]) == 0
+        before.pop("memo_mue.py")
+        assert in_folder(tmp_path / "here") == before and os.listdir(tmp_path) == ["here"]
+
+    def test_other_folders_are_kept(self, whole, tmp_path, capsys):
+        (tmp_path / "thesis.txt").write_text("precious")
+        assert cli.main(["publish", str(whole), "--to", str(tmp_path), "--overwrite"]) == 2
+        assert "has no config.json" in capsys.readouterr().err and os.listdir(tmp_path) == ["thesis.txt"]
+
+    @pytest.mark.parametrize("target", [".", ".."])
+    def test_the_checkpoint_is_kept(self, whole, tmp_path, capsys, target):
+        (tmp_path / "config.json").write_text("{}")
+        copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+        assert cli.main(["publish", str(copy), "--to", str(copy / target), "--overwrite"]) == 2
+        assert "must be another folder" in capsys.readouterr().err and in_folder(copy) == in_folder(whole)
+
+    def test_all_or_nothing(self, whole, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr("mue_hf.publishing.upload.MuEProcessor.save_pretrained", MagicMock(side_effect=OSError))
+        assert cli.main(["publish", str(whole), "--to", str(tmp_path / "here")]) == 2
+        assert os.listdir(tmp_path) == []
 
 
 def test_dry_run_lists_and_sends_nothing(checkpoint, capsys):
@@ -506,6 +567,20 @@ def test_public_records_have_no_folders(path, shown):
     public = public_record(record | {"hardest": []}, "org/name")
     assert public["model"] == "org/name" and public["source"] == {"data": shown, "split": "test"}
     assert public["easiest"] == [{"image_id": shown, "depth": 2.0}]
+
+
+@pytest.mark.parametrize("has_code", [True, False])
+def test_a_checkpoints_own_card_knows_whether_code_is_there(whole, tmp_path, monkeypatch, has_code):
+    copy = Path(shutil.copytree(whole, tmp_path / "org" / "copy"))
+    if not has_code:
+        for path in copy.glob("*_mue.py"):
+            path.unlink()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["publish", "org/copy", "org/copy", "--card", "card.md"]) == 0
+    card = (tmp_path / "card.md").read_text()
+    assert ('model="org/copy", trust_remote_code=True)' in card) == has_code
+    assert ("on the Hub or into a folder with `--to`" in card) != has_code
+    assert bool(list(copy.glob("*_mue.py"))) == has_code
 
 
 @pytest.mark.parametrize("about", CARDS, ids=lambda path: path.stem)

@@ -37,7 +37,7 @@ def read_about(path: str | os.PathLike) -> About:
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"`--about` must be a TOML file, got {path}: {error}; mend or drop it.") from error
+        raise ValueError(f"`--about` must be a TOML file, got {path}: {error}; fix or drop it.") from error
     types = {one.name: one.type for one in fields(About)}
     if unknown := sorted(content.keys() - types.keys()):
         raise ValueError(f"`--about` has {unknown} in {path}, which no card shows; it may have {sorted(types)}.")
@@ -101,6 +101,7 @@ def render_card(
     groups: Sequence[Sequence[Mapping[str, Any]]] = (),
     plots: Sequence[str] = (),
     dtypes: Mapping[str, str] | None = None,
+    carries_code: bool = True,
 ) -> str:
     """
     The card as Markdown with a metadata block.
@@ -112,6 +113,7 @@ def render_card(
         groups: see [`evaluation_groups`].
         plots (sequence of `str`): the name of a picture for each group, empty for none.
         dtypes (`dict[str, str]`, *optional*): names of calibrated presets to the dtype in which they hold.
+        carries_code (`bool`, *optional*, defaults to `True`): whether it loads without this package.
     """
     promises = {
         name: _promise(preset, (dtypes or {}).get(name)) if "risk" in preset else "none: chosen by hand"
@@ -121,9 +123,8 @@ def render_card(
         _describe_group(group, about) | {"plot": plots[index] if index < len(plots) else ""}
         for index, group in enumerate(groups)
     ]
-    return fill_card(
-        model, model_id, about, promises, described, [one for group in groups for one in _index(group, about)]
-    )
+    results = [result for group in groups for result in _index(group, about)]
+    return fill_card(model, model_id, about, promises, described, results, carries_code)
 
 
 def _promise(preset: Mapping[str, Any], dtype: str | None) -> str:
@@ -149,7 +150,7 @@ def _data_name(record: Mapping[str, Any], about: About) -> str:
 def _describe_group(group: Sequence[Mapping[str, Any]], about: About) -> dict[str, str | None]:
     try:
         # Here, since an installation that does not evaluate lacks what it imports.
-        from ..evaluation.run import describe_environment, make_table
+        from ..evaluation.tables import describe_environment, make_table
     except ImportError as error:
         raise ImportError(
             f"A card with an evaluation needs what `mue-hf evaluate` does ({error}): pip install 'mue-hf[eval,train]'"

@@ -53,6 +53,7 @@ def fill_card(
     promises: Mapping[str, str],
     groups: Sequence[Mapping[str, Any]] = (),
     results: Sequence[EvalResult] = (),
+    carries_code: bool = True,
 ) -> str:
     """
     The filled template: Markdown with a metadata block.
@@ -64,6 +65,7 @@ def fill_card(
         promises (`dict[str, str]`): what each of the model's exit presets promises, by name.
         groups: for each table of the evaluation its "title", "table", "plot" and "conditions", in Markdown.
         results: the entries of the model index.
+        carries_code (`bool`, *optional*, defaults to `True`): whether it loads without this package.
     """
     name = PurePath(model_id).name
     trunk = model.config.backbone_config
@@ -95,6 +97,7 @@ def fill_card(
         data,
         template_path=str(TEMPLATE),
         about=about,
+        carries_code=carries_code,
         config=model.config,
         groups=groups,
         model_id=model_id,
