@@ -3,6 +3,7 @@ one, which leaves a screenshot in build/app.png."""
 
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -195,6 +196,11 @@ def test_a_statement_is_judged_by_score_answers(loaded, photo):
         assert record[name] == pytest.approx(dict(zip(("yes", "no", "maybe"), expected.tolist(), strict=True)))
     assert (record["image_exit_layers"], record["text_exit_layers"]) == (1, 3)
     assert set(record["answer_exit_layers"]) == {1}
+
+
+def test_the_room_is_imported_without_its_extras():
+    program = "import sys; sys.modules.update(gradio=None, matplotlib=None, datasets=None); import mue_hf.cli.app"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 class TestCommand:

@@ -22,7 +22,7 @@ WHOLE = "{} at full depth"
 
 
 def shade(depth: int, layers: int) -> str:
-    """The colour of what left after `depth` of `layers` layers."""
+    """The colour of what exited after `depth` of `layers` layers."""
     return SHADES[round((depth - 1) / max(layers - 1, 1) * (len(SHADES) - 1))]
 
 
@@ -77,7 +77,7 @@ def record_signals(
 def draw_signals(signals: Mapping[str, Tensor], options: ExitOptions, num_steps: int) -> Any:
     """
     The curves that explain the exits: a panel for each encoder stream, and one for the decoder where it decides by
-    similarity. Curves end in a dot where a stream or token left, red lines are the thresholds.
+    similarity. Curves end in a dot where a stream or token exited, red lines are the thresholds.
 
     Args:
         signals (`dict[str, Tensor]`): see [`record_signals`].

@@ -5,16 +5,14 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+from ..model.criteria_mue import THRESHOLD_OPTIONS
 from ..model.exit_options_mue import SHIPPED_PRESETS, ExitOptions, resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
 
 FULL_DEPTH = "full depth"
 # Greatest value and step. At 1 a threshold is never passed, and beta means no decay.
 SLIDERS = {
-    "image_exit_threshold": (1.0, 0.001),
-    "text_exit_threshold": (1.0, 0.001),
-    "encoder_exit_threshold": (1.0, 0.001),
-    "decoder_exit_threshold": (1.0, 0.001),
+    **dict.fromkeys(THRESHOLD_OPTIONS.values(), (1.0, 0.001)),
     "exit_decay_beta": (1.0, 0.01),
     "exit_decay_tau": (5.0, 0.05),
 }
@@ -45,7 +43,7 @@ def slider_values(model: MuEForConditionalGeneration, preset: str) -> dict[str, 
     other_mode = ("encoder",) if model.config.modality_decomposition else ("image", "text")
     values = {}
     for name, (greatest, step) in SLIDERS.items():
-        if name.startswith(other_mode):
+        if name in [THRESHOLD_OPTIONS[stream] for stream in other_mode]:
             continue
         value = getattr(options, name)
         if isinstance(value, tuple):
