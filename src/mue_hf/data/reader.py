@@ -1,9 +1,9 @@
-"""Sources of rows, opened and checked: files, folders and data sets of the Hub, what they are about left aside."""
+"""What all loaders share: files, folders and data sets of the Hub, opened, their images and columns checked."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -34,33 +34,6 @@ Fields = Callable[[dict[str, Any], Fault], dict[str, Any] | None]
 def has_words(text: Any) -> bool:
     """Whether `text` is a text with more than punctuation."""
     return isinstance(text, str) and bool(text.translate(PUNCTUATION).strip())
-
-
-class _Faults:
-    """What is wrong with the rows of a source, by reason: an error, or a count where bad ones are to be left out."""
-
-    def __init__(self, source: str, skip: bool, counts: Counter | None) -> None:
-        self.source, self.skip = source, skip
-        self.counts = Counter() if counts is None else counts
-        self.found: Counter = Counter()
-        self.first: dict[str, str] = {}
-
-    def add(self, reason: str, row: int, detail: str) -> None:
-        self.counts[reason] += 1
-        self.found[reason] += 1
-        self.first.setdefault(reason, f"row {row}: {detail}")
-
-    def report(self) -> None:
-        if not self.found:
-            return
-        what = "; ".join(f"{reason}: {count} (first in {self.first[reason]})" for reason, count in self.found.items())
-        self.found = Counter()
-        if not self.skip:
-            raise ValueError(
-                f"`source` must hold good rows only, got in {self.source}: {what}; "
-                "fix them, or pass `skip_bad=True` to leave them out."
-            )
-        logger.warning(f"Left out of {self.source}: {what}.")
 
 
 def _names(template: str) -> list[str]:
@@ -107,8 +80,11 @@ class Reader:
         if isinstance(self._kind(self.image_column), Image | dict):
             self.rows = self.rows.cast_column(self.image_column, Image(decode=False))
         self.embedded = isinstance(self._kind(self.image_column), Image)
-        self.faults = _Faults(str(self.source), self.skip_bad, self.skipped)
+        self.wanted_splits = None if self.split is None or self.split_column is None else set(self.split.split("+"))
         self.checked_paths: dict[str, str | None] = {}
+        # What is wrong with rows: number by reason, and the first of each.
+        self.faults: Counter = Counter()
+        self.first_faults: dict[str, str] = {}
 
     def _open(self, path: Path) -> Dataset | IterableDataset:
         options = (self.load_options or {}) | {"streaming": self.streaming}
@@ -144,9 +120,26 @@ class Reader:
             f"{self.source}; name the right one{hint}."
         )
 
-    @cached_property
-    def wanted_splits(self) -> set[str] | None:
-        return None if self.split is None or self.split_column is None else set(self.split.split("+"))
+    def _fault(self, row: int, reason: str, detail: str) -> None:
+        self.faults[reason] += 1
+        self.first_faults.setdefault(reason, f"row {row}: {detail}")
+
+    def _report_faults(self) -> None:
+        """An error about the bad rows so far, or a warning where they are to be left out."""
+        if not self.faults:
+            return
+        what = "; ".join(
+            f"{reason}: {count} (first in {self.first_faults[reason]})" for reason, count in self.faults.items()
+        )
+        if self.skipped is not None:
+            self.skipped.update(self.faults)
+        self.faults.clear()
+        if not self.skip_bad:
+            raise ValueError(
+                f"`source` must hold good rows only, got in {self.source}: {what}; "
+                "fix them, or pass `skip_bad=True` to leave them out."
+            )
+        logger.warning(f"Left out of {self.source}: {what}.")
 
     def read(
         self, columns: Sequence[str], fields: Fields, features: Features, gather: bool
@@ -180,7 +173,7 @@ class Reader:
                     one["image"] = image | {"path": one["path"]}
                     for name in features:
                         kept[name].append(one[name])
-            self.faults.report()
+            self._report_faults()
             return kept
 
         rows = self.rows.map(batch, with_indices=True, batched=True, batch_size=16, remove_columns=self.columns)
@@ -203,7 +196,7 @@ class Reader:
                 kept[key]["references"] += one["references"]
             else:
                 kept[key] = one | {"number": number}
-        self.faults.report()
+        self._report_faults()
         if not kept:
             raise ValueError(
                 f"`source` must hold rows of the split {self.split!r}, got none in {self.source} "
@@ -243,9 +236,9 @@ class Reader:
             return None
         located = path if stored or path is None or "://" in path else str(self.root / path)
         if fault := self._image_fault(stored, located):
-            self.faults.add("missing or unreadable image", number, fault)
+            self._fault(number, "missing or unreadable image", fault)
             return None
-        texts = fields(row, lambda reason, detail: self.faults.add(reason, number, detail))
+        texts = fields(row, partial(self._fault, number))
         if texts is None:
             return None
         if self.id_column is not None:

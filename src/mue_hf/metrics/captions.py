@@ -65,7 +65,7 @@ def caption_scores(
         ) from error
     _check(predictions, references, metrics, tokenizer)
     check_resampling(resamples, confidence)
-    # Before the fast metrics have run in vain.
+    # Before the fast metrics have run for nothing.
     if "meteor" in metrics:
         require_java("METEOR")
     if "spice" in metrics:

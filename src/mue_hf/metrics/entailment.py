@@ -53,7 +53,7 @@ def entailment_scores(
     labels = sorted(set(references)) if labels is None else list(labels)
     for i, reference in enumerate(references):
         if reference not in labels:
-            raise ValueError(f"`references[{i}]` must be one of {labels}, got {reference!r}; mend or drop the pair.")
+            raise ValueError(f"`references[{i}]` must be one of {labels}, got {reference!r}; fix or drop the pair.")
 
     predicted, true = (
         np.array([[text == label for label in labels] for text in texts]) for texts in (predictions, references)
@@ -120,8 +120,16 @@ def entailment_metrics(
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         answers = named(generated_ids(prediction, processor))
         true = named(without_masks(prediction.label_ids, processor))
-        options = {"image_ids": image_ids, "resamples": resamples, "confidence": confidence, "seed": seed}
-        return flat_intervals(entailment_scores(answers, true, labels=list(classes.values()), **options))
+        scores = entailment_scores(
+            answers,
+            true,
+            image_ids=image_ids,
+            labels=list(classes.values()),
+            resamples=resamples,
+            confidence=confidence,
+            seed=seed,
+        )
+        return flat_intervals(scores)
 
     return compute_metrics
 

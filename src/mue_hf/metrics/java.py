@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
 from tqdm import tqdm
 
-# METEOR reads numbers in the language of the machine, and text in its encoding, unless told otherwise.
+# By default METEOR reads numbers in the language of the machine, and text in its encoding.
 JAVA_OPTIONS = ("-XX:+UseSerialGC", "-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
 METEOR_OPTIONS = ("-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm")
 SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
@@ -109,16 +108,14 @@ class Meteor:
         )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._process.kill()
         # Reaps the process and closes both pipes.
         self._process.communicate()
         self._errors.close()
 
     def statistics(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray:
-        """What METEOR's matches of each prediction with its best reference come to.
+        """Counts of METEOR's matches between each prediction and its best reference.
 
         Returns:
             float array [images, statistics]: rows can be summed, which makes the statistics of a corpus.

@@ -102,7 +102,7 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
 
     def checkpoint_to_resume(self) -> str | None:
         """
-        What `resume_from_checkpoint` names, or else the last whole checkpoint in `output_dir`; None to begin anew.
+        What `resume_from_checkpoint` names, or else the last whole checkpoint in `output_dir`; None for a new run.
 
         Raises:
             ValueError: if the named folder does not exist, or `output_dir` holds a model without checkpoints, which a

@@ -22,7 +22,7 @@ def check_arguments(model: Any, args: Any, reward: Any, loss: Any) -> None:
         raise ValueError(f"`args` must be MuETrainingArguments, got {type(args).__name__}; it has the same fields.")
     if model is None:
         raise ValueError("`model` must be given, got None; `model_init` is not supported.")
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "mue" or model.get_output_embeddings() is None:
         raise ValueError(f"`model` must be a MuEForConditionalGeneration, got {type(model).__name__}.")
     if loss is not None:
@@ -40,7 +40,7 @@ def check_arguments(model: Any, args: Any, reward: Any, loss: Any) -> None:
 
 def check_launch(trainer: Seq2SeqTrainer) -> None:
     """Raises ValueError for processes and devices in which the loss cannot be computed."""
-    args = trainer.args
+    args: Any = trainer.args
     if args.n_gpu > 1:
         raise ValueError(
             f"one process cannot share {args.n_gpu} GPUs here; start one process per GPU with `accelerate launch`, "

@@ -58,26 +58,23 @@ class Muon(torch.optim.Optimizer):
             if not trained:
                 continue
             torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
-            others = []
-            for parameter in trained:
-                # Groups of timm's state have the key only where it is True.
-                if not group.get("use_fallback") and _is_matrix(parameter):
-                    self._muon(parameter, group["lr"])
-                else:
-                    others.append(parameter)
+            # Groups of timm's state have the key only where it is True.
+            matrices = [] if group.get("use_fallback") else [one for one in trained if _is_matrix(one)]
+            for parameter in matrices:
+                self._muon(parameter, parameter.grad, group["lr"])
+            others = [one for one in trained if not matrices or not _is_matrix(one)]
             if others:
-                self._adamw(others, group["lr"], *group["betas"])
+                self._adamw(others, [one.grad for one in others], group["lr"], *group["betas"])
         return loss
 
-    def _muon(self, parameter: Tensor, lr: float) -> None:
+    def _muon(self, parameter: Tensor, gradient: Tensor, lr: float) -> None:
         momentum = self._state(parameter, "momentum_buffer")
-        momentum.lerp_(parameter.grad, 1 - MOMENTUM)
-        update = orthogonalized(parameter.grad.lerp(momentum, MOMENTUM).flatten(1), self.dtype)
+        momentum.lerp_(gradient, 1 - MOMENTUM)
+        update = orthogonalized(gradient.lerp(momentum, MOMENTUM).flatten(1), self.dtype)
         scale = 0.2 * max(update.shape) ** 0.5
         parameter.add_(update.view(parameter.shape), alpha=-lr * scale)
 
-    def _adamw(self, parameters: list[Tensor], lr: float, beta1: float, beta2: float) -> None:
-        gradients = [parameter.grad for parameter in parameters]
+    def _adamw(self, parameters: list[Tensor], gradients: list[Tensor], lr: float, beta1: float, beta2: float) -> None:
         means = [self._state(parameter, "exp_avg") for parameter in parameters]
         squares = [self._state(parameter, "exp_avg_sq") for parameter in parameters]
         steps = []

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
+from typing import Any
 
 from .drawing import COLORS, SHAPES, Scene, SceneObject, check_split, make_scene, seeded
 
@@ -108,7 +109,12 @@ def _two_relations(scene: Scene, form: tuple[str, str]) -> tuple[list[str], list
 
 
 # Kind -> (scene, form) -> the true and the false statements of that form.
-TEXTS = {"existence": _existence, "counting": _counting, "relation": _relation, "two_relations": _two_relations}
+TEXTS: dict[str, Callable[[Scene, Any], tuple[list[str], list[str]]]] = {
+    "existence": _existence,
+    "counting": _counting,
+    "relation": _relation,
+    "two_relations": _two_relations,
+}
 
 
 def _statement(scene: Scene, kind: str, rng: random.Random) -> Statement:
