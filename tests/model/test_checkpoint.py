@@ -1,15 +1,16 @@
 """The checkpoints in the repository: small, whole, in step with the code, able to caption and to answer."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
+import doors
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 
-import mue_hf
-from mue_hf import MuEForConditionalGeneration, MuEProcessor
+from mue_hf import MuEForConditionalGeneration, MuEProcessor, cli
 from mue_hf.data.scenes import COLORS, FORMS, SHAPES, SceneDataset, make_scene
 
 ROOT = Path(__file__).parents[2]
@@ -38,12 +39,18 @@ def test_size_and_dtype(folder):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_code_beside_the_weights_is_the_packages(folder):
-    sources = sorted(Path(mue_hf.__file__).parent.glob("model/*_mue.py"))
-    copies = {path.name for path in folder.glob("*.py")}
-    assert copies == {path.name for path in sources}
-    for path in sources:
-        assert (folder / path.name).read_text() == path.read_text(), f"{path.name} differs: run `make style`"
+def test_no_code_is_tracked(folder):
+    assert not list(folder.glob("*.py"))
+    for path in folder.glob("*.json"):
+        assert not {"auto_map", "custom_pipelines"} & set(re.findall(r"\w+", path.read_text())), path.name
+
+
+def test_published_it_loads_without_the_package(tmp_path):
+    photo, published = str(tmp_path / "photo.png"), tmp_path / "published"
+    SceneDataset(1, split="dev")[0]["image"].save(photo)
+    assert cli.main(["publish", str(SCENES), "--to", str(published)]) == 0
+    alone = doors.run("alone", published, photo, tmp_path)["seen"]
+    doors.assert_same_remotely(alone, doors.record(str(published), photo))
 
 
 def test_captions_with_and_without_exits(model):

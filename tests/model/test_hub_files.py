@@ -1,9 +1,8 @@
 """The two doors of a checkpoint: `import mue_hf`, or the source files in the folder; both open on the same model."""
 
 import ast
-import os
+import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,7 +29,6 @@ import mue_hf
 from mue_hf import MuEConfig, MuEImageProcessorPil, MuEProcessor, MuETokenizer
 
 SOURCES = sorted(Path(mue_hf.__file__).parent.glob("model/*_mue.py"))
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # Beside the standard library: torch, transformers, and what transformers itself cannot work without.
 ALLOWED = {"PIL", "huggingface_hub", "numpy", "tokenizers", "torch", "torchvision", "transformers"}
 
@@ -140,31 +138,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def remote(folder, photo, place):
-    return run_door("remote", folder, photo, place)
-
-
-def run_door(door, folder, photo, place):
-    home = place / "home"
-    # what a download of the repository leaves behind
-    cached = home / "hub" / f"models--{doors.REPOSITORY.replace('/', '--')}"
-    shutil.copytree(folder, cached / "snapshots" / COMMIT)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(COMMIT)
-    paths = {"HF_HOME": home, "HF_HUB_CACHE": home / "hub", "HF_MODULES_CACHE": home / "modules"}
-    environment = os.environ | {name: str(path) for name, path in paths.items()} | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, doors.__file__, door, str(folder), photo, str(place / "result")]
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return torch.load(place / "result", weights_only=False)
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name in expected.keys() - {"modules"}:
-        if isinstance(expected[name], torch.Tensor):
-            assert torch.equal(found[name], expected[name]), name
-        else:
-            assert found[name] == expected[name], name
+    return doors.run("remote", folder, photo, place)
 
 
 class TestPackage:
@@ -204,22 +178,17 @@ class TestPackage:
         assert all(set(one) == {"generated_text"} for (one,) in seen["image-to-text"])
 
     def test_trust_changes_nothing(self, seen, folder, photo, tmp_path):
-        both = run_door("both", folder, photo, tmp_path)["seen"]
+        both = doors.run("both", folder, photo, tmp_path)["seen"]
         pairs = zip(both["classes"], both["modules"], strict=True)
         # the only one for which transformers 5.24 prefers the folder's copy to a registered class
         assert {name for name, module in pairs if not module.startswith("mue_hf.")} <= {"MuETokenizer"}
-        assert_same(both, seen)
+        doors.assert_same(both, seen)
 
 
 class TestFolderAlone:
     @pytest.mark.parametrize("source", ["seen", "hub"], ids=["folder", "hub repository"])
     def test_equals_the_package(self, seen, remote, source):
-        found = dict(remote[source])
-        assert all(name.startswith("transformers_modules.") for name in found["modules"])
-        # under its own name the first task has its own class
-        found["classes"] = ["MuEImageTextToTextPipeline" if "Pipeline" in x else x for x in found["classes"]]
-        found["config"]["_name_or_path"] = seen["config"]["_name_or_path"]
-        assert_same(found, seen)
+        doors.assert_same_remotely(remote[source], seen)
 
     def test_needs_trust(self, remote):
         assert len(remote["refusals"]) == 3
@@ -235,7 +204,23 @@ class TestFolderAlone:
         found = doors.record(str(again), photo)
         # loading fills in the path and the trunk's dtype
         found["config"] = seen["config"]
-        assert_same(found, seen)
+        doors.assert_same(found, seen)
+
+
+def test_copies_of_another_version_are_left_alone(folder, seen, photo, tmp_path):
+    """With the package, a folder of 0.1.0 loads as any: its source files have other names and are not run."""
+    old = tmp_path / "old"
+    shutil.copytree(folder, old, ignore=shutil.ignore_patterns("*_mue.py"))
+    for name in ("answers", "configuration", "costs", "generation", "memo", "modeling", "pipeline", "processing"):
+        (old / f"{name}_mue.py").write_text("raise RuntimeError('code of another version was run')\n")
+    options = json.loads((old / "generation_config.json").read_text())
+    costs = {"cpu": {"text": {"fixed": 0.0, "per_row": 1.0, "shrink": 1.0}}}
+    (old / "generation_config.json").write_text(json.dumps(options | {"exit_costs": costs}))
+    with pytest.warns(FutureWarning, match="`exit_costs` has no effect any more"):
+        found = doors.record(str(old), photo)
+    found["config"]["_name_or_path"] = str(folder)
+    assert found["generation config"].pop("exit_costs", None) in (None, costs)
+    doors.assert_same(found, seen)
 
 
 def test_saved_pipeline_loads(folder, photo, tmp_path):
