@@ -18,15 +18,17 @@ import argparse
 import json
 import sys
 from importlib import import_module
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEProcessor
-from mue_hf.evaluation.measure import similarity_curves
+from mue_hf.cli.evaluate import add_arguments, run
+from mue_hf.evaluation.depths import similarity_curves
+from mue_hf.evaluation.plots import save_figure
 from mue_hf.evaluation.rows import load_rows
-from mue_hf.evaluation.run import add_arguments, describe_environment, read_records, run
-from mue_hf.evaluation.signals import SignalRecorder
+from mue_hf.evaluation.signals import SignalRecorder, answer_tokens
+from mue_hf.evaluation.store import read_records
+from mue_hf.evaluation.tables import describe_environment
 from mue_hf.files import write_whole
 from mue_hf.inference.predict import predict
 
@@ -110,13 +112,12 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     options = ["--model", str(checkpoint), "--data", f"scenes:{args.test_seed}:{args.scenes}", "--output", str(points)]
-    options += ["--sweep", "similarity", "--sweep", "fixed", "--levels-split", "dev", "--batch-size", "64"]
+    options += ["--sweep", "similarity", "--sweep", "fixed", "--thresholds-split", "dev", "--batch-size", "64"]
     run(parser.parse_args(["entailment", *options, "--time-rows", str(args.time_rows)]))
     model = MuEForConditionalGeneration.from_pretrained(checkpoint).eval()
     processor = MuEProcessor.from_pretrained(checkpoint)
-    answers = processor.encode_answers(list(processor.entailment_answers.values()))
     rows = load_rows("entailment", f"scenes:{args.test_seed}:50", "dev")
-    with SignalRecorder(model, [token for answer in answers for token in answer]) as recorder:
+    with SignalRecorder(model, answer_tokens(processor)) as recorder:
         predict(model, processor, rows, "entailment", {"exit_criterion": "never"}, batch_size=64)
     return read_records(points), similarity_curves(recorder.signals)
 
@@ -233,9 +234,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
             label = record["variant"] if style == "o-" else None
             axes.plot(*zip(*pairs, strict=True), style, color=f"C{index % 10}", label=label, markersize=4)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    content = BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    write_whole(path, content.getvalue())
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -18,20 +17,21 @@ from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor,
 from mue_hf.calibration import calibrate, write_preset
 from mue_hf.calibration.bounds import smallest_budget
 from mue_hf.calibration.certify import Outcome, certify, check_size, split_images
-from mue_hf.calibration.runner import Part, Runner
-from mue_hf.calibration.search import Candidate, Level, pareto_path, thinned
+from mue_hf.calibration.runner import Runner, Split
+from mue_hf.calibration.search import Candidate, StreamExit, pareto_path, thinned
 from mue_hf.data.features import cache_trunk_features
 from mue_hf.data.scenes import SceneDataset
 from mue_hf.evaluation.measure import Meter
 from mue_hf.evaluation.rows import describe_rows
-from mue_hf.evaluation.signals import SignalRecorder, replay, threshold_levels, without_decay
+from mue_hf.evaluation.signals import SignalRecorder, replay, without_decay
+from mue_hf.evaluation.thresholds import candidate_thresholds
 from mue_hf.inference.predict import predict
 from mue_hf.metrics.rewards import CiderDReward
 from mue_hf.model.criteria_mue import ExitPolicy
 from mue_hf.model.exit_options_mue import resolve_options
 from mue_hf.model.generation_mue import weights_fingerprint
 
-# Most draws of random weights give outputs that depend on depth; the loss of part B is then well above 0.
+# Most draws of random weights give outputs that depend on depth; the loss of the held-out split is then well above 0.
 IMAGES = 24
 
 
@@ -107,9 +107,9 @@ class TestSignals:
         signals, _ = record(*parts, rows, "entailment")
         seen = set()
         for stream, cosines in signals.encoder.items():
-            levels = threshold_levels(cosines, 4, per_layer=per_layer, min_layers=min_layers)
-            assert levels
-            for thresholds in levels:
+            found = candidate_thresholds(cosines, 4, per_layer=per_layer, min_layers=min_layers)
+            assert found
+            for thresholds in found:
                 every = thresholds if per_layer else [thresholds] * 3
                 depths = replay(cosines, every, min_layers).tolist()
                 options = {f"{stream}_exit_threshold": thresholds, "exit_min_layers": min_layers}
@@ -131,7 +131,7 @@ class TestSignals:
         assert signals.rows.tolist() == [row for row in range(rows) for _ in range(3)]
         assert signals.steps.tolist() == [0, 1, 2] * rows
         assert signals.samples.tolist() == [row // beams for row in range(rows)]
-        for thresholds in threshold_levels(signals.decoder, 3):
+        for thresholds in candidate_thresholds(signals.decoder, 3):
             depths = replay(signals.decoder, [thresholds] * 4)[signals.steps == 0][::beams]
             options = {"decoder_exit_threshold": thresholds, "max_new_tokens": 1, "num_beams": beams}
             real = predict(*parts, scenes, "captioning", options, progress=False)
@@ -143,7 +143,7 @@ class TestSignals:
         contexts = len(full[0].decoder_exit_layers)
         assert len(signals.decoder) == 8 * contexts
         assert not signals.steps.any()
-        for thresholds in threshold_levels(signals.decoder, 3):
+        for thresholds in candidate_thresholds(signals.decoder, 3):
             depths = replay(signals.decoder, [thresholds] * 4).view(8, contexts).tolist()
             options = {"decoder_exit_threshold": thresholds}
             real = predict(model, processor, statements[:8], "entailment", options, progress=False)
@@ -177,10 +177,10 @@ class TestSignals:
             assert replay(cosines[row : row + 1], now.thresholds) == depths[row]
 
 
-class TestThresholdLevels:
+class TestCandidateThresholds:
     def test_are_spread_from_careful_to_fast(self):
         cosines = torch.rand(200, 5, generator=torch.Generator().manual_seed(0))
-        means = [replay(cosines, [one] * 5).double().mean().item() for one in threshold_levels(cosines, 4)]
+        means = [replay(cosines, [one] * 5).double().mean().item() for one in candidate_thresholds(cosines, 4)]
         assert means == sorted(means, reverse=True)
         assert np.allclose(means, [4, 3, 2, 1], atol=0.3)
 
@@ -188,38 +188,38 @@ class TestThresholdLevels:
         # The first layer agrees only above 0.5, and lives on another scale than the others.
         cosines = torch.stack([torch.linspace(0, 1, 101), torch.full((101,), 0.99), torch.ones(101)], dim=1)
         agreeing = torch.stack([cosines[:, 0] > 0.5, *[torch.ones(101, dtype=torch.bool)] * 2], dim=1)
-        careful = threshold_levels(cosines, 5, agreeing=agreeing, per_layer=True)[0]
+        careful = candidate_thresholds(cosines, 5, agreeing=agreeing, per_layer=True)[0]
         assert careful[0] == pytest.approx(0.505, abs=0.01)
         assert careful[1] < 0.99
         assert careful[2] is None
 
     @pytest.mark.parametrize("min_layers", [1, 3])
     def test_open_layers_alone_count(self, min_layers):
-        assert threshold_levels(torch.rand(9, 1), 3) == []
+        assert candidate_thresholds(torch.rand(9, 1), 3) == []
         cosines = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
         for per_layer in (False, True):
-            for level in threshold_levels(cosines, 3, per_layer=per_layer, min_layers=min_layers):
+            for level in candidate_thresholds(cosines, 3, per_layer=per_layer, min_layers=min_layers):
                 every = level if per_layer else [level] * 4
                 assert replay(cosines, every, min_layers).min() >= min_layers
 
     @pytest.mark.parametrize("per_layer", [False, True])
-    def test_a_constant_prompt_has_levels(self, per_layer):
+    def test_a_constant_prompt_has_thresholds(self, per_layer):
         noise = 1e-8 * torch.rand(20, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         cosines = torch.tensor([0.3, 0.7, 0.5, 0.9, 0.4]).double() + noise
-        levels = threshold_levels(cosines, 5, per_layer=per_layer)
-        depths = [set(replay(cosines, one if per_layer else [one] * 5).tolist()) for one in levels]
+        found = candidate_thresholds(cosines, 5, per_layer=per_layer)
+        depths = [set(replay(cosines, one if per_layer else [one] * 5).tolist()) for one in found]
         assert depths == [{4}, {2}, {1}]
 
     def test_rows_without_the_stream_are_left_out(self):
         cosines = torch.full((3, 4), torch.nan)
-        assert threshold_levels(cosines, 3) == []
+        assert candidate_thresholds(cosines, 3) == []
         assert replay(cosines, [0.5] * 4).tolist() == [0, 0, 0]
 
 
 class TestSearch:
     def test_path_is_what_nothing_beats(self):
-        image = [Level({"image": 1}, 0.1, 0.0), Level({"image": 2}, 0.3, 0.2)]
-        decoder = [Level({"decoder": 1}, 0.2, 0.01), Level({"decoder": 2}, 0.2, 0.5)]
+        image = [StreamExit({"image": 1}, 0.1, 0.0), StreamExit({"image": 2}, 0.3, 0.2)]
+        decoder = [StreamExit({"decoder": 1}, 0.2, 0.01), StreamExit({"decoder": 2}, 0.2, 0.5)]
         path = pareto_path([image, decoder])
         assert [one.options for one in path] == [
             {"image": 1},
@@ -227,7 +227,7 @@ class TestSearch:
             {"image": 2, "decoder": 1},
         ]
         assert [one.cost for one in path] == pytest.approx([0.9, 0.7, 0.5])
-        assert pareto_path([[Level({}, -0.1, 0.0)]]) == []
+        assert pareto_path([[StreamExit({}, -0.1, 0.0)]]) == []
 
     def test_thinning_keeps_the_ends(self):
         path = [Candidate({}, 1 - step / 20, step / 100) for step in range(1, 15)]
@@ -246,7 +246,7 @@ class TestSearch:
         assert b != sorted(b)
 
     def test_images_are_the_units(self):
-        part = Part(None, [], [1, 3, 2])
+        part = Split(None, [], [1, 3, 2])
         assert part.by_image([1.0, 0.0, 1.0, 1.0, 0.0, 0.0]) == pytest.approx([1, 2 / 3, 0])
 
     def test_testing_stops_at_the_first_failure(self):
@@ -279,7 +279,7 @@ class TestSearch:
 
             streams = [
                 [
-                    Level({stream: level}, saving, losses({stream: level}, 100).mean())
+                    StreamExit({stream: level}, saving, losses({stream: level}, 100).mean())
                     for level, saving in enumerate(savings)
                 ]
                 for stream in true_risk
@@ -325,7 +325,7 @@ class TestCalibrate:
         monkeypatch.setattr("mue_hf.calibration.runner.predict", by_layers)
         model, processor = parts
         rows = scenes if task == "captioning" else statements
-        found = calibrated(parts, rows, task, budget=0.9, risk=risk, levels=2, candidates=3, **options)
+        found = calibrated(parts, rows, task, budget=0.9, risk=risk, num_thresholds=2, candidates=3, **options)
         preset = found.preset
         assert preset is not None
         assert preset["n"] == IMAGES - round(0.3 * IMAGES)
@@ -367,7 +367,7 @@ class TestCalibrate:
     )
     @pytest.mark.parametrize("criterion", ["similarity", "entropy", "patience", "fixed"])
     def test_saved_exits_do_not_reach_the_runs(self, criterion, saved, scenes):
-        options = {"budget": 0.9, "levels": 2, "candidates": 2, "criteria": criterion}
+        options = {"budget": 0.9, "num_thresholds": 2, "candidates": 2, "criteria": criterion}
         model, processor = make_parts()
         expected = calibrated((model, processor), scenes, "captioning", **options)
         for name, value in saved.items():
@@ -387,7 +387,7 @@ class TestCalibrate:
             return tried[-1][1]
 
         monkeypatch.setattr(Runner, "outcome", outcome)
-        calibrated(parts, scenes, "captioning", budget=0.9, levels=3, candidates=2, criteria=[criterion])
+        calibrated(parts, scenes, "captioning", budget=0.9, num_thresholds=3, candidates=2, criteria=[criterion])
         exits, found = next(one for one in tried if one[0].get("exit_criterion") == criterion)
         images, _ = split_images([row["image_id"] for row in scenes], 0.3, 0)
         rows = [scenes[row] for image in images for row in image]
@@ -399,7 +399,7 @@ class TestCalibrate:
         assert found.flops == pytest.approx(ran / everything)
 
     def test_the_better_criterion_is_taken(self, parts, scenes):
-        options = {"budget": None, "compute": 0.9, "levels": 4}
+        options = {"budget": None, "compute": 0.9, "num_thresholds": 4}
         similarity, fixed, both = (
             calibrated(parts, scenes, "captioning", criteria=names, **options).preset | {"seconds": None}
             for names in (["similarity"], ["fixed"], ["similarity", "fixed"])
@@ -408,23 +408,25 @@ class TestCalibrate:
         assert both in (similarity, fixed)
 
     def test_joint_encoder(self, scenes):
-        found = calibrated(make_parts(modality_decomposition=False), scenes, "captioning", budget=0.9, levels=2)
+        found = calibrated(
+            make_parts(modality_decomposition=False), scenes, "captioning", budget=0.9, num_thresholds=2
+        )
         assert {"encoder_exit_threshold", "decoder_exit_threshold"} & found.preset.keys()
 
     def test_compute_budget_gives_the_bound_of_its_loss(self, parts, scenes):
-        found = calibrated(parts, scenes, "captioning", budget=None, compute=0.9, levels=3)
+        found = calibrated(parts, scenes, "captioning", budget=None, compute=0.9, num_thresholds=3)
         assert len(found.tested) == 1
         assert found.preset["compute"] == 0.9
         assert "budget" not in found.preset
         assert found.preset["loss"] < found.preset["bound"]
         assert found.preset["flops"] < 1
         with pytest.raises(ValueError, match=r"`compute` must be reachable, got 0.001, .* reach 0\.\d+ of the flops"):
-            calibrated(parts, scenes, "captioning", budget=None, compute=0.001, levels=1)
+            calibrated(parts, scenes, "captioning", budget=None, compute=0.001, num_thresholds=1)
 
     @pytest.mark.parametrize("task", ["captioning", "entailment"])
     def test_interrupted_calibration_goes_on(self, task, parts, scenes, statements, tmp_path, monkeypatch):
         rows = scenes if task == "captioning" else statements
-        options = {"budget": 0.9, "levels": 2, "candidates": 2, "folder": tmp_path / "runs"}
+        options = {"budget": 0.9, "num_thresholds": 2, "candidates": 2, "folder": tmp_path / "runs"}
         real, calls = predict, []
 
         def interrupted(*args, **kwargs):
@@ -463,7 +465,7 @@ class TestCalibrate:
     def test_nothing_is_promised_where_nothing_holds(self, parts, scenes, monkeypatch):
         everything = Outcome(np.ones(IMAGES), 0.5, 0.5)
         monkeypatch.setattr("mue_hf.calibration.runner.Runner.outcome", lambda *_: everything)
-        found = calibrated(parts, scenes, "captioning", budget=0.7, levels=1)
+        found = calibrated(parts, scenes, "captioning", budget=0.7, num_thresholds=1)
         assert found.preset is None
         assert [one.pvalue for one in found.tested] == [1.0]
 
@@ -490,7 +492,7 @@ class TestCalibrate:
             ({"criteria": ()}, "`criteria` must be at least 1"),
             ({"criteria": ("never",)}, "`criteria` must be one of .*, got 'never'"),
             ({"betas": (0.0,)}, "`betas` must be above 0 and at most 1"),
-            ({"levels": 0}, "`levels` must be at least 1"),
+            ({"num_thresholds": 0}, "`num_thresholds` must be at least 1"),
             ({"options": {"decoder_exit_threshold": 0.5}}, "`options` may hold .* got \\['decoder_exit_threshold'"),
             ({"options": {"do_sample": True}}, "`do_sample` must be False"),
             ({"task": "translation"}, "`task` must be one of"),
@@ -506,6 +508,20 @@ class TestCalibrate:
             rows = [{name: value for name, value in row.items() if name != "label"} for row in rows]
         with pytest.raises(ValueError, match=message):
             calibrated(parts, rows, given.pop("task"), **given)
+
+    def test_losses_of_the_test_do_not_depend_on_each_others_references(self, parts, scenes, monkeypatch):
+        """The bounds hold for independent losses: document frequencies must come from the images of the search."""
+        seen = []
+
+        class Watched(CiderDReward):
+            def __init__(self, references):
+                seen.append(len(references))
+                super().__init__(references)
+
+        monkeypatch.setattr("mue_hf.calibration.procedure.CiderDReward", Watched)
+        options = {"budget": 0.9, "risk": "metric", "criteria": ("fixed",), "candidates": 1}
+        calibrated(parts, scenes, "captioning", **options)
+        assert seen == [round(0.3 * IMAGES)]
 
 
 class TestPresets:
@@ -543,103 +559,6 @@ class TestPresets:
         with pytest.raises(ValueError, match="whole generation_config.json"):
             write_preset(checkpoint, "mine", self.PRESET)
 
-
-class TestWarning:
-    @pytest.fixture
-    def own(self):
-        model, processor = make_parts()
-        inputs = processor(images=SceneDataset(1)[0]["image"])
-        model.generation_config.exit_presets = {
-            "mine": {"decoder_exit_threshold": 0.5, "weights_fingerprint": weights_fingerprint(model)},
-            "bare": {"decoder_exit_threshold": 0.5},
-        }
-        return model, dict(inputs), processor
-
-    def test_only_changed_weights_warn(self, own):
-        model, inputs, _ = own
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model.generate(**inputs, exit_preset="mine")
-            model.eval().generate(**inputs, exit_preset="mine")
-            with torch.no_grad():
-                model.get_decoder().layers[1].fc1.weight.mul_(1.01)
-            model.generate(**inputs, exit_preset="bare")
-            model.generate(**inputs, exit_preset="mine", exit_criterion="never")
-            model.generate(**inputs)
-        with pytest.warns(UserWarning, match="calibrated on other weights.*mue-hf calibrate") as caught:
-            model.generate(**inputs, exit_preset="mine")
-        assert caught[0].filename == __file__
-
-    def test_scoring_answers_warns_too(self, own):
-        model, inputs, processor = own
-        with torch.no_grad():
-            model.lm_head.weight.add_(0.1)
-        answers = processor.encode_answers(["yes", "no"])
-        with pytest.warns(UserWarning, match="calibrated on other weights") as caught:
-            model.score_answers(answers, **inputs, exit_preset="mine")
-        assert caught[0].filename == __file__
-
-    @pytest.mark.parametrize("how", ["fused", "data", "statistics"])
-    def test_training_in_between_is_seen(self, own, how):
-        """Some writes to weights are counted nowhere, those of transformers' default optimizer among them."""
-        model, inputs, _ = own
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model.generate(**inputs, exit_preset="mine")
-        bias = model.get_decoder().layers[1].fc1.bias
-        if how == "fused":
-            bias.grad = torch.ones_like(bias)
-            torch.optim.AdamW([bias], fused=True).step()
-        elif how == "data":
-            bias.data += 0.1
-        else:
-            next(x for name, x in model.named_buffers() if "running_mean" in name).add_(0.1)
-        with pytest.warns(UserWarning, match="calibrated on other weights"):
-            model.generate(**inputs, exit_preset="mine")
-
-    def test_once_per_place(self, own):
-        model, inputs, _ = own
-        model.generation_config.exit_presets["mine"]["weights_fingerprint"] = "another"
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("default")
-            for _ in range(3):
-                model.generate(**inputs, exit_preset="mine")
-            model.generate(**inputs, exit_preset="mine")
-        assert len(caught) == 2
-
-    def test_weights_are_read_once(self, own, monkeypatch):
-        model, inputs, _ = own
-        reads = []
-        real = weights_fingerprint
-        monkeypatch.setattr(
-            "mue_hf.model.generation_mue.weights_fingerprint", lambda one: reads.append(one) or real(one)
-        )
-        model.generate(**inputs)
-        assert not reads
-        threads = [threading.Thread(target=model.generate, kwargs=inputs | {"exit_preset": "mine"}) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        first = len(reads)
-        model.generate(**inputs, exit_preset="mine")
-        assert 1 <= first <= 3
-        assert len(reads) == first
-
-    def test_losses_of_the_test_do_not_depend_on_each_others_references(self, parts, scenes, monkeypatch):
-        """The bounds hold for independent losses: document frequencies must come from the images of the search."""
-        seen = []
-
-        class Watched(CiderDReward):
-            def __init__(self, references):
-                seen.append(len(references))
-                super().__init__(references)
-
-        monkeypatch.setattr("mue_hf.calibration.procedure.CiderDReward", Watched)
-        options = {"budget": 0.9, "risk": "metric", "criteria": ("fixed",), "candidates": 1}
-        calibrated(parts, scenes, "captioning", **options)
-        assert seen == [round(0.3 * IMAGES)]
-
     def test_fingerprint_survives_saving_and_tells_dtypes_apart(self, parts, checkpoint):
         model = MuEForConditionalGeneration.from_pretrained(checkpoint)
         expected = weights_fingerprint(parts[0])
@@ -649,7 +568,7 @@ class TestWarning:
 
 
 class TestCommand:
-    ARGUMENTS = ("--task", "captioning", "--levels", "2", "--candidates", "2")
+    ARGUMENTS = ("--task", "captioning", "--num-thresholds", "2", "--candidates", "2")
 
     @pytest.fixture(autouse=True)
     def elsewhere(self, tmp_path, monkeypatch):
@@ -676,17 +595,19 @@ class TestCommand:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.001)
-        model.save_pretrained(checkpoint)
+        with pytest.warns(UserWarning, match="calibrated on other weights"):
+            model.save_pretrained(checkpoint)
         tuned = MuEForConditionalGeneration.from_pretrained(checkpoint)
         with pytest.warns(UserWarning, match="calibrated on other weights"):
             tuned.generate(**inputs, exit_preset="fast")
 
     def test_settings_to_try(self, checkpoint, data):
-        arguments = ["--data", str(data), "--compute", "0.95", "--levels", "2", "--preset", "fast"]
+        arguments = ["--data", str(data), "--compute", "0.95", "--num-thresholds", "2", "--preset", "fast"]
         names = ["--criterion", "confidence", "patience", "--per-layer", "--beta", "1", "0.9"]
         assert cli.main(["calibrate", str(checkpoint), *self.ARGUMENTS, *arguments, *names]) == 0
         runs = [path.read_text() for path in Path("runs/calibration").glob("run-*.jsonl")]
-        # at full depth on part B; two levels of each encoder stream, two of confidence for each beta, two of patience
+        # at full depth on the held-out split; two thresholds of each encoder stream, two of confidence for each beta,
+        # two of patience
         assert len(runs) >= 1 + 4 + 4 + 2
 
     def test_dry_run_writes_nothing(self, checkpoint, data, capsys):

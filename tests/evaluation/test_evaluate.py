@@ -16,20 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
 from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, cli
-from mue_hf.benchmarking.stock import nothing_kept
 from mue_hf.data.scenes import write_scenes
-from mue_hf.evaluation.measure import (
-    Meter,
-    depth_by_position,
-    expected_time_reduction,
-    extremes,
-    similarity_curves,
-    token_oracle,
-)
+from mue_hf.evaluation.depths import depth_by_position, extremes, similarity_curves, token_oracle
+from mue_hf.evaluation.measure import Meter
 from mue_hf.evaluation.rows import ControlledRows, describe_rows, donors, load_rows
-from mue_hf.evaluation.run import describe_records, read_records
-from mue_hf.evaluation.settings import SWEEPS, make_settings
+from mue_hf.evaluation.settings import known_sweeps, make_settings
 from mue_hf.evaluation.signals import SignalRecorder
+from mue_hf.evaluation.store import read_records
+from mue_hf.evaluation.tables import describe_records
+from mue_hf.inference.depths import expected_time_reduction
 from mue_hf.inference.predict import Prediction, predict
 
 FAST = ["--tokenizer", "plain", "--metrics", "bleu,cider", "--resamples", 20, "--time-rows", 0]
@@ -240,16 +235,25 @@ def test_features_stand_for_images(evaluate, tmp_path):
     assert [record["quality"] for record in one] == [record["quality"] for record in other]
 
 
-def test_random_depths_and_oracle(evaluate):
+def test_shuffled_depths_and_oracle(evaluate):
     code, records, _ = evaluate(
-        *("captioning", "--sweep", "similarity=0.5", "--random", "similarity 0.5", "--oracle", "--num-beams", 1)
+        *(
+            "captioning",
+            "--sweep",
+            "similarity=0.5",
+            "--shuffled-depths",
+            "similarity 0.5",
+            "--oracle",
+            "--num-beams",
+            1,
+        )
     )
     assert code == 0
-    full, similar, dealt, oracle = records
-    assert dealt["random_like"] == "similarity 0.5"
+    full, similar, shuffled, oracle = records
+    assert shuffled["shuffled_depths_of"] == "similarity 0.5"
     for stream in ("image", "text"):
-        assert dealt["depth_counts"][stream] == similar["depth_counts"][stream]
-    assert dealt["depth_counts"]["decoder"].keys() <= similar["depth_counts"]["decoder"].keys()
+        assert shuffled["depth_counts"][stream] == similar["depth_counts"][stream]
+    assert shuffled["depth_counts"]["decoder"].keys() <= similar["depth_counts"]["decoder"].keys()
     assert oracle["identical"] == 1 and oracle["quality"] == full["quality"] and oracle["time"] is None
     assert 1 <= oracle["depth"]["decoder"] <= 4 and oracle["depth"]["image"] == 3
 
@@ -262,13 +266,24 @@ def test_differences_to_another_point(evaluate):
     assert full["difference"]["mean"] == pytest.approx(change)
 
 
-def test_every_criterion_with_levels_and_plots(evaluate, tmp_path):
+def test_every_criterion_with_recorded_thresholds_and_plots(evaluate, tmp_path):
     plots = tmp_path / "plots"
-    arguments = ["--sweep", "all", "--levels-split", "dev", "--levels-rows", 4, "--levels", 1, "--limit", 4]
+    arguments = [
+        "--sweep",
+        "all",
+        "--thresholds-split",
+        "dev",
+        "--thresholds-rows",
+        4,
+        "--num-thresholds",
+        1,
+        "--limit",
+        4,
+    ]
     code, records, _ = evaluate("entailment", *arguments, "--plots", plots)
     assert code == 0
     criteria = {record["criterion"] for record in records}
-    assert criteria >= {*SWEEPS, "similarity per layer", "fixed image", "fixed text", "fixed decoder", "full"}
+    assert criteria >= {*known_sweeps(), "similarity per layer", "fixed image", "fixed text", "fixed decoder", "full"}
     names = {path.name for path in plots.iterdir()}
     assert names == {
         *("quality_flops.png", "identical_flops.png", "similarity_layers.png"),
@@ -307,9 +322,9 @@ def test_files_are_read(evaluate, tmp_path):
         ("captioning", ["--generate", "exit_criterian=never"], "did you mean `exit_criterion`"),
         ("captioning", ["--split", "val"], "`split` must be one of"),
         ("captioning", ["--metrics", "blue"], "`metrics` must be a list out of"),
-        ("captioning", ["--against", "x"], "`--against` must name a point of this run"),
-        ("captioning", ["--random", "x"], "`random_like` must name points of this run"),
-        ("captioning", ["--oracle", "--num-beams", "2"], "`--oracle` needs greedy decoding"),
+        ("captioning", ["--against", "x"], "`against` must name a point of this run"),
+        ("captioning", ["--shuffled-depths", "x"], "`shuffled_depths` must name points of this run"),
+        ("captioning", ["--oracle", "--num-beams", "2"], "`oracle` needs greedy decoding"),
         ("captioning", ["--images", "none"], "belong to entailment"),
         ("captioning", ["--preset", "first", "--preset", "first"], "must differ in name"),
         ("entailment", ["--num-beams", "2"], "Options of decoding belong to captioning"),
@@ -334,7 +349,7 @@ def test_missing_java_is_said_before_any_work(evaluate, monkeypatch):
     monkeypatch.setattr("mue_hf.evaluation.run.caption_scores", fail)
     code, _, error = evaluate("captioning")
     assert code == 2
-    assert "METEOR needs Java. Or pass other `--metrics`" in error
+    assert "METEOR needs Java. Or pass other `metrics`" in error
 
 
 @pytest.mark.parametrize("sweep", ["nosuch", "fixed=2", "all=0.5", "similarity=x"])
@@ -399,8 +414,7 @@ def test_flops_of_answers_are_those_counted(prompt_type, checkpoint):
     processor = MuEProcessor.from_pretrained(checkpoint)
     rows = load_rows("entailment", "scenes:1:1", "test", limit=1)
     exits = {"exit_criterion": "fixed", "image_exit_layer": 2, "text_exit_layer": 1, "decoder_exit_layer": 3}
-    # What the encoder keeps between calls is counted for the call that makes it.
-    with nothing_kept(model.get_encoder()), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         some = predict(model, processor, rows, "entailment", exits, prompt_type=prompt_type, progress=False)
     meter = Meter(model, processor, "entailment", rows, {}, prompt_type)
     assert meter.flops(some, exits)["mean"] == pytest.approx(counter.get_total_flops(), rel=0.02)
@@ -470,15 +484,23 @@ def test_fingerprints_follow_the_data(tmp_path):
 @pytest.mark.parametrize("task", ["captioning", "entailment"])
 def test_two_processes_give_what_one_gives(task, evaluate, checkpoint, tmp_path):
     """One command of each kind in two processes; five scenes and forty statements do not divide by the batches."""
-    sweep = ["--sweep", "similarity=0.5", "--random", "similarity 0.5", "--oracle", "--levels-split", "dev"]
+    sweep = [
+        "--sweep",
+        "similarity=0.5",
+        "--shuffled-depths",
+        "similarity 0.5",
+        "--oracle",
+        "--thresholds-split",
+        "dev",
+    ]
     data = "scenes:1:5"
-    _, expected, _ = evaluate(task, *sweep, "--levels-rows", 4, "--levels", 1, data=data)
+    _, expected, _ = evaluate(task, *sweep, "--thresholds-rows", 4, "--num-thresholds", 1, data=data)
     (tmp_path / "out").rename(tmp_path / "one")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
     command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
     command += ["-m", "mue_hf.cli", "evaluate", task, "--model", checkpoint, "--data", data]
     command += ["--output", tmp_path / "out" / "points.jsonl", "--json", *FAST, *sweep]
-    command += ["--levels-rows", 4, "--levels", 1, "--features", tmp_path / "features"]
+    command += ["--thresholds-rows", 4, "--num-thresholds", 1, "--features", tmp_path / "features"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -27,7 +27,7 @@ class Outcome:
 @dataclass(frozen=True)
 class Tested:
     """
-    A candidate on part B.
+    A candidate on the held-out split.
 
     Args:
         options (`dict`): its exit options.
@@ -53,11 +53,11 @@ def certify(
     method: str,
 ) -> tuple[list[Tested], int]:
     """
-    Runs candidates on part B, from the first until one fails.
+    Runs candidates on the held-out split, from the first until one fails.
 
     Args:
-        path (sequence of [`Candidate`]): chosen without part B.
-        measure (`Callable`): exit options to the [`Outcome`] of real runs on part B.
+        path (sequence of [`Candidate`]): chosen without the held-out split.
+        measure (`Callable`): exit options to the [`Outcome`] of real runs on it.
         budget (`float`): allowed mean loss.
         delta (`float`): probability that any certificate is false.
         method (`str`): see [`risk_pvalue`].
@@ -78,13 +78,13 @@ def certify(
 
 
 def summarize(candidate: Candidate, outcome: Outcome, pvalue: float | None, delta: float, method: str) -> Tested:
-    """What part B says of a candidate."""
+    """What the held-out split says of a candidate."""
     bound = risk_upper_bound(outcome.losses, delta, method)
     return Tested(candidate.options, float(np.mean(outcome.losses)), pvalue, bound, outcome.flops, outcome.seconds)
 
 
 def split_images(image_ids: Sequence[str], share: float, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The rows of each image, for a `share` of the images (part A) and for the others (part B), both shuffled."""
+    """The rows of each image in the search split (a `share` of all) and in the held-out split; both shuffled."""
     images: dict[str, list[int]] = {}
     for row, image in enumerate(image_ids):
         images.setdefault(image, []).append(row)
@@ -95,7 +95,7 @@ def split_images(image_ids: Sequence[str], share: float, seed: int) -> tuple[lis
 
 
 def check_size(images: int, budget: float, delta: float, method: str) -> None:
-    """Raises a ValueError if `images` of part B cannot certify `budget` even without a loss."""
+    """Raises a ValueError if so many held-out images cannot certify `budget` even without a loss."""
     smallest = smallest_budget(images, delta, method) if images else 1.0
     if smallest <= budget:
         return

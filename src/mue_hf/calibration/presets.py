@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from ..model.exit_options_mue import SHIPPED_PRESETS
 
 
@@ -13,20 +14,13 @@ def write_preset(folder: str | os.PathLike, name: str, preset: Mapping[str, Any]
     """
     Adds a preset to the generation_config.json of a checkpoint, in place of one of the same name.
 
-    The file is written whole or not at all.
-
     Raises:
         ValueError: if there is no such file, it is damaged, or the name is empty or that of a preset of the paper.
     """
     path = check_preset(folder, name)
     config = json.loads(path.read_text())
     config["exit_presets"] = (config.get("exit_presets") or {}) | {name: dict(preset)}
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def check_preset(folder: str | os.PathLike, name: str) -> Path:

@@ -1,16 +1,18 @@
 """Exit thresholds for a budget of changed outputs, with a guarantee, or for a budget of compute.
 
-The images are split in two. On part A one run at full depth records signals; they give a few thresholds for each
-stream. Real runs with one stream's exits at a time say what they save and change. Combinations that look best run for
-real too, which gives a path of candidates from safest to fastest. On part B, which the search never saw, they run in
-that order until one cannot be certified ("Learn then Test", arXiv 2110.01052).
+The images are split in two. On the search split one run at full depth records signals; they give candidate thresholds
+for each stream. Real runs with one stream's exits at a time say what they save and change. Combinations that look best
+run for real too, which gives a path of candidates from safest to fastest. On the held-out split, which the search
+never saw, they run in that order until one cannot be certified ("Learn then Test", arXiv 2110.01052).
 
 Every run leaves its outputs in a folder, if there is one for them: an interrupted calibration goes on from there.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from ..data.features import TrunkFeatureDataset, trunk_fingerprint
-from ..evaluation.rows import ChosenRows, EvaluationData
+from ..evaluation.rows import EvaluationData
+from ..evaluation.signals import Signals
 from ..evaluation.store import content_key
 from ..inference.predict import TASKS, Prediction
 from ..metrics.rewards import CiderDReward
@@ -30,14 +33,17 @@ from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 from .bounds import METHODS
 from .certify import Outcome, Tested, certify, check_size, split_images, summarize
-from .levels import decoder_levels, fixed_levels, similarity_levels
-from .runner import DEFAULTS, SHARED_OPTIONS, Part, Runner
-from .search import Candidate, Level, expected_risk, front, pareto_path, thinned, within
+from .runner import DEFAULTS, SHARED_OPTIONS, Runner, Split
+from .search import Candidate, StreamExit, expected_risk, front, pareto_path, thinned, within
+from .thresholds import stream_candidates
 
 RISKS = ("disagreement", "metric")
 OBJECTIVES = ("flops", "time")
-# Criteria that can be calibrated.
-CALIBRATED = tuple(criterion for criterion in CRITERIA if criterion != "never")
+
+
+def calibrated_criteria() -> list[str]:
+    """Names of the criteria that can be calibrated: all that have values to try."""
+    return [name for name, criterion in CRITERIA.items() if criterion.sweep_options]
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Calibration:
     Args:
         preset (`dict`, *optional*): exit options for `exit_presets`, with what they promise; None if nothing could be
             certified.
-        tested (`list[Tested]`): the candidates on part B, in their order; the last one may have failed.
+        tested (`list[Tested]`): the candidates on the held-out split, in their order; the last one may have failed.
     """
 
     preset: dict[str, Any] | None
@@ -70,7 +76,7 @@ def calibrate(
     criteria: Sequence[str] = ("similarity",),
     per_layer: bool = False,
     betas: Sequence[float] = (1.0,),
-    levels: int = 5,
+    num_thresholds: int = 5,
     candidates: int = 8,
     search_share: float = 0.3,
     seed: int = 0,
@@ -79,6 +85,7 @@ def calibrate(
     prompt_type: str = "prev_output",
     folder: str | os.PathLike | None = None,
     progress: bool = True,
+    levels: int | None = None,
 ) -> Calibration:
     """
     Finds exit thresholds, or depths, that keep a budget.
@@ -95,27 +102,26 @@ def calibrate(
             certified for it becomes the preset.
         compute (`float`, *optional*): with `budget=None`, the allowed cost as a share of full depth, in (0, 1). The
             candidate with the least expected loss within it becomes the preset, together with an upper bound on its
-            loss. That cost is kept on part A, not promised.
+            loss. That cost is kept on the search split, not promised.
         delta (`float`, *optional*, defaults to 0.05): probability that the promise is false.
         risk (`str`, *optional*, defaults to `"disagreement"`): the loss of a row. "disagreement" needs no labels: 1 if
             the output differs from that at full depth. "metric": by how much it is worse, at most 1: for captions the
             drop of CIDEr-D, where 1 is what is often written as 100, with the document frequencies of the references
-            of part A; for answers 1 if a right answer is lost.
+            of the search split; for answers 1 if a right answer is lost.
         objective (`str`, *optional*, defaults to `"flops"`): what cost means: "flops", or "time", measured once for
             each candidate.
         method (`str`, *optional*, defaults to `"hoeffding-bentkus"`): see [`risk_pvalue`].
         criteria (sequence of `str`, *optional*, defaults to `("similarity",)`): criteria to try; the best setting of
-            any of them becomes the preset. Beside "similarity", the decoder alone leaves by "confidence", "margin",
-            "entropy" or "patience"; with "fixed", every stream stops at a depth. The best may be to leave the decoder
-            as it is.
+            any of them becomes the preset. Where a criterion is about the decoder alone, encoder streams exit by
+            similarity. The best may be that the decoder runs in full.
         per_layer (`bool`, *optional*, defaults to `False`): one threshold per layer for similarity, see
-            [`threshold_levels`].
+            [`candidate_thresholds`].
         betas (sequence of `float`, *optional*, defaults to `(1.0,)`): values in (0, 1] of the decoder's
             `exit_decay_beta` to try.
-        levels (`int`, *optional*, defaults to 5): thresholds to try per stream, criterion and beta; each runs part A
-            once. Of "fixed" all depths are tried.
-        candidates (`int`, *optional*, defaults to 8): combinations to run on part A and part B at most.
-        search_share (`float`, *optional*, defaults to 0.3): share of the images in part A, in (0, 1).
+        num_thresholds (`int`, *optional*, defaults to 5): candidate thresholds per stream, criterion and beta; each
+            runs the search split once. Of "fixed" all depths are tried.
+        candidates (`int`, *optional*, defaults to 8): combinations to run on the search and held-out split at most.
+        search_share (`float`, *optional*, defaults to 0.3): share of the images in the search split, in (0, 1).
         seed (`int`, *optional*, defaults to 0): of the split.
         options (`dict`, *optional*): of `generate`, for every run; of exit options `exit_decay_tau`, `exit_kv` and
             `exit_min_layers`.
@@ -124,6 +130,7 @@ def calibrate(
         folder (`str` or `os.PathLike`, *optional*): where the outputs of all runs are kept, so that a calibration of
             the same weights, data and options runs nothing twice; made if it does not exist.
         progress (`bool`, *optional*, defaults to `True`): whether a bar is shown.
+        levels (`int`, *optional*): deprecated name of `num_thresholds`.
 
     Returns:
         [`Calibration`]
@@ -133,43 +140,47 @@ def calibrate(
             that the risk needs is missing, or the images are too few for the budget; the message then gives the
             smallest one. After the search, if no candidate is within `compute`.
     """
+    if levels is not None:
+        warnings.warn("`levels` of `calibrate` is now `num_thresholds`; pass that.", FutureWarning, stacklevel=2)
+        num_thresholds = levels
     options, criteria = dict(options or {}), [criteria] if isinstance(criteria, str) else list(criteria)
     _check_shares(budget=budget, compute=compute, delta=delta, search_share=search_share)
     _check_choices(risk, objective, method, criteria)
-    _check_counts(levels=levels, candidates=candidates, criteria=len(criteria), betas=len(betas))
+    _check_counts(num_thresholds=num_thresholds, candidates=candidates, criteria=len(criteria), betas=len(betas))
     if not all(0.0 < beta <= 1.0 for beta in betas):
         raise ValueError(f"`betas` must be above 0 and at most 1, got {list(betas)}; 1 is no decay.")
     _check_options(model, options)
     _check_rows(data.fields, task, risk)
-    search, test = split_images([row["image_id"] for row in data.fields], search_share, seed)
+    search_images, held_out_images = split_images([row["image_id"] for row in data.fields], search_share, seed)
     if budget is not None:
-        check_size(len(test), budget, delta, method)
-    part_a, part_b = (_part(data, images) for images in (search, test))
+        check_size(len(held_out_images), budget, delta, method)
+    search, held_out = Split.of(data, search_images), Split.of(data, held_out_images)
     reward = None
     if risk == "metric" and task == "captioning":
-        # of part A: losses on part B must not depend on each other's images
-        reward = CiderDReward([processor.encode_captions(row["references"]) for row in part_a.texts])
+        # of the search split: losses on the held-out split must not depend on each other's images
+        reward = CiderDReward([processor.encode_captions(row["references"]) for row in search.texts])
     common = {} if folder is None else _common(model, processor, data, task, batch_size, prompt_type)
     folder = None if folder is None else Path(folder)
     runner = Runner(model, processor, task, risk, options, batch_size, prompt_type, reward, folder, common)
+    most_risk = 1.0 if budget is None else 2 * budget
 
     with tqdm(unit="run", desc="recording", disable=not progress) as bar:
-        full, path = _search(runner, part_a, objective, criteria, betas, levels, per_layer, bar)
-        most_risk = 1.0 if budget is None else 2 * budget
+        stream_exits = partial(stream_candidates, betas=betas, count=num_thresholds, per_layer=per_layer)
+        full, path = _search(runner, search, objective, criteria, stream_exits, bar)
         affordable = path if compute is None else within(path, objective, compute)
         path = thinned(affordable, most_risk, candidates)
         bar.total = bar.n + 2 * len(path)
-        path = [_refined(runner, part_a, full, candidate, objective, bar) for candidate in path]
+        path = [_refined(runner, search, full, candidate, objective, bar) for candidate in path]
         path = front(path) or path[:1]
         bar.set_description("testing")
-        full = runner.predictions(part_b, None)
+        full = runner.predictions(held_out, None)
 
         def measure(exits: dict[str, Any]) -> Outcome:
             bar.update()
-            return runner.outcome(part_b, full, exits)
+            return runner.outcome(held_out, full, exits)
 
         if compute is not None:
-            # Chosen by part A alone: the bound of part B holds for it whatever comes out.
+            # Chosen by the search split alone: the bound holds for it whatever comes out.
             chosen = within(path, objective, compute)[0]
             tested, certified = [summarize(chosen, measure(chosen.options), None, delta, method)], 1
         elif budget is not None:
@@ -177,74 +188,63 @@ def calibrate(
     if not certified:
         return Calibration(None, tested)
     best = min(tested[:certified], key=lambda one: one.flops if objective == "flops" else one.seconds)
+    goal = {"task": task, "risk": risk, "budget": budget, "compute": compute, "objective": objective}
+    goal |= {"delta": delta, "method": method, "n": len(held_out_images)}
+    return Calibration(_preset(runner, best, goal, data.fingerprint), tested)
+
+
+def _preset(runner: Runner, best: Tested, goal: Mapping[str, Any], data_fingerprint: str) -> dict[str, Any]:
+    """The preset of the best candidate: its exit options, and what they promise under which conditions."""
     ran = runner.exits(best.options)
     shared = {name: ran[name] for name in SHARED_OPTIONS if ran.get(name, DEFAULTS[name]) != DEFAULTS[name]}
     notes = {
-        "task": task,
-        "risk": risk,
-        "budget": budget,
-        "compute": compute,
-        "objective": objective,
-        "delta": delta,
-        "method": method,
-        "n": len(test),
+        **goal,
         "loss": best.loss,
         "bound": best.bound,
         "flops": best.flops,
         "seconds": best.seconds,
         "generation": runner.others,
-        "prompt_type": prompt_type if task == "entailment" else None,
-        "data_fingerprint": data.fingerprint,
-        "weights_fingerprint": weights_fingerprint(model),
+        "prompt_type": runner.prompt_type if runner.task == "entailment" else None,
+        "data_fingerprint": data_fingerprint,
+        "weights_fingerprint": weights_fingerprint(runner.model),
         "version": version("mue-hf"),
     }
-    return Calibration(shared | best.options | {k: v for k, v in notes.items() if v not in (None, {})}, tested)
+    return shared | best.options | {name: value for name, value in notes.items() if value not in (None, {})}
 
 
 def _search(
     runner: Runner,
-    part: Part,
+    split: Split,
     objective: str,
     criteria: Sequence[str],
-    betas: Sequence[float],
-    count: int,
-    per_layer: bool,
+    stream_exits: Callable[[Runner, Signals, str, str], list[dict[str, Any]]],
     bar: tqdm,
 ) -> tuple[list[Prediction], list[Candidate]]:
-    """Part A at full depth, and the path of candidates that it lets expect."""
-    full, signals = runner.recorded(part)
+    """The search split at full depth, and the path of candidates that it lets expect. `stream_exits` gives the options
+    to try for a criterion and a stream."""
+    full, signals = runner.recorded(split)
     if objective == "time":
         # The recorded run was slowed by recording.
-        full = runner.predictions(part, None)
-    # One list of levels per stream, for each criterion; the encoder's are the same for all but fixed depths.
-    found: dict[str, list[list[dict[str, Any]]]] = {}
-    *encoder, _ = runner.streams
-    similar = [similarity_levels(runner, signals, stream, betas, count, per_layer) for stream in encoder]
-    for criterion in criteria:
-        if criterion == "fixed":
-            found[criterion] = [fixed_levels(runner, stream) for stream in runner.streams]
-        elif criterion == "similarity":
-            decoder = similarity_levels(runner, signals, "decoder", betas, count, per_layer)
-            found[criterion] = [*similar, decoder]
-        else:
-            found[criterion] = [*similar, decoder_levels(runner, criterion, betas, count)]
+        full = runner.predictions(split, None)
+    found = [[stream_exits(runner, signals, name, stream) for stream in runner.layers] for name in criteria]
     bar.set_description("searching")
-    tried: dict[str, Level] = {}
-    different = {content_key(exits): exits for streams in found.values() for levels in streams for exits in levels}
+    tried: dict[str, StreamExit] = {}
+    # Encoder streams exit alike under several criteria.
+    different = {content_key(exits): exits for streams in found for some in streams for exits in some}
     bar.total = len(different)
     for key, exits in different.items():
-        outcome = runner.outcome(part, full, exits)
-        tried[key] = Level(exits, 1.0 - outcome.cost(objective), expected_risk(outcome.losses))
+        outcome = runner.outcome(split, full, exits)
+        tried[key] = StreamExit(exits, 1.0 - outcome.cost(objective), expected_risk(outcome.losses))
         bar.update()
     path = front(
         candidate
-        for streams in found.values()
-        for candidate in pareto_path([[tried[content_key(exits)] for exits in levels] for levels in streams])
+        for streams in found
+        for candidate in pareto_path([[tried[content_key(exits)] for exits in some] for some in streams])
     )
     if not path:
         raise ValueError(
-            f"`model` must have exits that save {objective}, got none on {len(part.counts)} images: stacks of one "
-            "layer have none, and `levels` or `exit_min_layers` may leave them out; raise or lower that."
+            f"`model` must have exits that save {objective}, got none on {len(split.counts)} images: stacks of one "
+            "layer have none, and `num_thresholds` or `exit_min_layers` may leave them out; raise or lower that."
         )
     return full, path
 
@@ -265,8 +265,8 @@ def _common(
         "weights": trunk_fingerprint(model),
         "data": data.fingerprint,
         "task": task,
-        # Every run states its exits; of what is saved, only when rows are taken out of a batch acts on it.
-        "generation": {name: value for name, value in saved.items() if "exit" not in name or name == "exit_costs"},
+        # Every run states its exits.
+        "generation": {name: value for name, value in saved.items() if "exit" not in name},
         "images": processor.image_processor.to_dict(),
         "features": isinstance(data.rows, TrunkFeatureDataset),
         "prompt_type": prompt_type,
@@ -278,18 +278,13 @@ def _common(
 
 
 def _refined(
-    runner: Runner, part: Part, full: list[Prediction], candidate: Candidate, objective: str, bar: tqdm
+    runner: Runner, split: Split, full: list[Prediction], candidate: Candidate, objective: str, bar: tqdm
 ) -> Candidate:
-    """The candidate with its cost, and its risk where that is greater than expected, from a real run on part A."""
-    outcome = runner.outcome(part, full, candidate.options)
+    """The candidate with its cost, and its risk where that is greater than expected, from a real run on `split`."""
+    outcome = runner.outcome(split, full, candidate.options)
     bar.update()
     risk = max(candidate.risk, expected_risk(outcome.losses))
     return Candidate(candidate.options, outcome.cost(objective), risk)
-
-
-def _part(data: EvaluationData, images: list[list[int]]) -> Part:
-    order = [row for image in images for row in image]
-    return Part(ChosenRows(data.rows, order), [data.fields[row] for row in order], [len(image) for image in images])
 
 
 def _check_shares(budget: float | None, compute: float | None, **others: float) -> None:
@@ -302,7 +297,8 @@ def _check_shares(budget: float | None, compute: float | None, **others: float) 
 
 def _check_choices(risk: str, objective: str, method: str, criteria: Sequence[str]) -> None:
     choices = [("risk", risk, RISKS), ("objective", objective, OBJECTIVES), ("method", method, METHODS)]
-    for name, value, known in choices + [("criteria", criterion, CALIBRATED) for criterion in criteria]:
+    choices += [("criteria", criterion, calibrated_criteria()) for criterion in criteria]
+    for name, value, known in choices:
         if value not in known:
             raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}; choose one of them.")
 
@@ -335,4 +331,4 @@ def _check_rows(fields: Sequence[Mapping[str, Any]], task: str, risk: str) -> No
         raise ValueError(f'`data` must have `{needed}` for `risk="metric"`, got some without; use "disagreement".')
 
 
-__all__ = ["CALIBRATED", "OBJECTIVES", "RISKS", "Calibration", "calibrate"]
+__all__ = ["OBJECTIVES", "RISKS", "Calibration", "calibrate", "calibrated_criteria"]

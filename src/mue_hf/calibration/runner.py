@@ -9,20 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..evaluation.measure import Meter
-from ..evaluation.rows import ChosenRows
-from ..evaluation.signals import SignalRecorder, Signals
+from ..evaluation.rows import ChosenRows, EvaluationData
+from ..evaluation.signals import SignalRecorder, Signals, answer_tokens, stream_layers
 from ..evaluation.store import content_key, read_predictions, read_signals, write_predictions, write_signals
+from ..inference.flops import max_new_tokens
 from ..inference.predict import Prediction, predict
 from ..metrics.rewards import CiderDReward
-from ..model.configuration_mue import MuEConfig
-from ..model.criteria_mue import CRITERIA
+from ..model.criteria_mue import CRITERIA, LAYER_OPTIONS, THRESHOLD_OPTIONS
 from ..model.exit_options_mue import ExitOptions
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 from .certify import Outcome
 
-# No cosine is above it.
-NEVER = 2.0
 # Exit options that every candidate may share; the others are what calibration looks for.
 SHARED_OPTIONS = ("exit_decay_tau", "exit_kv", "exit_min_layers")
 # Saved options must not reach a run: a preset takes their place.
@@ -32,18 +30,19 @@ DEFAULTS = {
 }
 
 
-def layers(config: MuEConfig, stream: str) -> int:
-    """How many layers a stream has."""
-    return config.decoder_layers if stream == "decoder" else config.encoder_layers
-
-
 @dataclass(frozen=True)
-class Part:
+class Split:
     """Rows of some images: as `predict` reads them, their texts alone, and how many rows each image has."""
 
     rows: ChosenRows
     texts: list[dict[str, Any]]
     counts: list[int]
+
+    @classmethod
+    def of(cls, data: EvaluationData, images: Sequence[Sequence[int]]) -> "Split":
+        """The rows of `images`, each of which is the places of its rows."""
+        order = [row for image in images for row in image]
+        return cls(ChosenRows(data.rows, order), [data.fields[row] for row in order], [len(image) for image in images])
 
     def by_image(self, losses: Sequence[float]) -> NDArray:
         starts = np.cumsum([0, *self.counts[:-1]])
@@ -67,68 +66,59 @@ class Runner:
     common: dict[str, Any]
 
     def __post_init__(self) -> None:
-        names = ("image", "text") if self.model.config.modality_decomposition else ("encoder",)
-        self.streams = (*names, "decoder")
+        self.layers = stream_layers(self.model.config)
         # Exit options of every candidate, and the others of `generate`.
         self.shared = DEFAULTS | {name: value for name, value in self.options.items() if name in SHARED_OPTIONS}
         self.others = {name: value for name, value in self.options.items() if name not in SHARED_OPTIONS}
-
-    @property
-    def num_steps(self) -> int:
-        """N of Theta(t)."""
-        settings = self.model.generation_config.to_dict() | self.others
-        return settings.get("max_new_tokens") or (settings.get("max_length") or 20) - 1
+        self.num_steps = max_new_tokens(self.model, self.others)
 
     def exits(self, exits: Mapping[str, Any] | None) -> dict[str, Any]:
         """All exit options of a candidate, or of full depth for None."""
         if exits is None:
             return {"exit_criterion": "never"}
         # What a candidate leaves open must not come from what is saved with the checkpoint.
-        off: dict[str, Any] = {f"{stream}_exit_threshold": NEVER for stream in self.streams}
-        off |= {f"{stream}_exit_layer": layers(self.model.config, stream) for stream in self.streams}
+        off: dict[str, Any] = {THRESHOLD_OPTIONS[stream]: [None] * layers for stream, layers in self.layers.items()}
+        off |= {LAYER_OPTIONS[stream]: layers for stream, layers in self.layers.items()}
         every = self.shared | off | dict(exits)
         return {name: value for name, value in every.items() if name in CRITERIA[every["exit_criterion"]].options}
 
-    def predictions(self, part: Part, exits: Mapping[str, Any] | None) -> list[Prediction]:
+    def predictions(self, split: Split, exits: Mapping[str, Any] | None) -> list[Prediction]:
         """Of a candidate, or at full depth for None; from disk where they are."""
         options = self.others | self.exits(exits)
-        path = self._path("run", part, options)
+        path = self._path("run", split, options)
         found = None if path is None else read_predictions(path)
         if found is None:
-            found = self._run(part, options)
+            found = self._run(split, options)
             if path is not None:
                 write_predictions(path, found)
         return found
 
-    def recorded(self, part: Part) -> tuple[list[Prediction], Signals]:
+    def recorded(self, split: Split) -> tuple[list[Prediction], Signals]:
         """At full depth, with what the layers say; from disk where they are. Its seconds mean nothing."""
         options = self.others | {"exit_criterion": "never"}
-        path = self._path("recorded", part, options)
+        path = self._path("recorded", split, options)
         if path is not None:
             found, signals = read_predictions(path), read_signals(path.with_suffix(".safetensors"))
             if found is not None and signals is not None:
                 return found, signals
-        answers = None
-        if self.task == "entailment":
-            ids = self.processor.encode_answers(list(self.processor.entailment_answers.values()))
-            answers = [*(token for answer in ids for token in answer), self.processor.tokenizer.eos_token_id]
-        with SignalRecorder(self.model, answers) as recorder:
-            full = self._run(part, options)
+        tokens = answer_tokens(self.processor) if self.task == "entailment" else None
+        with SignalRecorder(self.model, tokens) as recorder:
+            full = self._run(split, options)
         if path is not None:
             write_predictions(path, full)
             write_signals(path.with_suffix(".safetensors"), recorder.signals)
         return full, recorder.signals
 
-    def _path(self, kind: str, part: Part, options: Mapping[str, Any]) -> Path | None:
+    def _path(self, kind: str, split: Split, options: Mapping[str, Any]) -> Path | None:
         if self.folder is None:
             return None
-        return self.folder / f"{kind}-{content_key([self.common, part.rows.indices, options])}.jsonl"
+        return self.folder / f"{kind}-{content_key([self.common, split.rows.indices, options])}.jsonl"
 
-    def _run(self, part: Part, options: Mapping[str, Any]) -> list[Prediction]:
+    def _run(self, split: Split, options: Mapping[str, Any]) -> list[Prediction]:
         return predict(
             self.model,
             self.processor,
-            part.rows,
+            split.rows,
             self.task,
             options,
             batch_size=self.batch_size,
@@ -136,33 +126,33 @@ class Runner:
             progress=False,
         )
 
-    def outcome(self, part: Part, full: list[Prediction], exits: Mapping[str, Any]) -> Outcome:
-        """A candidate on a part, given the full-depth run of the same part."""
-        found = self.predictions(part, exits)
+    def outcome(self, split: Split, full: list[Prediction], exits: Mapping[str, Any]) -> Outcome:
+        """A candidate on a split, given the full-depth run of that."""
+        found = self.predictions(split, exits)
         return Outcome(
-            part.by_image(self.losses(part, full, found)),
-            self.flops(part, found, exits) / self.flops(part, full, None),
+            split.by_image(self.losses(split, full, found)),
+            self.flops(split, found, exits) / self.flops(split, full, None),
             sum(one.seconds for one in found) / sum(one.seconds for one in full),
         )
 
-    def flops(self, part: Part, predictions: list[Prediction], exits: Mapping[str, Any] | None) -> float:
+    def flops(self, split: Split, predictions: list[Prediction], exits: Mapping[str, Any] | None) -> float:
         """Mean FLOPs of an output, its image's trunk included."""
-        meter = Meter(self.model, self.processor, self.task, part.texts, self.others, self.prompt_type)
+        meter = Meter(self.model, self.processor, self.task, split.texts, self.others, self.prompt_type)
         return meter.flops(predictions, self.exits(exits))["mean"]
 
-    def losses(self, part: Part, full: list[Prediction], found: list[Prediction]) -> list[float]:
+    def losses(self, split: Split, full: list[Prediction], found: list[Prediction]) -> list[float]:
         """The loss of every row."""
         if self.risk == "disagreement":
             return [float(one.output != other.output) for one, other in zip(found, full, strict=True)]
-        drops = np.subtract(self._quality(part, full), self._quality(part, found))
+        drops = np.subtract(self._quality(split, full), self._quality(split, found))
         return np.clip(drops, 0.0, 1.0).tolist()
 
-    def _quality(self, part: Part, predictions: list[Prediction]) -> list[float]:
+    def _quality(self, split: Split, predictions: list[Prediction]) -> list[float]:
         if self.reward is not None:
-            references = [self.processor.encode_captions(row["references"]) for row in part.texts]
+            references = [self.processor.encode_captions(row["references"]) for row in split.texts]
             return self.reward([one.token_ids for one in predictions], references)
         answers = self.processor.entailment_answers
-        return [float(one.output == answers[row["label"]]) for one, row in zip(predictions, part.texts, strict=True)]
+        return [float(one.output == answers[row["label"]]) for one, row in zip(predictions, split.texts, strict=True)]
 
 
-__all__ = ["DEFAULTS", "SHARED_OPTIONS", "Part", "Runner", "layers"]
+__all__ = ["DEFAULTS", "SHARED_OPTIONS", "Runner", "Split"]

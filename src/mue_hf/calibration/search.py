@@ -1,4 +1,4 @@
-"""Which combinations of exits are worth testing: each stream's levels, and the path that nothing beats."""
+"""Which combinations of exits are worth testing: the candidates of each stream, and their Pareto front."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Level:
+class StreamExit:
     """
-    One way for one stream to leave.
+    One way for one stream to exit.
 
     Args:
         options (`dict`): its exit options.
         saving (`float`): share of the full-depth cost that it saves.
-        risk (`float`): [`expected_risk`] on part A while the other streams run in full.
+        risk (`float`): [`expected_risk`] on the search split while the other streams run in full.
     """
 
     options: dict[str, Any]
@@ -27,7 +27,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Exit options of all streams, with the cost (1 is full depth) and the risk that part A lets expect."""
+    """Exit options of all streams, with the cost (1 is full depth) and the risk that the search split lets expect."""
 
     options: dict[str, Any]
     cost: float
@@ -39,18 +39,18 @@ def expected_risk(losses: NDArray) -> float:
     return (float(np.sum(losses)) + 0.5) / (len(losses) + 1)
 
 
-def pareto_path(streams: Sequence[Sequence[Level]]) -> list[Candidate]:
+def pareto_path(streams: Sequence[Sequence[StreamExit]]) -> list[Candidate]:
     """
-    Candidates from safest to fastest: the [`front`] of all combinations of a level per stream or none, if savings and
-    changes of the streams add up.
+    Candidates from safest to fastest: the [`front`] of all combinations of an exit per stream or none, if savings and
+    risks of the streams add up.
     """
     combined = []
-    for levels in product(*([None, *stream] for stream in streams)):
-        chosen = [level for level in levels if level is not None]
+    for exits in product(*([None, *stream] for stream in streams)):
+        chosen = [one for one in exits if one is not None]
         if chosen:
-            options = {name: value for level in chosen for name, value in level.options.items()}
-            cost = 1.0 - sum(level.saving for level in chosen)
-            combined.append(Candidate(options, cost, min(1.0, sum(level.risk for level in chosen))))
+            options = {name: value for one in chosen for name, value in one.options.items()}
+            cost = 1.0 - sum(one.saving for one in chosen)
+            combined.append(Candidate(options, cost, min(1.0, sum(one.risk for one in chosen))))
     return front(combined)
 
 
@@ -70,24 +70,20 @@ def thinned(path: Sequence[Candidate], most_risk: float, count: int) -> list[Can
     if len(path) <= count:
         return path
     targets = np.linspace(path[0].cost, path[-1].cost, count)
-
-    def nearest(target: float) -> int:
-        return min(range(len(path)), key=lambda i: abs(path[i].cost - target))
-
-    kept = {nearest(target) for target in targets}
+    kept = {min(range(len(path)), key=lambda i: abs(path[i].cost - target)) for target in targets}
     return [path[i] for i in sorted(kept)]
 
 
 def within(path: Sequence[Candidate], objective: str, compute: float) -> list[Candidate]:
     """The candidates of a path whose cost is within `compute`."""
-    within = [candidate for candidate in path if candidate.cost <= compute]
-    if not within:
+    affordable = [candidate for candidate in path if candidate.cost <= compute]
+    if not affordable:
         reached = min(candidate.cost for candidate in path)
         raise ValueError(
             f"`compute` must be reachable, got {compute}, but the candidates reach {reached:.3g} of the {objective} "
-            "of full depth; allow more, raise `levels`, use `per_layer`, or try other `criteria`."
+            "of full depth; allow more, raise `num_thresholds`, use `per_layer`, or try other `criteria`."
         )
-    return within
+    return affordable
 
 
-__all__ = ["Candidate", "Level", "expected_risk", "front", "pareto_path", "thinned", "within"]
+__all__ = ["Candidate", "StreamExit", "expected_risk", "front", "pareto_path", "thinned", "within"]

@@ -8,12 +8,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..calibration import (
-    CALIBRATED,
     OBJECTIVES,
     RISKS,
     SHARED_OPTIONS,
     Calibration,
     calibrate,
+    calibrated_criteria,
     check_preset,
     write_preset,
 )
@@ -21,7 +21,17 @@ from ..calibration.bounds import METHODS, rounded_up
 from ..data.features import cache_trunk_features
 from ..evaluation.rows import describe_rows, load_rows
 from ..inference.predict import TASKS
-from .options import at_least, load_model, setting
+from ..model.criteria_mue import CRITERIA
+from .evaluate import add_data_arguments
+from .options import (
+    RenamedOption,
+    add_decoding_arguments,
+    add_device_arguments,
+    add_generate_argument,
+    at_least,
+    decoding_options,
+    load_model,
+)
 
 EPILOG = """examples:
   mue-hf calibrate my-checkpoint --task captioning --data captions.jsonl --budget 0.05 --preset balanced
@@ -39,31 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="CKPT", help="checkpoint folder; its generation_config.json gets the preset")
     parser.add_argument("--preset", default="calibrated", metavar="NAME", help="name of the preset (calibrated)")
     parser.add_argument("--dry-run", action="store_true", help="report, and write nothing")
-    data = parser.add_argument_group("data")
+    data = add_data_arguments(parser, "dev", "; time is then without the trunk", fewest=2)
     data.add_argument("--task", choices=TASKS, required=True)
     data.add_argument(
-        "--data",
-        required=True,
-        metavar="SOURCE",
-        help="JSONL, JSON, CSV or parquet file, folder, Hub id, or scenes:SEED:COUNT for generated scenes",
+        "--search-share", type=float, default=0.3, metavar="S", help="share of the images in the search split (0.3)"
     )
-    data.add_argument("--split", default="dev", help="which rows; all for every one (default: dev)")
-    data.add_argument("--limit", type=at_least(2), metavar="N", help="the first N rows alone")
-    data.add_argument(
-        "--data-option",
-        type=setting,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of load_captioning or load_entailment, e.g. image_root=photos; may be repeated",
-    )
-    data.add_argument(
-        "--features",
-        metavar="DIR",
-        help="folder where the trunk's features are cached; time is then without the trunk",
-    )
-    data.add_argument("--search-share", type=float, default=0.3, metavar="S", help="share of images to search (0.3)")
-    data.add_argument("--seed", type=int, default=0, metavar="N", help="of the split (0)")
+    data.add_argument("--seed", type=int, default=0, metavar="N", help="of the splits (0)")
     goal = parser.add_argument_group("goal")
     either = goal.add_mutually_exclusive_group()
     either.add_argument("--budget", type=float, metavar="R", help="allowed mean loss (default: 0.05)")
@@ -73,32 +64,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--objective", choices=OBJECTIVES, default="flops", help="what is to be saved (flops)")
     goal.add_argument("--method", choices=METHODS, default=METHODS[0], help=f"of the test ({METHODS[0]})")
     settings = parser.add_argument_group("settings to try")
+    criteria = calibrated_criteria()
+    alone = [name for name in criteria if not CRITERIA[name].in_encoder]
     settings.add_argument(
         "--criterion",
         nargs="+",
-        choices=CALIBRATED,
+        choices=criteria,
         default=["similarity"],
         metavar="NAME",
-        help=f"criteria to choose from: {', '.join(CALIBRATED)} (similarity); all but fixed are about the decoder, "
-        "which may also be left as it is",
+        help=f"criteria to choose from: {', '.join(criteria)} (similarity); {', '.join(alone)} are about the decoder, "
+        "which may also run in full",
     )
     settings.add_argument("--per-layer", action="store_true", help="a threshold for each layer, of similarity")
     settings.add_argument(
         "--beta", type=float, nargs="+", default=[1.0], metavar="B", help="decays of the decoder's threshold (1)"
     )
-    settings.add_argument("--levels", type=at_least(1), default=5, metavar="N", help="thresholds per stream (5)")
-    settings.add_argument("--candidates", type=at_least(1), default=8, metavar="N", help="combinations to test (8)")
-    run_options = parser.add_argument_group("runs")
-    run_options.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    run_options.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    run_options.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's own)")
-    run_options.add_argument("--batch-size", type=at_least(1), default=16, metavar="N", help="rows per call (16)")
-    run_options.add_argument(
-        "--prompt-type", choices=["prev_output", "none"], default="prev_output", help="of entailment (prev_output)"
-    )
-    run_options.add_argument("--num-beams", type=at_least(1), metavar="N", help="default: the checkpoint's own")
-    run_options.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help="default: the checkpoint's own")
-    run_options.add_argument(
+    count = at_least(1)
+    settings.add_argument("--num-thresholds", type=count, default=5, metavar="N", help="candidates per stream (5)")
+    settings.add_argument("--levels", action=RenamedOption, dest="num_thresholds", type=count, help=argparse.SUPPRESS)
+    settings.add_argument("--candidates", type=count, default=8, metavar="N", help="combinations to test (8)")
+    runs = parser.add_argument_group("runs")
+    add_device_arguments(runs)
+    runs.add_argument("--batch-size", type=at_least(1), default=16, metavar="N", help="rows per call (16)")
+    add_decoding_arguments(runs)
+    runs.add_argument(
         "--runs",
         type=Path,
         default=Path("runs/calibration"),
@@ -106,14 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder where outputs of runs are kept, so that the same command goes on where it was interrupted "
         "(runs/calibration)",
     )
-    run_options.add_argument(
-        "--generate",
-        type=setting,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help=f"any other option of generate, or one of {', '.join(SHARED_OPTIONS)}; may be repeated",
-    )
+    shared = ", ".join(SHARED_OPTIONS)
+    add_generate_argument(runs, f"any other option of generate, or one of {shared}; may be repeated")
 
 
 def _show(calibration: Calibration, name: str, written: bool) -> str:
@@ -150,32 +133,21 @@ def run(args: argparse.Namespace) -> int:
     if args.features is not None:
         # In the model's dtype, so that nothing changes.
         data = replace(data, rows=cache_trunk_features(model, processor, rows, args.features, dtype=model.dtype))
-    options = dict(args.generate)
-    for name in ("num_beams", "max_new_tokens"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
+    same = (
+        *("compute", "delta", "risk", "objective", "method", "per_layer", "num_thresholds", "candidates"),
+        *("search_share", "seed", "batch_size", "prompt_type"),
+    )
     calibration = calibrate(
         model,
         processor,
         data,
         args.task,
         budget=0.05 if args.budget is None and args.compute is None else args.budget,
-        compute=args.compute,
-        delta=args.delta,
-        risk=args.risk,
-        objective=args.objective,
-        method=args.method,
         criteria=args.criterion,
-        per_layer=args.per_layer,
         betas=args.beta,
-        levels=args.levels,
-        candidates=args.candidates,
-        search_share=args.search_share,
-        seed=args.seed,
-        options=options,
-        batch_size=args.batch_size,
-        prompt_type=args.prompt_type,
+        options=dict(args.generate) | decoding_options(args),
         folder=args.runs,
+        **{name: getattr(args, name) for name in same},
     )
     write = calibration.preset is not None and not args.dry_run
     if write:

@@ -3,9 +3,9 @@
 import platform
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -15,15 +15,15 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..inference.flops import caption_flops, decoder_layer_flops, trunk_flops
+from ..inference.depths import expected_time_reduction
+from ..inference.flops import FlopCount, caption_flops, decoder_layer_flops, intermediate_logits
 from ..inference.predict import Prediction, predict
+from ..inference.timing import in_turns
 from ..metrics import bootstrap_interval, caption_scores, entailment_scores
 from ..metrics.intervals import percentile_interval, resampling_weights
-from ..model.answers_mue import answer_tree
-from ..model.criteria_mue import CRITERIA
-from ..model.exit_options_mue import resolve_options
 from ..model.processing_mue import MuEProcessor
-from .signals import Signals
+from .depths import depth_by_position, depth_counts, extremes, mean_depths
+from .signals import branching_nodes
 
 VERSIONS = ("mue-hf", "torch", "transformers", "timm", "numpy")
 
@@ -164,75 +164,51 @@ class Meter:
     def flops(self, predictions: Sequence[Prediction], exits: Mapping[str, Any]) -> dict[str, Any]:
         """Mean FLOPs of an output that is alone in its batch, and the share skipped against all layers for the same
         tokens, with and without the image trunk. Depths of the returned caption stand for those of the other beams."""
-        config = self.model.config
-        saved = self.model.generation_config.to_dict()
-        options = resolve_options(exits, {}, saved, config)
+        count = caption_flops
+        if self.task == "entailment":
+            count = partial(self._answer_flops, branching_nodes(self.processor))
+        flops = FlopCount(self.model, exits, self.decoding, count)
         size = self.processor.image_processor.size
-        trunk, channels, image_tokens = trunk_flops(self.model, (3, size["height"], size["width"]))
-        settings = saved | dict(self.decoding)
-        common = {
-            "channels": channels,
-            "max_tokens": settings.get("max_new_tokens") or (settings.get("max_length") or 20) - 1,
-            "beams": settings.get("num_beams") or 1,
-        }
-        count = self._answer_flops if self.task == "entailment" else caption_flops
-        totals: Counter[str] = Counter()
+        pixel_shape = (3, size["height"], size["width"])
+        parts: Counter[str] = Counter()
+        full_parts: Counter[str] = Counter()
         for one in predictions:
-            image = bool(one.image_exit_layers)
-            sizes = common | {
-                "image_tokens": image_tokens * image,
-                "text_tokens": one.text_tokens,
-                "trunk": trunk * image,
-            }
-            depth = config.encoder_layers
-            ran = count(
-                config,
-                one.decoder_exit_layers,
-                image_exit_layers=one.image_exit_layers,
-                text_exit_layers=one.text_exit_layers,
-                exit_kv=options.exit_kv,
-                criterion=options.exit_criterion if options.active else "never",
-                **sizes,
-            )
-            everything = [config.decoder_layers] * len(one.decoder_exit_layers)
-            full = count(
-                config, everything, image_exit_layers=depth * image, text_exit_layers=depth, criterion="never", **sizes
-            )
-            totals.update(ran=sum(ran.values()), full=sum(full.values()), trunk=sizes["trunk"])
-            totals.update({f"part {name}": value for name, value in ran.items()})
-        rows = len(predictions)
+            ran, full = flops(pixel_shape if one.image_exit_layers else None, one.text_tokens, one)
+            parts.update(ran)
+            full_parts.update(full)
+        rows, trunk = len(predictions), parts["trunk"]
+        total, full_total = parts.total(), full_parts.total()
         return {
-            "mean": totals["ran"] / rows,
-            "full_depth_mean": totals["full"] / rows,
-            "skipped": 1 - totals["ran"] / totals["full"],
-            "skipped_without_trunk": 1 - (totals["ran"] - totals["trunk"]) / (totals["full"] - totals["trunk"]),
-            "parts": {
-                name.removeprefix("part "): total / rows for name, total in totals.items() if name.startswith("part ")
-            },
+            "mean": total / rows,
+            "full_depth_mean": full_total / rows,
+            "skipped": 1 - total / full_total,
+            "skipped_without_trunk": 1 - (total - trunk) / (full_total - trunk),
+            "parts": {name: value / rows for name, value in parts.items()},
         }
 
     def _answer_flops(
-        self, config: Any, depths: Sequence[int], *, criterion: str, text_tokens: int, **sizes: Any
+        self,
+        branching: Mapping[tuple[int, ...], Sequence[int]],
+        config: Any,
+        depths: Sequence[int],
+        *,
+        criterion: str,
+        text_tokens: int,
+        **sizes: Any,
     ) -> dict[str, int]:
-        """`caption_flops` for closed answers: the prompt runs at once, once for each place where answers part, and
-        the head has a row for each allowed token."""
-        answers = list(self.processor.entailment_answers.values())
-        tree = answer_tree(self.processor.encode_answers(answers), self.processor.tokenizer.eos_token_id)
-        parting = {prefix: tokens for prefix, tokens in tree.items() if len(tokens) > 1}
+        """`caption_flops` for closed answers: the prompt runs at once, for each branching node of their trie, and the
+        head has a row for each allowed token."""
         # The encoder's prompt without </s>, or <s> alone; and the longest beginning of an answer that is run.
         prompt = text_tokens - 1 if self.prompt_type == "prev_output" else 1
-        length = prompt + max(map(len, parting))
+        length = prompt + max(map(len, branching))
         sizes |= {"text_tokens": text_tokens, "max_tokens": length, "beams": 1}
         # A token that runs no layer leaves what all of them share.
         parts = caption_flops(config, [0], **sizes)
         memory = sizes["image_tokens"] + text_tokens
         parts["cross_keys"] += max(depths) * 2 * 2 * memory * config.d_model**2
         parts["decoder"] += sum(depths) * length * decoder_layer_flops(config, length - 1, memory)
-        # Criteria that look at the output read the whole vocabulary.
-        looks = (
-            sum(min(depth, config.decoder_layers - 1) for depth in depths) if CRITERIA[criterion].needs_logits else 0
-        )
-        rows = sum(map(len, parting.values())) + looks * config.vocab_size
+        # Intermediate logits are those of the whole vocabulary.
+        rows = sum(map(len, branching.values())) + intermediate_logits(config, depths, criterion) * config.vocab_size
         parts["head"] = 2 * config.d_model * rows
         return parts
 
@@ -257,27 +233,12 @@ class Meter:
             `dict`: "seconds" and "full_depth_seconds" per row (means over calls of medians over repeats), "speedup"
             (their ratio) and "speedup_interval" (95 %, calls resampled), and what was timed.
         """
-        ways = [dict(self.decoding) | dict(exits), dict(self.decoding) | {"exit_criterion": "never"}]
+        ways = {"exits": exits, "full depth": {"exit_criterion": "never"}}
         calls = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         seconds: list[list[float]] = []
         for call in tqdm(calls, desc="timing", unit="call", disable=not progress):
-            taken: list[list[float]] = [[], []]
-            for repeat in range(repeats + 1):
-                # Whichever comes second finds warmer caches: they swap.
-                for way in (0, 1) if repeat % 2 else (1, 0):
-                    some = predict(
-                        self.model,
-                        self.processor,
-                        call,
-                        self.task,
-                        ways[way],
-                        batch_size=batch_size,
-                        prompt_type=self.prompt_type,
-                        progress=False,
-                    )
-                    if repeat:
-                        taken[way].append(sum(one.seconds for one in some))
-            seconds.append([median(times) for times in taken])
+            runs = {name: partial(self._seconds, call, options) for name, options in ways.items()}
+            seconds.append([median(times[1:]) for times in in_turns(runs, repeats + 1).values()])
         medians = np.array(seconds)
         sums = resampling_weights(len(medians), 1000, 0) @ medians
         exit_seconds, full_seconds = (medians.sum(0) / len(rows)).tolist()
@@ -291,109 +252,10 @@ class Meter:
             "repeats": repeats,
         }
 
-
-def expected_time_reduction(config: Any, predictions: Sequence[Prediction]) -> dict[str, float | None]:
-    """
-    R of the MuE paper over all words: 1 - sum(n_E + n_D) / sum(N_E + N_D). It counts layers, every layer alike.
-
-    The paper does not say how the depths of image and text make n_E.
-
-    Returns:
-        `dict`: "mean" (n_E is their mean), "sum" (n_E is their sum, N_E both stacks), "without_text" (n_E is the
-        image's alone: the constant prompt of captioning has next to no cost, and would count in full; None where a row
-        has no image).
-    """
-    encoder, decoder = config.encoder_layers, config.decoder_layers
-    ran: Counter[str] = Counter()
-    full: Counter[str] = Counter()
-    for one in predictions:
-        words, tokens = len(one.decoder_exit_layers), sum(one.decoder_exit_layers)
-        streams = [depth for depth in (one.image_exit_layers, one.text_exit_layers) if depth]
-        parts = {
-            "mean": (sum(streams) / max(len(streams), 1), encoder * bool(streams)),
-            "sum": (sum(streams), encoder * len(streams)),
-            "without_text": (one.image_exit_layers, encoder * bool(one.image_exit_layers)),
-        }
-        for name, (depth, deepest) in parts.items():
-            ran[name] += words * depth + tokens
-            full[name] += words * (deepest + decoder)
-    reductions: dict[str, float | None] = {name: 1 - ran[name] / full[name] if full[name] else 0.0 for name in full}
-    if not all(one.image_exit_layers for one in predictions):
-        reductions["without_text"] = None
-    return reductions
-
-
-def mean_depths(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """Mean layers of "image" and "text" over rows, and of "decoder" over tokens."""
-    tokens = [depth for one in predictions for depth in one.decoder_exit_layers]
-    return {
-        "image": fmean(one.image_exit_layers for one in predictions),
-        "text": fmean(one.text_exit_layers for one in predictions),
-        "decoder": fmean(tokens or [0]),
-    }
-
-
-def depth_counts(predictions: Sequence[Prediction]) -> dict[str, dict[str, int]]:
-    """How many rows ("image", "text") and tokens ("decoder") ran how many layers."""
-    counts = {
-        "image": Counter(one.image_exit_layers for one in predictions),
-        "text": Counter(one.text_exit_layers for one in predictions),
-        "decoder": Counter(depth for one in predictions for depth in one.decoder_exit_layers),
-    }
-    # JSON has text keys only.
-    return {name: {str(depth): count[depth] for depth in sorted(count)} for name, count in counts.items()}
-
-
-def depth_by_position(predictions: Sequence[Prediction]) -> list[dict[str, float]]:
-    """Mean decoder layers and number of outputs at each token position, from the first."""
-    longest = max(len(one.decoder_exit_layers) for one in predictions)
-    columns = [
-        [one.decoder_exit_layers[at] for one in predictions if at < len(one.decoder_exit_layers)]
-        for at in range(longest)
-    ]
-    return [{"depth": fmean(column), "outputs": len(column)} for column in columns]
-
-
-def extremes(predictions: Sequence[Prediction], count: int = 10) -> tuple[list[dict], list[dict]]:
-    """The images of the least and of the most mean depth: encoder (mean of the streams) plus decoder layers."""
-    ordered = sorted(predictions, key=lambda one: one.image_id)
-    means = []
-    for image_id, group in groupby(ordered, key=lambda one: one.image_id):
-        some = [mean_depths([one]) for one in group]
-        depth = fmean((one["image"] + one["text"]) / 2 + one["decoder"] for one in some)
-        means.append({"image_id": image_id, "depth": depth})
-    means.sort(key=lambda one: one["depth"])
-    return means[:count], means[::-1][:count]
-
-
-def similarity_curves(signals: Signals) -> dict[str, dict[str, list[float]]]:
-    """How much each layer changes its stream: "mean", "low" and "high" (quartiles) of the cosine by layer for each
-    stream, over samples or tokens, and for the decoder "agreeing", the share of tokens that the layer already gives
-    as the last one does."""
-    curves = {}
-    for name, cosines in {**signals.encoder, "decoder": signals.decoder}.items():
-        cosines = cosines[~cosines.isnan().any(dim=1)].double()
-        if len(cosines):
-            low, high = cosines.quantile(cosines.new_tensor([0.25, 0.75]), dim=0).tolist()
-            curves[name] = {"mean": cosines.mean(0).tolist(), "low": low, "high": high}
-    curves["decoder"]["agreeing"] = signals.agreeing.double().mean(0).tolist()
-    return curves
-
-
-def token_oracle(full: Sequence[Prediction], signals: Signals) -> list[Prediction]:
-    """
-    The predictions at full depth, each token at the first layer from which the best token stays that of the last.
-
-    No criterion can leave earlier without another token, given the keys and values of all layers. It is read off
-    `signals`, recorded while `full` was made without beams; nothing was skipped.
-    """
-    layers = signals.agreeing.shape[1]
-    # Layers at the end that agree without a break.
-    settled = signals.agreeing.flip(1).int().cumprod(1).sum(1)
-    depths: list[list[int]] = [[] for _ in full]
-    for sample, depth in zip(signals.samples[signals.rows].tolist(), (layers - settled + 1).tolist(), strict=True):
-        depths[sample].append(depth)
-    return [replace(one, decoder_exit_layers=tuple(some)) for one, some in zip(full, depths, strict=True)]
+    def _seconds(self, call: Sequence[Mapping[str, Any]], exits: Mapping[str, Any]) -> float:
+        options = dict(self.decoding) | dict(exits)
+        settings: dict[str, Any] = {"batch_size": len(call), "prompt_type": self.prompt_type, "progress": False}
+        return sum(one.seconds for one in predict(self.model, self.processor, call, self.task, options, **settings))
 
 
 def environment(model: PreTrainedModel, batch_size: int) -> dict[str, Any]:
@@ -422,14 +284,4 @@ def _version(name: str) -> str | None:
         return None
 
 
-__all__ = [
-    "Meter",
-    "depth_by_position",
-    "depth_counts",
-    "environment",
-    "expected_time_reduction",
-    "extremes",
-    "mean_depths",
-    "similarity_curves",
-    "token_oracle",
-]
+__all__ = ["Meter", "environment"]

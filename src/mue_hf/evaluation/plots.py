@@ -2,24 +2,31 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import product
 from pathlib import Path
-from typing import Any
+from textwrap import fill
+from typing import Any, NamedTuple
 
 from ..files import write_whole
+from ..model.criteria_mue import CRITERIA
+from ..model.exit_options_mue import ExitOptions
+from .settings import sets_depths
+from .tables import main_score
 
-# Lines by token position and by kind are readable for this many points.
+# More lines than these cannot be told apart.
 MOST_LINES = 6
-# Beside the axes, where it hides nothing.
-LEGEND: dict[str, Any] = {"fontsize": 7, "loc": "upper left", "bbox_to_anchor": (1, 1)}
-
-
-def main_score(record: Mapping[str, Any]) -> str:
-    """The name of the score by which points are compared: CIDEr or accuracy, or else the first one there is."""
-    names = list(record["quality"])
-    return next((name for name in names if name.startswith(("cider", "accuracy"))), names[0])
+# Okabe and Ito's, which people see apart who do not see all colours.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+QUIET = "#777777"
+# Points of these curves lie on no line and have names of their own.
+NAMED = {"presets": "presets", "chosen": "chosen settings", "given": "given options"}
+SCORES = {"bleu_4": "BLEU-4", "cider": "CIDEr", "meteor": "METEOR", "rouge_l": "ROUGE-L", "spice": "SPICE"}
+SCORES |= {f"{score}_plain": f"{label} (plain words)" for score, label in SCORES.items()}
+# Shares of the height of the axes between labels beside them.
+LABEL_GAP = 0.065
 
 
 def require_matplotlib() -> None:
@@ -41,7 +48,7 @@ def draw_plots(
 
     Returns:
         `list[Path]`: quality and share of identical outputs against FLOPs and time, similarity by layer, decoder depth
-        by token position, depth by kind of statement; those for which there are figures.
+        by token position, depth and accuracy by kind of statement; those for which there are figures.
 
     Raises:
         ImportError: where matplotlib is missing.
@@ -49,88 +56,214 @@ def draw_plots(
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    score = main_score(records[0])
     drawn = []
 
     def draw(name: str, title: str, x: str, y: str) -> Any:
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot(title=title, xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
         if x in ("layer", "token"):
             axes.locator_params("x", integer=True)
-        drawn.append((folder / f"{name}.png", figure))
+        drawn.append((Path(folder) / f"{name}.png", figure))
         return axes
 
+    score = main_score(records[0])
+    label = SCORES.get(score, score)
+    flops = [100 * record["flops"]["skipped"] for record in records]
+    order = _most_telling(_values(records, flops, score))
     timed = [record for record in records if record["time"]]
-    flops = {record["key"]: 100 * record["flops"]["skipped"] for record in records}
-    speed = {record["key"]: record["time"]["speedup"] for record in timed}
-    x_flops, x_time = "FLOPs skipped, %", "speed-up against full depth, measured"
-    _points(draw("quality_flops", f"{score} against FLOPs", x_flops, score), records, flops, score)
-    _points(draw("identical_flops", "Outputs as at full depth", x_flops, "share identical"), records, flops, None)
+    ways = [("flops", records, flops, "FLOPs skipped, %", "FLOPs skipped")]
     if timed:
-        _points(draw("quality_time", f"{score} against time", x_time, score), timed, speed, score)
-        _points(draw("identical_time", "Outputs as at full depth", x_time, "share identical"), timed, speed, None)
+        speed = [record["time"]["speedup"] for record in timed]
+        ways.append(("time", timed, speed, "measured speed-up over full depth", "speed-up"))
+    for what, some, x, x_label, against in ways:
+        axes = draw(f"quality_{what}", f"{label[0].upper()}{label[1:]} against {against}", x_label, label)
+        _points(axes, _values(some, x, score), order)
+        axes = draw(f"identical_{what}", f"Outputs as at full depth against {against}", x_label, "share identical")
+        _points(axes, _values(some, x, None), order)
     if curves:
         _curves(draw("similarity_layers", "Saturation", "layer", "cosine of input and output"), curves)
-    # Where the depth is given, it says nothing about tokens and statements.
-    dynamic = [record for record in records if not record["criterion"].startswith(("full", "fixed", "random"))]
-    some = _spread(dynamic or records)
+    some = _spread([record for record in records if _finds_depths(record)] or records)
     if records[0]["depth_by_position"]:
-        axes = draw("depth_position", "Decoder depth by token position", "token", "mean layers")
-        for record in some:
-            depths = [place["depth"] for place in record["depth_by_position"]]
-            axes.plot(range(1, len(depths) + 1), depths, marker=".", label=record["name"])
-        axes.legend(**LEGEND)
+        depths = {one["name"]: [place["depth"] for place in one["depth_by_position"]] for one in some}
+        _lines(draw("depth_position", "Decoder depth by token position", "token", "mean layers"), depths)
     if records[0]["by_kind"]:
-        _kinds(draw("depth_kind", "Depth by kind of statement", "", "image + decoder layers, mean"), some, "depth")
-        _kinds(draw("accuracy_kind", "Accuracy by kind of statement", "", "accuracy"), some, "accuracy")
+        for what, name in (("depth", "image + decoder layers, mean"), ("accuracy", "accuracy")):
+            axes = draw(f"{what}_kind", f"{what.capitalize()} by kind of statement", "", name)
+            kinds = list(records[0]["by_kind"])
+            _lines(axes, {one["name"]: [_of_kind(one, kind, what) for kind in kinds] for one in some}, ":o")
+            axes.set_xticks(range(1, len(kinds) + 1), kinds)
     for path, figure in drawn:
-        _save(figure, path)
+        save_figure(figure, path)
     return [path for path, _ in drawn]
 
 
-def _points(axes: Any, records: Sequence[Mapping[str, Any]], place: Mapping[str, float], score: str | None) -> None:
-    """A line for each criterion; `score` None for the share of identical outputs."""
-    groups = defaultdict(list)
-    for record in records:
+class Point(NamedTuple):
+    """A point of a plot with the lengths of its error bar, and the name of its record."""
+
+    x: float
+    y: float
+    below: float
+    above: float
+    name: str
+
+
+def _values(records: Sequence[Mapping[str, Any]], x: Sequence[float], score: str | None) -> dict[str, list[Point]]:
+    """The points of each curve, by x; `score` None for the share of identical outputs."""
+    curves = defaultdict(list)
+    for record, at in zip(records, x, strict=True):
         value = record["identical"] if score is None else record["quality"][score]
         low, high = record["identical_interval"] if score is None else record["intervals"][score]
         # Percentile intervals of few images may lie beside the score.
-        groups[record["criterion"]].append((place[record["key"]], value, max(value - low, 0), max(high - value, 0)))
-    for number, (criterion, points) in enumerate(groups.items()):
-        x, y, below, above = zip(*sorted(points), strict=True)
-        if criterion == "full":
-            axes.axhline(y[0], linestyle="--", color="grey", label="full depth")
-        else:
-            # colours come again after ten criteria, markers do not
-            marker = "os^D"[number // 10 % 4]
-            axes.errorbar(x, y, (below, above), marker=marker, markersize=4, elinewidth=0.5, label=criterion)
-    axes.legend(**LEGEND)
+        point = Point(at, value, max(value - low, 0), max(high - value, 0), record["name"])
+        curves[record["criterion"]].append(point)
+    return {name: sorted(points) for name, points in curves.items()}
+
+
+def pareto_front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other one beats in both x and y, by x."""
+    front: list[Point] = []
+    for point in sorted(points, reverse=True):
+        if not front or point.y > front[-1].y:
+            front.append(point)
+    return front[::-1]
+
+
+def _front(curves: Mapping[str, Sequence[Point]]) -> list[Point]:
+    return pareto_front(point for name, points in curves.items() if name != "oracle" for point in points)
+
+
+def _most_telling(curves: Mapping[str, Sequence[Point]]) -> list[str]:
+    """The curves in the order in which they are drawn while there is room: named points, then one for each criterion
+    (its own, or else the one with most points on the Pareto front), then the others."""
+    front = _front(curves)
+    on_front = {name: sum(point in front for point in points) for name, points in curves.items() if name != "full"}
+    order = sorted(on_front, key=lambda name: (name not in NAMED, name not in CRITERIA, -on_front[name]))
+    first: dict[str, str] = {}
+    for name in order:
+        first.setdefault(_criterion(name), name)
+    others = {name for name in order if not _criterion(name) or first[_criterion(name)] != name}
+    return sorted(order, key=lambda name: (name not in NAMED, name in others, -on_front[name]))
+
+
+def _points(axes: Any, curves: Mapping[str, Sequence[Point]], order: Sequence[str]) -> None:
+    """A line for each of the first curves, and the Pareto front of all."""
+    front = _front(curves)
+    axes.plot([one.x for one in front], [one.y for one in front], color="#dddddd", linewidth=5, zorder=1)
+    labels = [("Pareto front", front[-1].x, front[-1].y, QUIET)]
+    for name, color in zip(order, COLORS, strict=False):
+        if name in curves:
+            x, y, below, above, names = zip(*curves[name], strict=True)
+            style = {"fmt": "D" if name in NAMED else "o-", "color": color, "ecolor": f"{color}66"}
+            axes.errorbar(x, y, (below, above), elinewidth=0.8, markersize=4, **style)
+            ends = zip(names, x, y, strict=True) if name in NAMED else [(_curve_label(name), x[-1], y[-1])]
+            labels += [(*end, color) for end in ends]
+    if rest := [name for name in order[MOST_LINES:] if name in curves]:
+        note = f"Not drawn, see the table: {'; '.join(map(_curve_label, rest))}."
+        axes.figure.supxlabel(fill(note, 130), fontsize=7, color=QUIET)
+    left, right = axes.get_xlim()
+    for point in curves.get("full", ()):
+        axes.axhline(point.y, linestyle="--", color=QUIET, linewidth=1, zorder=1)
+        labels.append((point.name, right, point.y, QUIET))
+    # From the middle of the axes, lines to the labels beside them would hide too much.
+    aside = [one for one in labels if one[1] > left + 0.8 * (right - left)]
+    label_ends(axes, aside)
+    _label_points(axes, [one for one in labels if one not in aside])
+
+
+def _criterion(curve: str) -> str:
+    """The criterion that a curve of records is about; "" where it is about none, such as shuffled depths."""
+    if curve in NAMED:
+        return curve
+    known = (name for name in CRITERIA if curve.replace("kv-", ExitOptions().exit_criterion).startswith(name))
+    return next(known, "")
 
 
 def _curves(axes: Any, curves: Mapping[str, Any]) -> None:
-    for name, curve in curves.items():
-        layers = range(1, len(curve["mean"]) + 1)
-        (line,) = axes.plot(layers, curve["mean"], marker="o", label=name)
-        axes.fill_between(layers, curve["low"], curve["high"], color=line.get_color(), alpha=0.2)
-        if "agreeing" in curve:
-            axes.plot(layers, curve["agreeing"], ":", color=line.get_color(), label=f"{name}: share as last layer")
-    axes.legend(**LEGEND)
+    lines = {name: curve["mean"] for name, curve in curves.items()}
+    agreeing = {f"{name}: share as last layer": one["agreeing"] for name, one in curves.items() if "agreeing" in one}
+    _lines(axes, lines | agreeing)
+    for color, curve in zip(COLORS, curves.values(), strict=False):
+        axes.fill_between(range(1, len(curve["mean"]) + 1), curve["low"], curve["high"], color=color, alpha=0.2)
 
 
-def _kinds(axes: Any, records: Sequence[Mapping[str, Any]], what: str) -> None:
-    kinds = list(records[0]["by_kind"])
-    width = 0.8 / len(records)
-    for index, record in enumerate(records):
-        values = []
-        for kind in kinds:
-            value = record["by_kind"][kind][what]
-            values.append(value["image"] + value["decoder"] if what == "depth" else value)
-        axes.bar([at + index * width for at in range(len(kinds))], values, width, label=record["name"])
-    axes.set_xticks([at + 0.4 - width / 2 for at in range(len(kinds))], kinds)
-    axes.legend(**LEGEND)
+def _lines(axes: Any, lines: Mapping[str, Sequence[float]], style: str = "-o") -> None:
+    """A line for each name over 1, 2, ..., with its name at its end."""
+    for color, values in zip(COLORS, lines.values(), strict=False):
+        axes.plot(range(1, len(values) + 1), values, style, color=color, markersize=3)
+    ends = [
+        (name, len(values), values[-1], color) for color, (name, values) in zip(COLORS, lines.items(), strict=False)
+    ]
+    label_ends(axes, ends)
+
+
+def label_ends(axes: Any, labels: Sequence[tuple[str, float, float, str]]) -> None:
+    """Writes each (text, x, y, colour) beside the axes, as near to the height of its point as the others allow."""
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    place = axes.transData + axes.transAxes.inverted()
+    labels = sorted(labels, key=lambda one: one[2])
+    heights: list[float] = []
+    for _, x, y, _ in labels:
+        height = float(place.transform((x, y))[1])
+        heights.append(max(height, heights[-1] + LABEL_GAP) if heights else height)
+    top = 1.0
+    for index in reversed(range(len(heights))):
+        heights[index] = min(heights[index], top)
+        top = heights[index] - LABEL_GAP
+    for (text, x, y, color), height in zip(labels, heights, strict=True):
+        arrow = {"arrowstyle": "-", "color": color, "alpha": 0.5, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2}
+        style = {"color": color, "fontsize": 8, "va": "center", "arrowprops": arrow, "annotation_clip": False}
+        axes.annotate(text, (x, y), (1.03, height), textcoords="axes fraction", **style)
+
+
+def _label_points(axes: Any, labels: Sequence[tuple[str, float, float, str]]) -> None:
+    """Writes each (text, x, y, colour) beside its point, where no earlier one is."""
+    from matplotlib.patheffects import withStroke
+
+    outline = [withStroke(linewidth=2, foreground="white")]
+    # The layout is done, so that places are known.
+    axes.figure.draw_without_rendering()
+    taken: list[Any] = []
+    for text, x, y, color in labels:
+        for up, side in product((5, -5, 15, -15, 25, -25), ("left", "right")):
+            style = {"color": color, "ha": side, "va": "bottom" if up > 0 else "top", "path_effects": outline}
+            offset = (5 if side == "left" else -5, up)
+            label = axes.annotate(text, (x, y), offset, textcoords="offset points", fontsize=8, zorder=4, **style)
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            label.remove()
+        taken.append(box)
+
+
+def _curve_label(curve: str) -> str:
+    """What a reader calls the curve of a record's criterion."""
+    name = curve.removesuffix(" per layer")
+    first, _, stream = name.partition(" ")
+    if first in CRITERIA and sets_depths(CRITERIA[first]):
+        name = f"{first} depths" + (f" of {stream} alone" if stream else "")
+    for part in ("encoder", "decoder"):
+        if name.endswith(f"-{part}"):
+            name = f"{name.removesuffix(f'-{part}')} of {part} alone"
+    if name.startswith("kv-"):
+        name = f"{name.removeprefix('kv-')} keys and values"
+    # "random" is what 0.1 wrote
+    name = {**NAMED, "oracle": "token oracle", "random": "shuffled depths"}.get(name, name)
+    return name + (" (threshold per layer)" if curve.endswith(" per layer") else "")
+
+
+def _finds_depths(record: Mapping[str, Any]) -> bool:
+    """Whether the depths of a record say something about its tokens and statements: they were not given."""
+    exits = record.get("options") or record["exits"] or {}
+    criterion = CRITERIA.get(exits.get("exit_criterion", ""))
+    given = criterion is not None and (sets_depths(criterion) or not criterion.sweep_options)
+    return not given and record["criterion"] not in ("random", "shuffled depths")
+
+
+def _of_kind(record: Mapping[str, Any], kind: str, what: str) -> float:
+    value = record["by_kind"][kind][what]
+    return value["image"] + value["decoder"] if what == "depth" else value
 
 
 def _spread(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -140,10 +273,11 @@ def _spread(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [ordered[round(index * (len(ordered) - 1) / max(count - 1, 1))] for index in range(count)]
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure as a PNG file, whole or not at all; makes its folder."""
     content = BytesIO()
     figure.savefig(content, format="png", dpi=150)
     write_whole(path, content.getvalue())
 
 
-__all__ = ["draw_plots", "main_score", "require_matplotlib"]
+__all__ = ["draw_plots", "label_ends", "pareto_front", "require_matplotlib", "save_figure"]

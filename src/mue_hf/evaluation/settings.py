@@ -1,45 +1,72 @@
-"""Which exit settings are compared: presets, thresholds, sweeps of every criterion, and random depths."""
+"""Which exit settings are compared: presets, thresholds, sweeps of every criterion, and shuffled depths."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .signals import Signals, threshold_levels
+from transformers import PreTrainedConfig
 
-SWEEPS = (
-    *("similarity", "similarity-encoder", "similarity-decoder"),
-    *("confidence", "margin", "entropy", "patience", "fixed"),
-    # Those of "similarity-decoder" with another policy for keys and values of skipped layers.
-    *("kv-copy", "kv-exact"),
-)
-GRIDS: dict[str, tuple[float, ...]] = {
-    "similarity": (0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995),
-    "confidence": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99),
-    "margin": (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95),
-    "entropy": (0.5, 0.3, 0.2, 0.1, 0.05, 0.02),
-}
+from ..model.criteria_mue import CRITERIA, LAYER_OPTIONS, Criterion, Similarity
+from ..model.exit_options_mue import KV_POLICIES, ExitOptions
+from .signals import stream_layers
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A curve of settings: the `criterion` that varies, which of the `streams` that it is for ("all", "encoder" or
+    "decoder"), and the policy `exit_kv`."""
+
+    criterion: type[Criterion]
+    streams: str = "all"
+    exit_kv: str | None = None
+
+    @property
+    def takes_values(self) -> bool:
+        """Whether its values may be chosen; depths are all tried."""
+        return not sets_depths(self.criterion)
+
+
+def known_sweeps() -> dict[str, Sweep]:
+    """Every sweep by name: each criterion, its encoder and decoder alone where it is for both, and the policies for
+    keys and values of skipped layers."""
+    sweeps = {}
+    for name, criterion in CRITERIA.items():
+        if criterion.sweep_options:
+            sweeps[name] = Sweep(criterion)
+            if criterion.in_encoder and not sets_depths(criterion):
+                sweeps |= {f"{name}-{part}": Sweep(criterion, part) for part in ("encoder", "decoder")}
+    default = ExitOptions()
+    for policy in KV_POLICIES:
+        if policy != default.exit_kv:
+            sweeps[f"kv-{policy}"] = Sweep(CRITERIA[default.exit_criterion], "decoder", policy)
+    return sweeps
+
+
+def sets_depths(criterion: type[Criterion]) -> bool:
+    """Whether a criterion is told the depths instead of finding them."""
+    return set(criterion.sweep_options.values()) == set(LAYER_OPTIONS.values())
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One point: its `name`, the `criterion` whose curve it belongs to, its exit options, and for random depths the
-    name of the point whose depths are dealt anew (`like`)."""
+    """One point: its `name`, the `criterion` whose curve it belongs to, its exit options, and for a shuffled-depth
+    baseline the name of the point whose depths are shuffled (`shuffled`)."""
 
     name: str
     criterion: str
     exits: dict[str, Any]
-    like: str | None = None
+    shuffled: str | None = None
 
 
 def make_settings(
-    config: Any,
+    config: PreTrainedConfig,
     *,
     presets: Sequence[str] = (),
     sweeps: Sequence[tuple[str, Sequence[float] | None]] = (),
     chosen: Mapping[str, dict[str, Any]] | None = None,
     base: Mapping[str, Any] | None = None,
-    levels: Mapping[str, Any] | None = None,
-    random_like: Sequence[str] = (),
+    thresholds: Mapping[str, Any] | None = None,
+    shuffled_depths: Sequence[str] = (),
 ) -> list[Setting]:
     """
     Every point of a comparison, full depth first.
@@ -47,117 +74,93 @@ def make_settings(
     Args:
         config (`MuEConfig`): of the model.
         presets (sequence of `str`): names.
-        sweeps (sequence of (`str`, values or None)): names of `SWEEPS`; thresholds in place of the usual. "all" is all
-            of them, and random depths like those of the points of "similarity".
+        sweeps (sequence of (`str`, values or None)): names of [`known_sweeps`]; values in place of the usual. "all" is
+            all of them, and shuffled depths of the points of "similarity".
         chosen (`dict`, *optional*): exit options by name.
         base (`dict`, *optional*): exit options of all points of sweeps but fixed depths; without sweeps one point.
-        levels (`dict`, *optional*): see [`similarity_levels`].
-        random_like (sequence of `str`): names of other points, whose depths are dealt anew.
+        thresholds (`dict`, *optional*): those of similarity, see [`stream_thresholds`]; the usual ones by default.
+        shuffled_depths (sequence of `str`): names of other points, each of which gets a shuffled-depth baseline.
 
     Raises:
-        ValueError: if two points have one name, or `random_like` names none of them.
+        ValueError: if two points have one name, or `shuffled_depths` names none of them.
     """
-    base, chosen = dict(base or {}), chosen or {}
+    base = dict(base or {})
     points = [Setting("full depth", "full", {"exit_criterion": "never"})]
     points += [Setting(name, "presets", {"exit_preset": name}) for name in presets]
-    everything = any(name == "all" for name, _ in sweeps)
-    if everything:
-        sweeps = [(name, None) for name in SWEEPS]
+    if everything := any(name == "all" for name, _ in sweeps):
+        sweeps = [(name, None) for name in known_sweeps()]
     for name, values in sweeps:
-        points += _sweep(name, values, base, config, levels)
+        points += _sweep(name, values, base, config, thresholds)
     if everything:
-        dealt = [point.name for point in points if point.criterion == "similarity"]
-        random_like = list(dict.fromkeys([*random_like, *dealt]))
-    points += [Setting(label, "chosen", exits) for label, exits in chosen.items()]
+        found = [point.name for point in points if point.criterion == ExitOptions().exit_criterion]
+        shuffled_depths = list(dict.fromkeys([*shuffled_depths, *found]))
+    points += [Setting(label, "chosen", exits) for label, exits in (chosen or {}).items()]
     if base and not sweeps:
         points.append(Setting("given", "given", base))
     names = [point.name for point in points]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Points must differ in name, got {repeated} more than once; drop the copies.")
     by_name = {point.name: point for point in points}
-    for name in random_like:
+    for name in shuffled_depths:
         if name not in by_name:
-            raise ValueError(f"`random_like` must name points of this run, got {name!r}; the points are {names}.")
-        points.append(Setting(f"random like {name}", "random", by_name[name].exits, name))
+            raise ValueError(f"`shuffled_depths` must name points of this run, got {name!r}; the points are {names}.")
+        points.append(Setting(f"shuffled depths of {name}", "shuffled depths", by_name[name].exits, name))
     return points
 
 
 def _sweep(
-    name: str, values: Sequence[float] | None, base: dict[str, Any], config: Any, levels: Mapping[str, Any] | None
+    name: str,
+    values: Sequence[float] | None,
+    base: dict[str, Any],
+    config: PreTrainedConfig,
+    thresholds: Mapping[str, Any] | None,
 ) -> list[Setting]:
-    encoder = ("image", "text") if config.modality_decomposition else ("encoder",)
-    if name == "fixed":
-        return _fixed(encoder, config, {"exit_kv": base["exit_kv"]} if "exit_kv" in base else {})
+    sweep, layers = known_sweeps()[name], stream_layers(config)
+    criterion = sweep.criterion
+    if sets_depths(criterion):
+        return _depths(criterion, layers, {"exit_kv": base["exit_kv"]} if "exit_kv" in base else {})
     note = "".join(f", {option} {value}" for option, value in base.items())
-    if name == "patience":
-        counts = [int(value) for value in values or range(1, config.decoder_layers)]
-        options = base | {"exit_criterion": "patience"}
-        return [Setting(f"patience {count}{note}", name, options | {"exit_patience": count}) for count in counts]
-    if name.startswith("kv-"):
-        base = base | {"exit_kv": name.removeprefix("kv-")}
-    elif not name.startswith("similarity"):
-        options = base | {"exit_criterion": name}
-        return [
-            Setting(f"{name} {value:g}{note}", name, options | {"decoder_exit_threshold": value})
-            for value in values or GRIDS[name]
-        ]
-    parts = {"similarity": (*encoder, "decoder"), "similarity-encoder": encoder}
+    exits = dict(base)
+    if criterion.name != ExitOptions().exit_criterion:
+        exits["exit_criterion"] = criterion.name
+    if sweep.exit_kv is not None:
+        exits["exit_kv"] = sweep.exit_kv
+    options = {
+        stream: criterion.sweep_options[stream]
+        for stream in layers
+        if (stream == "decoder" or criterion.in_encoder)
+        and sweep.streams in ("all", "decoder" if stream == "decoder" else "encoder")
+    }
     # Encoder thresholds that are given stay as they are.
-    streams = [
-        stream
-        for stream in parts.get(name, ("decoder",))
-        if stream == "decoder" or f"{stream}_exit_threshold" not in base
-    ]
-    if levels is None or values:
+    options = {stream: option for stream, option in options.items() if stream == "decoder" or option not in base}
+    if not options:
+        return []
+    if thresholds is None or values or criterion is not Similarity:
         return [
-            Setting(f"{name} {value:g}{note}", name, base | {f"{stream}_exit_threshold": value for stream in streams})
-            for value in values or GRIDS["similarity"]
+            Setting(f"{name} {value:g}{note}", name, exits | dict.fromkeys(options.values(), value))
+            for value in values or criterion.sweep(layers["decoder"])
         ]
     points = []
-    for suffix, chosen in (("", levels), (" per layer", levels["per layer"])):
-        for level in range(max(len(chosen[stream]) for stream in streams)):
-            exits = {
-                f"{stream}_exit_threshold": chosen[stream][min(level, len(chosen[stream]) - 1)]
-                for stream in streams
-                if chosen[stream]
+    for suffix, found in (("", thresholds), (" per layer", thresholds["per layer"])):
+        for index in range(max(len(found[stream]) for stream in options)):
+            some = {
+                option: found[stream][min(index, len(found[stream]) - 1)]
+                for stream, option in options.items()
+                if found[stream]
             }
-            points.append(Setting(f"{name}{suffix}, level {level + 1}{note}", f"{name}{suffix}", base | exits))
+            points.append(Setting(f"{name}{suffix}, thresholds {index + 1}{note}", f"{name}{suffix}", exits | some))
     return points
 
 
-def _fixed(encoder: Sequence[str], config: Any, kv: dict[str, Any]) -> list[Setting]:
-    """Fixed depths: all streams alike, and each alone."""
-    layers = dict.fromkeys(encoder, config.encoder_layers) | {"decoder": config.decoder_layers}
+def _depths(criterion: type[Criterion], layers: Mapping[str, int], others: dict[str, Any]) -> list[Setting]:
+    """Depths that are given: all streams alike, and each alone."""
     points = []
-    for depth in range(1, max(layers.values())):
-        options = {f"{stream}_exit_layer": min(depth, most) for stream, most in layers.items()}
-        points.append(Setting(f"fixed {depth}", "fixed", {"exit_criterion": "fixed"} | options | kv))
-    for stream, most in layers.items():
-        for depth in range(1, most):
-            options = {"exit_criterion": "fixed", f"{stream}_exit_layer": depth}
-            points.append(Setting(f"fixed {stream} {depth}", f"fixed {stream}", options | kv))
+    for streams in (layers, *({stream: count} for stream, count in layers.items())):
+        label = criterion.name if len(streams) > 1 else " ".join([criterion.name, *streams])
+        for depth in criterion.sweep(max(streams.values())):
+            depths = {criterion.sweep_options[stream]: min(depth, most) for stream, most in streams.items()}
+            points.append(Setting(f"{label} {depth}", label, {"exit_criterion": criterion.name} | depths | others))
     return points
 
 
-def similarity_levels(signals: Signals, count: int) -> dict[str, Any]:
-    """At most `count` thresholds from careful to fast for each stream, and under "per layer" the same with one for
-    each layer; see [`threshold_levels`]."""
-    levels: dict[str, Any] = {"per layer": {}}
-    for per_layer, place in ((False, levels), (True, levels["per layer"])):
-        for stream, cosines in signals.encoder.items():
-            place[stream] = _rounded(threshold_levels(cosines, count, per_layer=per_layer))
-        place["decoder"] = _rounded(
-            threshold_levels(signals.decoder, count, agreeing=signals.agreeing, per_layer=per_layer)
-        )
-    return levels
-
-
-def _rounded(levels: Sequence[Any]) -> list[Any]:
-    """Thresholds to six digits, so that noise in the last bits does not make other points of them."""
-    return [
-        [None if one is None else round(one, 6) for one in level] if isinstance(level, list) else round(level, 6)
-        for level in levels
-    ]
-
-
-__all__ = ["SWEEPS", "Setting", "make_settings", "similarity_levels"]
+__all__ = ["Setting", "Sweep", "known_sweeps", "make_settings", "sets_depths"]

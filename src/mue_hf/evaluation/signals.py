@@ -1,25 +1,39 @@
-"""What layers say at full depth, recorded once, and what a criterion would have made of it; thresholds to try.
+"""What layers say at full depth, recorded once, and the depths that thresholds would have given.
 
-Replayed depths are those of a real run for the encoder. For the decoder they are an estimate: tokens that leave early
+Replayed depths are those of a real run for the encoder. For the decoder they are an estimate: tokens that exit early
 change what later tokens see.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..model.criteria_mue import last_valid, similarity
-from ..model.decoder_mue import MuEDecoder
-from ..model.encoder_mue import MuEEncoder
+from ..model.criteria_mue import Similarity, last_valid, similarity
+from ..model.processing_mue import MuEProcessor
+from ..model.scoring_mue import answer_trie
 
-# Every cosine is above it.
-ALWAYS = -1.01
-# How finely thresholds are tried before a few of them are kept.
-GRID = 64
+
+def stream_layers(config: PreTrainedConfig) -> dict[str, int]:
+    """The layers of each stream of a model: "image" and "text", or "encoder" in the joint mode, and "decoder"."""
+    encoder = ("image", "text") if config.modality_decomposition else ("encoder",)
+    return dict.fromkeys(encoder, config.encoder_layers) | {"decoder": config.decoder_layers}
+
+
+def branching_nodes(processor: MuEProcessor) -> dict[tuple[int, ...], list[int]]:
+    """Where the answers of entailment branch in their trie: tokens so far -> those that may come next, with `</s>`
+    where an answer begins with another."""
+    ids = processor.encode_answers(list(processor.entailment_answers.values()))
+    trie = answer_trie(ids, processor.tokenizer.eos_token_id)
+    return {prefix: tokens for prefix, tokens in trie.items() if len(tokens) > 1}
+
+
+def answer_tokens(processor: MuEProcessor) -> list[int]:
+    """The tokens among which answers of entailment are decided."""
+    return sorted({token for tokens in branching_nodes(processor).values() for token in tokens})
 
 
 @dataclass(frozen=True)
@@ -48,20 +62,21 @@ class Signals:
 
 class SignalRecorder:
     """
-    Records [`Signals`] of every run of the model inside its `with` block. What is to be replayed must not leave early.
+    Records [`Signals`] of every run of the model inside its `with` block. What is to be replayed must run without
+    exits.
 
     Each decoder call costs one output head per layer, so its seconds mean nothing.
 
     Args:
         model ([`MuEForConditionalGeneration`]): the model that will run.
-        tokens (sequence of `int`, *optional*): the only ones that count as a layer's best token, those of a closed set
-            of answers.
+        tokens (sequence of `int`, *optional*): the only ones that count as a layer's best token, see
+            [`answer_tokens`].
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Sequence[int] | None = None) -> None:
         self.model = model
         self.tokens = None if tokens is None else torch.tensor(sorted(set(tokens)), device=model.device)
-        streams = ("image", "text") if model.config.modality_decomposition else ("encoder",)
+        *streams, _ = stream_layers(model.config)
         self.encoder: dict[str, list[Tensor]] = {name: [] for name in streams}
         self.decoder: list[Tensor] = []
         self.agreeing: list[Tensor] = []
@@ -99,7 +114,7 @@ class SignalRecorder:
             torch.cat(self.samples),
         )
 
-    def _record_encoder(self, module: MuEEncoder, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _record_encoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         mask, states = output.attention_mask, output.hidden_states
         parts = {"encoder": slice(None)}
         if "encoder" not in self.encoder:
@@ -119,32 +134,29 @@ class SignalRecorder:
         self.first_sample, self.num_samples = self.num_samples, self.num_samples + mask.shape[0]
         self.step = 0
 
-    def _record_decoder(self, module: MuEDecoder, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        states = output.hidden_states
+    def _record_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        states, depths = output.hidden_states, output.decoder_exit_layers
         count, tokens = states[0].shape[:2]
         if self.step == 0:
             images = self.num_samples - self.first_sample
             self.first_row, self.num_rows = self.num_rows, self.num_rows + count
             self.samples.append(self.first_sample + torch.arange(count) // (count // images))
+        running = depths > 0
         mask = kwargs.get("attention_mask")
-        mask = None if mask is None else mask[:, -tokens:].bool()
-        running = output.exit_layers > 0
-        mask = None if mask is None else mask[running]
+        mask = None if mask is None else mask[:, -tokens:].bool()[running]
         states = [state[running] for state in states]
         cosines = [similarity(*pair, mask) for pair in zip(states, states[1:], strict=False)]
         best = [self._best(state, mask) for state in states[1:]]
         agreeing = [tokens == best[-1] for tokens in best]
-        depths = output.exit_layers[running]
-        self.decoder.append(_until_exit(cosines, depths, len(module.layers), torch.nan))
-        self.agreeing.append(_until_exit(agreeing, depths, len(module.layers), True))
+        self.decoder.append(_until_exit(cosines, depths[running], len(module.layers), torch.nan))
+        self.agreeing.append(_until_exit(agreeing, depths[running], len(module.layers), True))
         rows = self.first_row + running.cpu().nonzero().flatten()
         self.rows.append(rows)
         self.steps.append(torch.full_like(rows, self.step))
         self.step += 1
 
     def _best(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        states = self.model.get_decoder().layer_norm(last_valid(states, mask))
-        logits = self.model.lm_head(states)
+        logits = self.model.lm_head(self.model.get_decoder().layer_norm(last_valid(states, mask)))
         return (logits if self.tokens is None else logits[:, self.tokens]).argmax(-1)
 
 
@@ -162,18 +174,19 @@ def _ask_for_states(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
 
 def replay(cosines: Tensor, thresholds: Sequence[float | None], min_layers: int = 1) -> Tensor:
     """
-    The depths [rows] at which rows with `cosines` [rows, layers] leave.
+    The depths [rows] at which rows with `cosines` [rows, layers] exit.
 
     Args:
         cosines (`Tensor` [rows, layers]): NaN throughout for a row that does not run; its depth is 0.
-        thresholds (sequence of `float` or None): one per layer; None never lets a row leave.
-        min_layers (`int`, *optional*, defaults to 1): no row leaves before this many layers.
+        thresholds (sequence of `float` or None): one per layer; None never lets a row exit.
+        min_layers (`int`, *optional*, defaults to 1): no row exits before this many layers.
     """
-    limits = [torch.inf if x is None or layer + 1 < min_layers else x for layer, x in enumerate(thresholds)]
-    leaves = cosines > cosines.new_tensor(limits)
+    closed = [x is None or layer + 1 < min_layers for layer, x in enumerate(thresholds)]
+    exits = Similarity.passes(cosines, cosines.new_tensor([0.0 if x is None else x for x in thresholds]))
+    exits &= ~torch.tensor(closed)
     # After the last layer all do.
-    leaves[:, -1] = True
-    return (leaves.int().argmax(dim=1) + 1).masked_fill(cosines.isnan().all(dim=1), 0)
+    exits[:, -1] = True
+    return (exits.int().argmax(dim=1) + 1).masked_fill(cosines.isnan().all(dim=1), 0)
 
 
 def without_decay(cosines: Tensor, steps: Tensor, num_steps: int, beta: float, tau: float = 1.0) -> Tensor:
@@ -183,101 +196,12 @@ def without_decay(cosines: Tensor, steps: Tensor, num_steps: int, beta: float, t
     return (cosines - (1 - beta) * decay) / beta
 
 
-def threshold_levels(
-    cosines: Tensor, count: int, *, agreeing: Tensor | None = None, per_layer: bool = False, min_layers: int = 1
-) -> list[float | list[float | None]]:
-    """
-    Thresholds of one stream from careful to fast, whose mean depths are spread evenly; no two give the same depths.
-
-    With one threshold for all layers it is a quantile of all cosines. With one per layer, an encoder stream lets the
-    same share of the rows that are left go after every layer; the decoder lets as many tokens go as have the same
-    share of disagreement with the last layer, and none where even the surest disagree more often.
-
-    Args:
-        cosines (`Tensor` [rows, layers]): recorded ones; rows without the stream are ignored.
-        count (`int`): how many are wanted at most.
-        agreeing (`BoolTensor` [rows, layers], *optional*): whether a layer's output is the last one's, for a decoder.
-        per_layer (`bool`, *optional*, defaults to `False`): one threshold for each layer.
-        min_layers (`int`, *optional*, defaults to 1): no row leaves before this many layers.
-
-    Returns:
-        list of numbers, or of lists with one entry per layer.
-    """
-    present = ~cosines.isnan().all(dim=1)
-    # Without the noise of the last bits, which other batches would change.
-    cosines = cosines[present].double().round(decimals=6)
-    layers = cosines.shape[1]
-    open_layers = range(min_layers - 1, layers - 1)
-    if not len(cosines) or not len(open_layers):
-        return []
-    shares = [step / GRID for step in range(1, GRID + 1)]
-    values = cosines[:, open_layers.start : open_layers.stop].flatten().sort(descending=True).values
-    tried: list[Any] = [_below(values, round(share * len(values))) for share in shares]
-    if per_layer:
-        if agreeing is None:
-            leaving = [lambda order, _, s=s: round(s * len(order)) for s in shares]
-        else:
-            right = agreeing[present]
-            # Small shares matter most: squares are denser there.
-            leaving = [lambda order, layer, s=s: _purest(right[order, layer], s * s) for s in [0.0, *shares]]
-        # Rows that are all the same, such as a constant prompt, leave no choice but one threshold for all layers.
-        same = bool((cosines == cosines[0]).all())
-        tried = (
-            [[x] * layers for x in tried] if same else [_layer_thresholds(cosines, open_layers, x) for x in leaving]
-        )
-    reached: dict[tuple[int, ...], tuple[float, Any]] = {}
-    for thresholds in tried:
-        every = thresholds if isinstance(thresholds, list) else [thresholds] * layers
-        depths = replay(cosines, every, min_layers)
-        # What lets nothing go is no level.
-        if (depths < layers).any():
-            reached.setdefault(tuple(depths.tolist()), (depths.double().mean().item(), thresholds))
-    if not reached:
-        return []
-    levels = list(reached.values())
-    least = min(depth for depth, _ in levels)
-    targets = [layers - (layers - least) * (step + 1) / count for step in range(count)]
-
-    def nearest(target: float) -> int:
-        return min(range(len(levels)), key=lambda i: abs(levels[i][0] - target))
-
-    kept = {nearest(target) for target in targets}
-    return [levels[i][1] for i in sorted(kept, key=lambda i: -levels[i][0])]
-
-
-def _below(values: Tensor, count: int) -> float | None:
-    """A threshold that `count` of `values` (descending) are above, and those that equal the last of them, halfway to
-    the next; None for none of them, and for all of them one that needs no look."""
-    if count == 0:
-        return None
-    last = values[count - 1].item()
-    count = int((values >= last).sum())
-    return ALWAYS if count == len(values) else (last + values[count].item()) / 2
-
-
-def _layer_thresholds(
-    cosines: Tensor, open_layers: range, leaving: Callable[[Tensor, int], int]
-) -> list[float | None]:
-    """Layer by layer a threshold that lets the `leaving` surest of the rows that are left go."""
-    thresholds: list[float | None] = [None] * cosines.shape[1]
-    running = torch.arange(len(cosines))
-    for layer in open_layers:
-        order = running[cosines[running, layer].argsort(descending=True)]
-        if not len(order):
-            # Nobody came this far; those who do in other data have waited long enough.
-            thresholds[layer] = thresholds[layer - 1]
-            continue
-        thresholds[layer] = _below(cosines[order, layer], leaving(order, layer))
-        limit = thresholds[layer]
-        running = order if limit is None else order[cosines[order, layer] <= limit]
-    return thresholds
-
-
-def _purest(agreeing: Tensor, share: float) -> int:
-    """The longest beginning of `agreeing` in which at most `share` is False."""
-    wrong = (~agreeing).double().cumsum(0) / torch.arange(1, len(agreeing) + 1)
-    within = (wrong <= share).nonzero()
-    return int(within[-1]) + 1 if len(within) else 0
-
-
-__all__ = ["SignalRecorder", "Signals", "replay", "threshold_levels", "without_decay"]
+__all__ = [
+    "SignalRecorder",
+    "Signals",
+    "answer_tokens",
+    "branching_nodes",
+    "replay",
+    "stream_layers",
+    "without_decay",
+]

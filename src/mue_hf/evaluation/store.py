@@ -1,14 +1,14 @@
-"""Files that a run leaves for the next one, each whole or not at all: predictions, signals."""
+"""Files that a run leaves for the next one: records, and each whole or not at all, predictions and signals."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..files import write_whole
 from ..inference.predict import Prediction
@@ -21,6 +21,38 @@ ENCODER = "encoder."
 def content_key(content: Any) -> str:
     """A short name for what JSON can hold: other content, another name."""
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a results file; a last line that an interruption cut is dropped.
+
+    Raises:
+        ValueError: if a line is no record; nothing is dropped then.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    records = []
+    for number, line in enumerate(whole.decode().splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+            records[-1]["key"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"`--output` must hold records, got in line {number} of {path}: {error}.") from error
+    cut, start = content[len(whole) :], b'{"key"'
+    if cut and not start.startswith(cut[: len(start)]):
+        raise ValueError(f"`--output` must hold records, got something else at the end of {path}; name another file.")
+    if cut:
+        os.truncate(path, len(whole))
+    return records
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds a record to a results file; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -36,17 +68,15 @@ def read_predictions(path: Path) -> list[Prediction] | None:
     return [Prediction(**{name: _tuple(value) for name, value in row.items()}) for row in rows]
 
 
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def write_signals(path: Path, signals: Signals) -> None:
     """Writes signals for `read_signals`."""
     tensors = {name: value for name, value in vars(signals).items() if name != "encoder"}
     tensors |= {ENCODER + stream: cosines for stream, cosines in signals.encoder.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def read_signals(path: Path) -> Signals | None:
@@ -59,13 +89,11 @@ def read_signals(path: Path) -> Signals | None:
     return Signals(encoder=encoder, **tensors)
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 __all__ = [
+    "append_record",
     "content_key",
     "read_predictions",
+    "read_records",
     "read_signals",
     "write_predictions",
     "write_signals",

@@ -1,0 +1,76 @@
+"""What one evaluation is asked for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EvaluationArguments:
+    """
+    Which points are compared, on which data, and how they are scored and timed.
+
+    Args:
+        task (`str`): "captioning" or "entailment".
+        data (`str`): source of the rows, see [`load_rows`]; as are `split`, `limit`, `kind_column`, `data_options`.
+        output (`Path`): a .jsonl file that records are added to; outputs by row go to a folder beside it.
+        features (`str`, *optional*): folder where the trunk's features are cached.
+        premise (`bool`): whether entailment has premises where the data has them.
+        images (`str`): "own"; "shuffled" puts every image in another one's place, "none" takes them away (controls of
+            entailment).
+        prompt_type, batch_size: see [`predict`].
+        decoding (`dict`): options of `generate` besides exits.
+        exits, presets, sweeps, chosen, shuffled_depths: see [`make_settings`]; `exits` is its `base`.
+        thresholds_split (`str`, *optional*): the split whose signals give the thresholds of similarity:
+            `num_thresholds` per stream at most, from `thresholds_rows` rows.
+        oracle (`bool`): whether the token oracle is a point; needs greedy decoding.
+        against (`str`): the point that differences are taken to.
+        metrics, tokenizer, resamples: see [`caption_scores`].
+        time_rows, time_batch_size, time_repeats (`int`): rows to time, none for 0, in which batches and how often.
+
+    Raises:
+        ValueError: for an output that is not .jsonl, or options of the other task.
+    """
+
+    task: str
+    data: str
+    output: Path
+    split: str = "test"
+    limit: int | None = None
+    kind_column: str | None = None
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    features: str | None = None
+    premise: bool = True
+    images: str = "own"
+    prompt_type: str = "prev_output"
+    batch_size: int = 16
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    exits: Mapping[str, Any] = field(default_factory=dict)
+    presets: Sequence[str] = ()
+    sweeps: Sequence[tuple[str, Sequence[float] | None]] = ()
+    chosen: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    shuffled_depths: Sequence[str] = ()
+    thresholds_split: str | None = None
+    num_thresholds: int = 6
+    thresholds_rows: int = 200
+    oracle: bool = False
+    against: str = "full depth"
+    metrics: Sequence[str] = ("bleu", "meteor", "rouge_l", "cider")
+    tokenizer: str = "ptb"
+    resamples: int = 1000
+    time_rows: int = 20
+    time_batch_size: int = 1
+    time_repeats: int = 5
+
+    def __post_init__(self) -> None:
+        if self.output.suffix != ".jsonl":
+            raise ValueError(f"`output` must be a .jsonl file, got {str(self.output)!r}; rename it.")
+        controlled = not self.premise or self.images != "own" or self.prompt_type != "prev_output"
+        if self.task == "captioning" and controlled:
+            raise ValueError("`premise`, `images` and `prompt_type` belong to entailment; leave them as they are.")
+        if self.task == "entailment" and self.decoding:
+            raise ValueError(f"Options of decoding belong to captioning, got {sorted(self.decoding)}; drop them.")
+
+
+__all__ = ["EvaluationArguments"]
