@@ -37,7 +37,7 @@ def main() -> None:
     full = model.generate(**inputs, exit_criterion="never")
     print("at full depth:", processor.decode(full[0], skip_special_tokens=True).strip())
 
-    # The cosine between a layer's output and its input says when to leave; see mue_hf/model/early_exit_mue.py.
+    # The cosine between a layer's output and its input says when to exit; see mue_hf/model/criteria_mue.py.
     output = model.generate(
         **inputs,
         image_exit_threshold=args.image_threshold,

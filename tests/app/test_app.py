@@ -26,7 +26,7 @@ from mue_hf.evaluation.signals import SignalRecorder
 ROOT = Path(__file__).parents[2]
 PHOTO = ROOT / "examples" / "photos" / "cat.jpg"
 SMALL_CHECKPOINT = ROOT / "checkpoints" / "mue-flickr8k-small"
-# A few tokens leave after each layer.
+# A few tokens exit after each layer.
 MIDDLE = {"image_exit_threshold": 0.6, "text_exit_threshold": 0.99, "decoder_exit_threshold": 0.5}
 # The photographer among the bundled photos, and seconds that an answer of the page may take on a busy machine.
 PICKED, SECONDS = 3, 60
@@ -359,7 +359,7 @@ def test_in_a_browser(browser, address):
     assert "exit_preset='balanced'." in find("#figures").text
     assert f"{caption.split()[0]} " in find("#depths").text
 
-    # The right arrow until 0.975, each time a step of 0.001: above what most tokens had left by.
+    # The right arrow until 0.975, each time a step of 0.001: above what most tokens had exited at.
     before, slider = depths(), find("#decoder_exit_threshold input[type=range]")
     slider.send_keys("\ue014" * round(1000 * (0.975 - float(slider.get_attribute("value")))))
     wait_until(lambda: "decoder_exit_threshold=0.975." in find("#figures").text and is_idle())

@@ -152,11 +152,11 @@ def test_key_value_policies_order():
     assert totals[0] == 0 < totals[1] < totals[2]
 
 
-def test_criteria_that_look_at_the_output_pay_for_it():
+def test_criteria_that_need_intermediate_logits_pay_for_them():
     sizes = {"image_exit_layers": 3, "text_exit_layers": 3, **SIZES}
     similarity = caption_flops(make_config(), [1, 4], **sizes)
     confidence = caption_flops(make_config(), [1, 4], criterion="confidence", **sizes)
-    # One look after the first token's only layer, three at the second's, which needs none after its last.
+    # Intermediate logits once for the first token, three times for the second, which needs none after its last layer.
     assert confidence["head"] == similarity["head"] * (2 + 4) // 2
 
 

@@ -59,11 +59,11 @@ def encoder_flops(config: PreTrainedConfig, tokens: int, layers: int) -> int:
     return layers * (projections + attention + feed_forward) + positions
 
 
-def decoder_layer_flops(config: PreTrainedConfig, position: int, memory: int) -> int:
-    """FLOPs of one decoder layer on the token at `position` (from 0) with `memory` encoder tokens to look at."""
+def decoder_layer_flops(config: PreTrainedConfig, position: int, encoder_tokens: int) -> int:
+    """FLOPs of one decoder layer on the token at `position` (from 0), which attends to `encoder_tokens`, too."""
     width = config.d_model
     self_attention = 4 * 2 * width**2 + 2 * 2 * (position + 1) * width
-    cross_attention = 2 * 2 * width**2 + 2 * 2 * memory * width
+    cross_attention = 2 * 2 * width**2 + 2 * 2 * encoder_tokens * width
     return self_attention + cross_attention + 2 * 2 * width * config.decoder_ffn_dim
 
 
@@ -118,25 +118,25 @@ def caption_flops(
     """
     if exit_kv not in ("copy", "exact", "project"):
         raise ValueError(f'`exit_kv` must be "project", "copy" or "exact", got {exit_kv!r}.')
-    width, memory = config.d_model, image_tokens + text_tokens
+    width, encoder_tokens = config.d_model, image_tokens + text_tokens
     projection = 2 * image_tokens * channels * width
     parts = {"trunk": trunk}
     if config.modality_decomposition:
         parts["image_encoder"] = projection + encoder_flops(config, image_tokens, image_exit_layers)
         parts["text_encoder"] = encoder_flops(config, text_tokens, text_exit_layers)
     else:
-        parts["encoder"] = projection + encoder_flops(config, memory, max(image_exit_layers, text_exit_layers))
+        parts["encoder"] = projection + encoder_flops(config, encoder_tokens, max(image_exit_layers, text_exit_layers))
     # The position keys of the encoder tokens are shared by all layers.
-    parts["cross_keys"] = max(decoder_exit_layers, default=0) * 2 * 2 * memory * width**2 + 2 * memory * width**2
+    parts["cross_keys"] = (2 * max(decoder_exit_layers, default=0) + 1) * 2 * encoder_tokens * width**2
     layers = fill = 0
     for position, (depth, filled) in enumerate(
         zip(decoder_exit_layers, filled_layers(decoder_exit_layers), strict=True)
     ):
-        layer = decoder_layer_flops(config, position, memory)
+        layer = decoder_layer_flops(config, position, encoder_tokens)
         layers += depth * layer
         fill += filled * {"project": 2 * 2 * width**2, "copy": 0, "exact": layer}[exit_kv]
     # Position biases are made once for all layers, rows and steps.
-    positions = 3 * 2 * max_tokens * width**2 + 2 * max_tokens * (max_tokens + memory) * width
+    positions = 3 * 2 * max_tokens * width**2 + 2 * max_tokens * (max_tokens + encoder_tokens) * width
     parts["decoder"] = beams * layers + positions
     parts["fill"] = beams * fill
     rows = len(decoder_exit_layers) * config.num_text_tokens

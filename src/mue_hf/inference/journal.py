@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from ..files import write_whole
+from ..files import whole_file, write_whole
 from .sources import Row, batches, printable
 
 FORMATS = (".jsonl", ".parquet")
@@ -182,9 +182,8 @@ class Journal:
         # Before the result, so that a result that is there has its counts.
         write_whole(self.run, json.dumps(run, indent=2, default=str))
         if self.out.suffix == ".parquet":
-            whole = self.out.with_name(f"{self.out.name}.new")
-            _write_parquet(self.part, whole, self.types)
-            os.replace(whole, self.out)
+            with whole_file(self.out) as whole:
+                _write_parquet(self.part, whole, self.types)
             self.part.unlink()
         else:
             os.replace(self.part, self.out)

@@ -22,11 +22,14 @@ DEFAULT_PRESET = "balanced"
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model is in evaluation mode inside, and in the mode it was in afterwards."""
     training = model.training
-    model.eval()
+    # every switch makes a model check its presets against its weights anew
+    if any(module.training for module in model.modules()):
+        model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        if training:
+            model.train()
 
 
 def check_device(device: str) -> None:

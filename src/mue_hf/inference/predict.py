@@ -20,7 +20,7 @@ from .loading import evaluating
 from .timing import timed
 
 TASKS = ("captioning", "entailment")
-# Options of `generate` whose values transformers does not look at: the least whole number, or None for any number.
+# Options of `generate` that transformers does not check: the least whole number, or None for any number.
 NUMBERS = {
     "num_beams": 1,
     "max_new_tokens": 1,

@@ -225,7 +225,7 @@ def _walk(folder: str) -> Iterator[str]:
     """Paths of the images, sorted within each folder; only one folder's names are in memory at a time."""
 
     def refuse(error: OSError) -> None:
-        raise ValueError(f"`source` must be a folder that can be read, got an error: {error}; mend it.") from error
+        raise ValueError(f"`source` must be a folder that can be read, got an error: {error}; fix it.") from error
 
     for place, folders, files in os.walk(folder, onerror=refuse):
         folders.sort()
@@ -271,7 +271,7 @@ def _parquet(path: Path, root: Path) -> _Part:
         with ParquetFile(path) as file:
             return _Part(file.schema_arrow.names, read, root, file.metadata.num_rows)
     except OSError as error:
-        raise ValueError(f"`source` must be a parquet file, got an error in {path}: {error}; mend it.") from error
+        raise ValueError(f"`source` must be a parquet file, got an error in {path}: {error}; fix it.") from error
 
 
 def _hub(name: str, split: str) -> _Part:
