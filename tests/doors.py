@@ -2,8 +2,8 @@
 
     python tests/doors.py {alone,remote,both} FOLDER PHOTO OUTPUT
 
-"alone" forbids `import mue_hf` and passes trust_remote_code=True for FOLDER, "remote" also for the same as a repository
-of the Hub, whose cache has been filled. "both" imports the package and passes the same.
+"alone" forbids `import mue_hf` and passes trust_remote_code=True for FOLDER, "remote" also for the same folder as a
+repository of the Hub, whose cache has been filled. "both" imports the package and passes the same.
 """
 
 import logging
