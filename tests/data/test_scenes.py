@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mue_hf.data import load_captioning, load_entailment
+from mue_hf.data.scene_drawing import MOST_HIDDEN, SEPARATION
 from mue_hf.data.scenes import (
     COLORS,
     FORMS,
@@ -23,7 +24,6 @@ from mue_hf.data.scenes import (
     scene_statements,
     write_scenes,
 )
-from mue_hf.data.scenes.drawing import MOST_HIDDEN, SEPARATION
 
 OBJECT = r"an? (\w+) (\w+)"
 PLURALS = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}

@@ -13,9 +13,7 @@ INPUTS = """
 Args:
     predictions: one caption per image.
     references: a list of references per image.
-    options: those of `mue_hf.metrics.caption_scores`, such as metrics, tokenizer, per_image and resamples.
-Returns:
-    bleu_1 to bleu_4, meteor, rouge_l, cider, spice; on request also per_image and intervals.
+    options: those of `mue_hf.metrics.caption_scores`, which says what is returned.
 """
 CITATION = """@article{chen2015microsoft,
   title={Microsoft {COCO} Captions: Data Collection and Evaluation Server},

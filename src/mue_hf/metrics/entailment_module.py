@@ -13,9 +13,7 @@ INPUTS = """
 Args:
     predictions: one answer per pair.
     references: the true label of each pair.
-    options: those of `mue_hf.metrics.entailment_scores`, such as image_ids, labels and resamples.
-Returns:
-    accuracy, and recall, precision, F1 and support of each label; on request also per_image and intervals.
+    options: those of `mue_hf.metrics.entailment_scores`, which says what is returned.
 """
 
 

@@ -1,11 +1,12 @@
 """Arguments of `MuETrainer`: those of transformers' Seq2SeqTrainer, and what the layer-wise loss adds."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import Seq2SeqTrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -53,40 +54,19 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
             beam search will choose from, and good ones are among them from the first step on.
     """
 
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Whether to drop columns that the model's forward does not take."}
+    remove_unused_columns: bool = HfArg(default=False, help="Whether to drop columns that forward does not take.")
+    layer_weights: list[float] | None = HfArg(default=None, help="A factor for each decoder layer's loss. Default: 1.")
+    self_distillation: float = HfArg(default=0.0, help="Weight of each layer's divergence from the detached last one.")
+    random_exit_depth: bool = HfArg(default=False, help="Whether to draw encoder depths per sample and stream.")
+    intermediate_token_share: float = HfArg(
+        default=1.0, help="Share of the tokens, drawn per step, that train the decoder layers before the last."
     )
-    layer_weights: list[float] | None = field(
-        default=None, metadata={"help": "A factor for each decoder layer's loss, the first layer first. Default: 1."}
-    )
-    self_distillation: float = field(
-        default=0.0, metadata={"help": "Weight of each decoder layer's divergence from the detached last layer."}
-    )
-    random_exit_depth: bool = field(
-        default=False,
-        metadata={"help": "Whether to draw the depth of the encoder at random, per sample and stream, in training."},
-    )
-    intermediate_token_share: float = field(
-        default=1.0,
-        metadata={"help": "Share of the tokens, drawn per step, that train the decoder layers before the last."},
-    )
-    freeze_trunk: bool = field(default=False, metadata={"help": "Whether the trunk stays as it is."})
-    freeze_batch_norm: bool = field(
-        default=False, metadata={"help": "Whether weights and statistics of batch norms stay as they are."}
-    )
-    ema_decay: float | None = field(
-        default=None, metadata={"help": "Decay per step of a moving average of the weights. Default: no average."}
-    )
-    muon_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of Muon, for matrices. Default: no Muon, `optim` for all."}
-    )
-    scst_samples: int = field(
-        default=0,
-        metadata={"help": "Captions sampled per image for CIDEr optimisation (SCST); 0 trains on the labels."},
-    )
-    scst_beam_search: bool = field(
-        default=False, metadata={"help": "Whether SCST takes the best captions of beam search, not random samples."}
-    )
+    freeze_trunk: bool = HfArg(default=False, help="Whether the trunk stays as it is.")
+    freeze_batch_norm: bool = HfArg(default=False, help="Whether weights and statistics of batch norms stay.")
+    ema_decay: float | None = HfArg(default=None, help="Decay per step of a moving average of the weights.")
+    muon_learning_rate: float | None = HfArg(default=None, help="Rate of Muon, for matrices. Default: no Muon.")
+    scst_samples: int = HfArg(default=0, help="Captions sampled per image for CIDEr optimisation (SCST); 0: labels.")
+    scst_beam_search: bool = HfArg(default=False, help="Whether SCST takes beams, not random samples.")
 
     def __post_init__(self) -> None:
         if self.random_exit_depth and self.ddp_find_unused_parameters is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import permutations, product
 from typing import Any
 
-from .drawing import COLORS, SHAPES, Scene, SceneObject, check_split, make_scene, seeded
+from .scene_drawing import COLORS, SHAPES, Scene, SceneObject, check_split, make_scene, seeded
 
 # Not above MOST_HIDDEN: hidden objects alone must be able to make a statement true.
 NUMBERS = {"two": 2, "three": 3}
