@@ -92,7 +92,7 @@ def test_a_write_to_folded_weights_acts_and_is_not_lost_in_silence(model, pixels
         written = model.trunk_features(pixels)
         assert torch.equal(copy.deepcopy(model).trunk_features(pixels), written)
     for lose in (model.train, model.state_dict, model.unfold_batch_norms):
-        with pytest.raises(ValueError, match=r"must be unfolded before its weights are changed.*unfold_batch_norms\(\)"):
+        with pytest.raises(ValueError, match="must be unfolded before its weights are changed"):
             lose()
     with torch.no_grad():
         assert torch.equal(model.trunk_features(pixels), written)

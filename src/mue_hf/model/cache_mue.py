@@ -240,12 +240,15 @@ class MuECache(Cache):
 
     # --- tokens that skipped layers --------------------------------------------------------------------------------
 
-    def record(self, states: Tensor, depths: Tensor) -> None:
-        """Ends a call: its tokens' exit states [rows, tokens, d] and the layers that each row ran [rows]."""
+    def record(self, states: Tensor, depths: Tensor | None) -> None:
+        """Ends a call: its tokens' exit states [rows, tokens, d] and the layers that each row ran [rows], None for all
+        of them."""
         start, self.length = self.length, self.length + states.shape[1]
         for i, layer in enumerate(self.layers):
             if layer.filled is not None:
-                layer.filled[depths > i] = self.length
+                layer.filled[slice(None) if depths is None else depths > i] = self.length
+        if depths is None:
+            return
         early = (depths < self.num_layers).nonzero().flatten()
         if not len(early):
             return

@@ -281,7 +281,7 @@ class MuEDecoder(nn.Module):
         decider = ExitDecider(policy, call.new_mask, predict and (lambda states: predict(self.layer_norm(states))))
         result = run_stack(states, len(self.layers), call.run_layer, decider, rows, output_hidden_states)
         if cache is not None:
-            cache.record(result.states, result.depths)
+            cache.record(result.states, None if rows is None and policy.is_never else result.depths)
         attentions, cross_attentions = call.attentions or (None, None)
         return MuEDecoderOutput(
             last_hidden_state=self.layer_norm(result.states),

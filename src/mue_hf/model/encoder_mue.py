@@ -404,7 +404,7 @@ class MuEEncoder(nn.Module):
         if mask is not None:
             states = states * mask.unsqueeze(-1)
             present = mask.any(dim=1)
-            if not mask.is_meta and not present.all():
+            if not known_true(present) and not mask.is_meta and not torch.compiler.is_compiling():
                 rows = present.cpu().nonzero().flatten()
                 if mask[present].all():
                     # samples without an image take no part, those with one have all patches
@@ -476,7 +476,7 @@ def check_token_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     """Raises a ValueError unless ids [batch, length] lie in the vocabulary."""
     if ids.dim() != 2:
         raise ValueError(f"`{name}` must have the shape [batch, length], got {list(ids.shape)}.")
-    if ids.numel() and not ids.is_meta:
+    if ids.numel() and not ids.is_meta and not torch.compiler.is_compiling():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(

@@ -67,6 +67,8 @@ class MuEGenerationMixin(AnswerScoringMixin, GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict]:
+        # an assistant is given what the model that it drafts for holds
+        kwargs.pop("exit_run", None)
         call = {name: kwargs.pop(name) for name in list(kwargs) if name in CONFIG_NAMES}
         check_names(kwargs, CONFIG_NAMES)
         passed = {} if generation_config is None else exit_attributes(generation_config)
@@ -127,6 +129,9 @@ class MuEGenerationMixin(AnswerScoringMixin, GenerationMixin):
     def _prepare_model_inputs(
         self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict[str, Any]
     ) -> tuple[Tensor, str | None, dict[str, Any]]:
+        if inputs is not None and inputs.dim() == 4:
+            # pictures alone, of the model that this one drafts for
+            return inputs, "pixel_values" if inputs.shape[1] == 3 else "image_features", model_kwargs
         text = inputs is not None or any(model_kwargs.get(x) is not None for x in ("input_ids", "inputs_embeds"))
         if not text and model_kwargs.get("encoder_outputs") is None:
             # pictures alone: without this, the text stream would be given a lone start token

@@ -275,8 +275,8 @@ def relative_bias(table: nn.Embedding, index: Tensor) -> Tensor:
 
 
 def known_true(mask: Tensor) -> bool:
-    """Whether a mask is True everywhere; False where nobody knows, on the meta device."""
-    return not mask.is_meta and bool(mask.all())
+    """Whether a mask is True everywhere; False where nobody knows, on the meta device and in a graph."""
+    return not mask.is_meta and not torch.compiler.is_compiling() and bool(mask.all())
 
 
 def text_relative_index(length: int, bucket_size: int, max_positions: int, device: torch.device) -> Tensor:
