@@ -5,10 +5,12 @@ is above the allowed risk: where it is at most delta, the risk is certified with
 """
 
 from collections.abc import Iterable
-from math import ceil, e, floor, fsum, log, log1p, log10
+from math import ceil, e, fsum, log, log1p
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from ..metrics.intervals import rounded_up
 
 METHODS = ("hoeffding-bentkus", "betting")
 
@@ -188,13 +190,6 @@ def _check_probability(name: str, value: float) -> None:
 def _check_method(method: str) -> None:
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}; choose one of them.")
-
-
-def rounded_up(value: float) -> float:
-    """A bound in (0, 1] to three digits, never smaller than it is."""
-    digits = 2 - floor(log10(value))
-    # a product such as 0.07 * 10,000 is a little too large
-    return ceil(round(value * 10**digits, 6)) / 10**digits
 
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Intervals of scores by resampling images: outputs about one image are not independent, images are."""
 
 from collections.abc import Hashable, Sequence
+from math import ceil, floor, log10
 from typing import Any
 
 import numpy as np
@@ -90,4 +91,18 @@ def check_resampling(resamples: Any, confidence: float) -> None:
         raise ValueError(f"`confidence` must be above 0 and below 1, got {confidence}; 0.95 is usual.")
 
 
-__all__ = ["bootstrap_interval", "check_resampling", "group_sums", "percentile_interval", "resampling_weights"]
+def rounded_up(value: float) -> float:
+    """A bound in (0, 1] to three digits, never smaller than it is."""
+    digits = 2 - floor(log10(value))
+    # a product such as 0.07 * 10,000 is a little too large
+    return ceil(round(value * 10**digits, 6)) / 10**digits
+
+
+__all__ = [
+    "bootstrap_interval",
+    "check_resampling",
+    "group_sums",
+    "percentile_interval",
+    "resampling_weights",
+    "rounded_up",
+]

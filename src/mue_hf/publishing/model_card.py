@@ -11,7 +11,8 @@ from typing import Any
 from huggingface_hub import EvalResult
 from transformers import PreTrainedModel
 
-from ..calibration.bounds import rounded_up
+from ..evaluation.tables import describe_environment, make_table
+from ..metrics.intervals import rounded_up
 from ..training.card import About, exit_presets, fill_card
 
 # Scores that a model index names: how it calls the metric, and how people do.
@@ -148,13 +149,6 @@ def _data_name(record: Mapping[str, Any], about: About) -> str:
 
 
 def _describe_group(group: Sequence[Mapping[str, Any]], about: About) -> dict[str, str | None]:
-    try:
-        # Here, since an installation that does not evaluate lacks what it imports.
-        from ..evaluation.tables import describe_environment, make_table
-    except ImportError as error:
-        raise ImportError(
-            f"A card with an evaluation needs what `mue-hf evaluate` does ({error}): pip install 'mue-hf[eval,train]'"
-        ) from error
     first = group[0]
     notes = {"shuffled": ["shuffled images"], "none": ["without images"]}.get(first["images"], [])
     if first["task"] == "entailment" and not first["premise"]:
