@@ -25,13 +25,13 @@ $(VENV)/%.installed: pyproject.toml
 demo: $(VENV)/timm.installed ## Caption the bundled photos with the small checkpoint
 	$(BIN)/mue-hf caption $(PHOTOS)
 
-# Each step is done once: what is there is kept, and an interrupted lesson goes on from its last checkpoint.
+# Each step is done once: what is there is kept, and an interrupted stage goes on from its last checkpoint.
 REPRODUCED ?= runs/reproduce
 THREADS ?= 2
 # For another model than `make reproduce` makes; see benchmarks/compare_training.py.
 LAYERS ?= 3
-LESSON_ARGS ?=
-LESSON = OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/train_scenes.py --output_dir $(@D) \
+STAGE_ARGS ?= $(LESSON_ARGS)
+STAGE = OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/train_scenes.py --output_dir $(@D) \
 	--use_cpu --native_bf16 --adam_beta2 0.98 --save_steps 100 --save_total_limit 1 --logging_steps 50 --report_to none \
 	--per_device_eval_batch_size 64
 READING = --freeze_trunk --learning_rate 2e-3 --muon_learning_rate 6e-3 --weight_decay 0.01 --warmup_steps 100 \
@@ -45,11 +45,11 @@ $(REPRODUCED)/scenes: | $(VENV)/dev.installed
 	@touch $@
 
 $(REPRODUCED)/seeing/report.json: | $(VENV)/dev.installed
-	$(LESSON) --lesson seeing --max_steps 450 --learning_rate 3e-3 --warmup_steps 80 --lr_scheduler_type cosine \
+	$(STAGE) --stage seeing --max_steps 450 --learning_rate 3e-3 --warmup_steps 80 --lr_scheduler_type cosine \
 		--per_device_train_batch_size 32
 
-# The lessons of examples/train_scenes.py: each starts from the one before, with scenes of its own.
-TELLING = $(LESSON) $(READING) --lesson telling --lr_scheduler_type constant_with_warmup $(LESSON_ARGS)
+# The stages of examples/train_scenes.py: each starts from the one before, with scenes of its own.
+TELLING = $(STAGE) $(READING) --stage telling --lr_scheduler_type constant_with_warmup $(STAGE_ARGS)
 COMPARING = $(TELLING) --start_from $(<D) --layers $(LAYERS) --told_share 0 --captions_per_image 1 --kinds relation
 
 $(REPRODUCED)/telling/report.json: $(REPRODUCED)/seeing/report.json
@@ -73,7 +73,7 @@ $(REPRODUCED)/all/report.json: $(REPRODUCED)/relations/report.json
 		--first_scene 500000
 
 $(REPRODUCED)/judging/report.json: $(REPRODUCED)/all/report.json
-	$(LESSON) $(READING) --lesson judging --max_steps 800 --start_from $(<D) --first_scene 1000000 \
+	$(STAGE) $(READING) --stage judging --max_steps 800 --start_from $(<D) --first_scene 1000000 \
 		--lr_scheduler_type cosine --random_exit_depth --self_distillation 1
 
 CALIBRATE = $(BIN)/mue-hf calibrate --task entailment --data $(REPRODUCED)/scenes/entailment.jsonl --batch-size 64 \

@@ -107,7 +107,7 @@ def steps_in_equal_time(example: Any, folder: Path, name: str, args: argparse.Na
 
 
 def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The points of `mue-hf evaluate`, and what the layers say on 50 scenes of the split dev."""
+    """The points of `mue-hf evaluate`, and the similarity curves on 50 scenes of the split dev."""
     checkpoint, points = folder / "judging", folder / "points.jsonl"
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -173,7 +173,7 @@ def best_at(record: dict[str, Any], criterion: str, skipped: float = 0.5) -> str
 
 
 def mean_cosine(record: dict[str, Any], stream: str) -> str:
-    """How alike layers leave a stream: the mean cosine over layers but the first, whose input is an embedding."""
+    """How little layers change a stream: the mean cosine over layers but the first, whose input is an embedding."""
     cosines = record["similarity"].get(stream, {"mean": []})["mean"][1:]
     return f"{sum(cosines) / len(cosines):.3f}" if cosines else "-"
 

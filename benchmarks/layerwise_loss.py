@@ -86,7 +86,7 @@ def build(args: argparse.Namespace) -> tuple[MuEForConditionalGeneration, dict[s
 
 
 def step(model: MuEForConditionalGeneration, batch: dict[str, Tensor], loss: Loss, autocast: bool) -> float:
-    """Forward, loss and backward; gradients are made anew. Returns the loss."""
+    """Forward, loss and backward; gradients do not add up over steps. Returns the loss."""
     model.zero_grad(set_to_none=True)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=autocast):

@@ -32,7 +32,7 @@ from mue_hf.inference.timing import in_turns, timed
 from mue_hf.model.cache_mue import MuECache
 from mue_hf.model.criteria_mue import ExitPolicy
 
-# Whether a drafted token [] is kept, given the token that all layers say.
+# Whether a drafted token [] is kept, given the token of all layers.
 Keep = Callable[[Tensor, Tensor], bool]
 
 
@@ -46,7 +46,7 @@ def speculate(
     keep: Keep = torch.equal,
 ) -> tuple[list[int], int, int]:
     """
-    Greedy decoding of one image by drafting and checking; </s> is never said.
+    Greedy decoding of one image by drafting and checking; </s> is never generated.
 
     Args:
         new_tokens (`int`): how many to make.

@@ -11,14 +11,14 @@ ever. Whether it is faster depends on the machine; docs/speed.md has a CPU on wh
 """
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 from PIL import Image
 
 from mue_hf import MuEForConditionalGeneration, MuEProcessor
+from mue_hf.inference.timing import compare
 
 
 def compile_layers(model: MuEForConditionalGeneration, backend: str) -> None:
@@ -34,31 +34,23 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     parser.add_argument("--model", default="checkpoints/mue-flickr8k-small", help="checkpoint folder or Hub id")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; needs a C++ compiler on a CPU")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that compiles")
     parser.add_argument("--threshold", type=float, default=0.95, help="similarity above which a token exits")
     args = parser.parse_args(argv)
 
     processor = MuEProcessor.from_pretrained(args.model)
     inputs = processor(images=Image.open(args.photo)).to(args.device)
-    models = {}
+    calls = {}
     for name in ("eager", "compiled"):
-        model = MuEForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
-        models[name] = model.to(args.device)
-    compile_layers(models["compiled"], args.backend)
-
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    tokens = {}
-    # the first round compiles
-    for turn in range(args.repeats + 1):
-        for name, model in models.items():
-            start = time.perf_counter()
-            tokens[name] = model.generate(**inputs, decoder_exit_threshold=args.threshold).tolist()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+        model = MuEForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval().to(args.device)
+        if name == "compiled":
+            compile_layers(model, args.backend)
+        calls[name] = partial(model.generate, **inputs, decoder_exit_threshold=args.threshold)
+    outputs, seconds = compare(calls, args.repeats, torch.device(args.device))
+    tokens = {name: output.tolist() for name, output in outputs.items()}
     print("same tokens" if tokens["eager"] == tokens["compiled"] else "other tokens: rounding decided a close call")
-    for name, times in seconds.items():
-        if times:
-            print(f"{name:9} {1000 * median(times):8.1f} ms, median of {len(times)}")
+    for name, taken in seconds.items():
+        print(f"{name:9} {1000 * taken:8.1f} ms, median of {args.repeats}")
     return tokens
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEProcessor
-from mue_hf.model.cache_mue import CrossView
+from mue_hf.model.cache_mue import ImageView
 
 
 class Encoder(nn.Module):
@@ -47,7 +47,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, states: Tensor, source: Tensor) -> Tensor:
         biases = self.self_bias[:, :, : states.shape[1], : states.shape[1]], self.cross_bias[:, :, : states.shape[1]]
-        return self.layer(states, source, *biases, self_view=None, cross_view=CrossView(None, 1, 1))
+        return self.layer(states, source, *biases, tokens=None, images=ImageView(None, 1, 1))
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def parts_of(model: MuEForConditionalGeneration, inputs: dict, tokens: int = 20)
 
 
 def decode(run: dict, pixels: Tensor, config: MuEConfig, tokens: int = 20, threshold: float = 0.9) -> tuple:
-    """Greedy decoding with the parts in `run`, a token leaving above `threshold`; its tokens and their depths."""
+    """Greedy decoding with the parts in `run`, a token exits above `threshold`; its tokens and their depths."""
     source, ids, depths = run["encoder"](pixels), [config.decoder_start_token_id], []
     while ids[-1] != config.eos_token_id and len(ids) < tokens:
         states = run["embedding"](torch.tensor([ids]))

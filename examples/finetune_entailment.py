@@ -4,7 +4,7 @@
 # ///
 """Fine-tune a MuE checkpoint, such as a converted OFA, on visual entailment; the defaults are those of the MuE paper.
 
-DATA is whatever `mue_hf.data.loaders.load_entailment` reads, such as SNLI-VE: a JSONL, JSON, CSV or parquet file, an
+DATA is whatever `mue_hf.data.load_entailment` reads, such as SNLI-VE: a JSONL, JSON, CSV or parquet file, an
 `imagefolder`, a data set of the Hub, or scenes:SEED:COUNT for generated scenes with eight statements each.
 
     accelerate launch examples/finetune_entailment.py --model_name_or_path OFA --data DATA --output_dir OUTPUT \\
@@ -16,73 +16,20 @@ the image alone. Answers are scored as a closed set. The batch of 32 pairs is th
 given again. All arguments may stand in one JSON file instead, the only argument then.
 """
 
-import json
-import logging
-import sys
-from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-from transformers import HfArgumentParser
+from finetuning import DataArguments, RecipeArguments, keep_features, parse, read_rows, run_steps
 
-from mue_hf import (
-    MuEDataCollator,
-    MuEForConditionalGeneration,
-    MuEProcessor,
-    MuETrainer,
-    MuETrainingArguments,
-    cache_trunk_features,
-)
-from mue_hf.cli.caption import setting
+from mue_hf import MuEDataCollator, MuETrainer
 from mue_hf.evaluation.processes import finish_processes
-from mue_hf.evaluation.rows import load_rows, row_fields
-from mue_hf.files import write_whole
+from mue_hf.evaluation.rows import row_fields
 from mue_hf.metrics import entailment_metrics
-from mue_hf.metrics.generated import without_masks
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ModelArguments:
-    """Where training starts from."""
-
-    model_name_or_path: str = field(metadata={"help": "Checkpoint folder or Hub id, e.g. of `mue-hf convert`."})
-    modality_decomposition: bool = field(
-        default=True, metadata={"help": "Whether image and text have encoder streams of their own; OFA's is joint."}
-    )
-    dropout: float = 0.1
-    drop_path_rate: float = field(default=0.1, metadata={"help": "Of encoder and decoder layers."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager or sdpa; default: transformers'."})
-
-
-@dataclass
-class DataArguments:
+class PairDataArguments(DataArguments):
     """What is read, and how."""
 
-    data: str = field(metadata={"help": "File, folder, Hub id or scenes:SEED:COUNT."})
-    eval_data: str | None = field(default=None, metadata={"help": "Default: that of training."})
-    predict_data: str | None = field(default=None, metadata={"help": "Default: that of training."})
-    train_split: str = field(default="train", metadata={"help": 'Which rows; "a+b" for both, "all" for every one.'})
-    eval_split: str = "dev"
-    predict_split: str = "test"
-    max_train_samples: int | None = field(default=None, metadata={"help": "The first so many pairs alone."})
-    max_eval_samples: int | None = None
-    max_predict_samples: int | None = None
-    data_option: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=VALUE ... of `load_entailment`, e.g. image_root=photos label_column=answer."},
-    )
-    skip_bad: bool = field(default=False, metadata={"help": "Whether bad rows are left out and counted."})
-    streaming: bool = field(default=False, metadata={"help": "Whether training rows are read when needed."})
-    features_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where a frozen trunk's features are kept, default: _features in output_dir. Other processes wait "
-            "for the first one to compute them; raise --ddp_timeout for large data."
-        },
-    )
     use_premise: bool = field(
         default=True, metadata={"help": "Whether the prompt holds the premise, if there is one."}
     )
@@ -92,66 +39,23 @@ class DataArguments:
 
 
 @dataclass
-class EntailmentArguments(MuETrainingArguments):
+class EntailmentArguments(RecipeArguments):
     """`MuETrainingArguments` whose defaults are the paper's."""
 
-    learning_rate: float = 3e-5
     per_device_train_batch_size: int = 32
-    num_train_epochs: float = 5.0
-    warmup_steps: float = 0.06
-    lr_scheduler_type: str = "polynomial"
-    weight_decay: float = 0.01
-    predict_with_generate: bool = True
-
-
-def load(data: DataArguments, part: str, streaming: bool = False):
-    """The rows of "train", "eval" or "predict", checked."""
-    source = getattr(data, f"{part}_data", None) or data.data
-    options = dict(map(setting, data.data_option)) | {"skip_bad": data.skip_bad, "streaming": streaming}
-    skipped = Counter()
-    split, limit = getattr(data, f"{part}_split"), getattr(data, f"max_{part}_samples")
-    rows = load_rows("entailment", source, split, limit=limit, skipped=skipped, **options)
-    if skipped:
-        logger.warning(f"{part}: left out {dict(skipped)}")
-    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains (--do_train), scores answers of one split (--do_eval), writes those of another (--do_predict)."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, EntailmentArguments), description=__doc__)
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        origin, data, args = parser.parse_json_file(argv[0])
-    else:
-        origin, data, args = parser.parse_args_into_dataclasses(argv)
-    logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING)
-    args.check_scores()
+    origin, data, args = parse(__doc__, PairDataArguments, EntailmentArguments, argv)
     checkpoint = args.checkpoint_to_resume() if args.do_train else None
-
-    # Model
-    processor = MuEProcessor.from_pretrained(origin.model_name_or_path)
-    model = MuEForConditionalGeneration.from_pretrained(
-        origin.model_name_or_path,
-        dtype=torch.float32,
-        modality_decomposition=origin.modality_decomposition,
-        dropout=origin.dropout,
-        encoder_drop_path_rate=origin.drop_path_rate,
-        decoder_drop_path_rate=origin.drop_path_rate,
-        attn_implementation=origin.attn_implementation,
-    )
+    model, processor = origin.load()
 
     # Data
-    wanted = {"train": args.do_train, "eval": args.do_eval, "predict": args.do_predict}
-    streaming = data.streaming and args.do_train
-    with args.main_process_first(desc="reading the data", local=False):
-        rows = {part: load(data, part, streaming and part == "train") for part in wanted if wanted[part]}
+    rows = read_rows("entailment", data, args)
     fields = row_fields(rows["predict"]) if args.do_predict else []
-    if args.freeze_trunk and not streaming:
-        folder = data.features_dir or Path(args.output_dir, "_features")
-        with args.main_process_first(desc="trunk features", local=False):
-            model.to(args.device)
-            rows = {part: cache_trunk_features(model, processor, some, folder) for part, some in rows.items()}
-    if streaming:
+    rows = keep_features(model, processor, rows, data, args)
+    if args.do_train and data.streaming:
         rows["train"] = rows["train"].shuffle(seed=args.seed)
 
     # Training
@@ -165,30 +69,13 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=processor,
         compute_metrics=entailment_metrics(processor),
     )
-    if args.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-    if args.do_eval:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    if args.do_predict:
-        output = trainer.predict(rows["predict"], metric_key_prefix="predict")
-        trainer.log_metrics("predict", output.metrics)
-        trainer.save_metrics("predict", output.metrics)
-        if trainer.is_world_process_zero():
-            answers = processor.post_process_captions(without_masks(output.predictions, processor))
-            names = ("image_id", "premise", "hypothesis", "label")
-            lines = [
-                json.dumps({name: row.get(name) for name in names} | {"answer": answer.strip()}) + "\n"
-                for row, answer in zip(fields, answers, strict=True)
-            ]
-            write_whole(Path(args.output_dir, "predictions.jsonl"), "".join(lines))
-    if args.push_to_hub:
-        trainer.push_to_hub()
+
+    def describe(answers: list[str]):
+        for row, answer in zip(fields, answers, strict=True):
+            kept = {name: row.get(name) for name in ("image_id", "premise", "hypothesis", "label")}
+            yield kept | {"answer": answer.strip()}
+
+    run_steps(trainer, rows, checkpoint, lambda part: trainer.compute_metrics, describe)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@
 
 OUTPUT/adapter holds the few trained weights: `PeftModel.from_pretrained(model, folder)` puts them into the model they
 were trained on. (`model.load_adapter` of transformers 5.24 asks for PEFT 0.22, which is not out yet.) OUTPUT/merged is
-a checkpoint like any other, for evaluating, calibrating and publishing. Caption with that one: where adapters are in
-the way, the model keeps no results between calls (docs/speed.md).
+a checkpoint like any other, for evaluating, calibrating, publishing and fast captions: it has no adapters to run.
 """
 
 import argparse

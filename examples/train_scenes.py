@@ -4,7 +4,7 @@
 """Train a small MuE from scratch on generated scenes: captions, and yes / no / maybe statements. No data is needed.
 
 Scenes are drawn while they are needed, in the order of their numbers, so that no picture comes twice. Training goes in
-lessons, each a run of its own that starts from the one before:
+stages, each a run of its own that starts from the one before:
 
 * seeing: the trunk learns to tell what is in each of its 8 x 8 cells, and where. The rest stays random.
 * telling: every picture is encoded once, with the captioning prompt, and its captions and all of its statements are
@@ -15,13 +15,13 @@ lessons, each a run of its own that starts from the one before:
   With one relation it does, and the others then need little more than the right sign and axis.
 * judging: statements stand in the encoder's prompt too, as OFA has it, and their answers are learnt.
 
-    python examples/train_scenes.py --lesson seeing --output_dir RUNS/seeing --max_steps 450 $OPTIONS
-    python examples/train_scenes.py --lesson telling --trunk_from RUNS/seeing --layers 3 --output_dir RUNS/telling \\
+    python examples/train_scenes.py --stage seeing --output_dir RUNS/seeing --max_steps 450 $OPTIONS
+    python examples/train_scenes.py --stage telling --trunk_from RUNS/seeing --layers 3 --output_dir RUNS/telling \\
         --max_steps 1000 --kinds existence counting relation --relations "left of" $OPTIONS
-    python examples/train_scenes.py --lesson telling --start_from RUNS/telling --layers 3 --output_dir RUNS/left \\
+    python examples/train_scenes.py --stage telling --start_from RUNS/telling --layers 3 --output_dir RUNS/left \\
         --max_steps 600 --kinds relation --relations "left of" --told_share 0 $OPTIONS
     ...
-    python examples/train_scenes.py --lesson judging --start_from RUNS/all --layers 6 --output_dir RUNS/judging \\
+    python examples/train_scenes.py --stage judging --start_from RUNS/all --layers 6 --output_dir RUNS/judging \\
         --max_steps 800 $OPTIONS
 
 `make reproduce` runs these with all of their options; given again, it goes on where it was interrupted.
@@ -31,6 +31,7 @@ lessons, each a run of its own that starts from the one before:
 import json
 import random
 import re
+import sys
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -40,12 +41,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from small_models import random_model, save_in_half, train_tokenizer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import GenerationConfig, HfArgumentParser, ResNetConfig, Trainer, TrainerCallback, set_seed
+from transformers import HfArgumentParser, ResNetConfig, Trainer, TrainerCallback, set_seed
+from transformers.hf_argparser import HfArg
 
-from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
+from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor
 from mue_hf.data import MuEDataCollator
 from mue_hf.data.scenes import (
     COLORS,
@@ -69,7 +71,6 @@ NAMES = (tuple(COLORS), SHAPES, tuple(RADIUS))
 # Location bins of a column or a row of the picture; those of the rows follow, and one for nowhere.
 BINS = 16
 SHORT = ("existence", "counting")
-SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 ANSWERS = list(MuEProcessor.entailment_answers.values())
 
 
@@ -101,8 +102,8 @@ class DataArguments:
     relations: list[str] = field(
         default_factory=lambda: list(RELATIONS), metadata={"help": "What statements of relations are about."}
     )
-    lesson: Literal["seeing", "telling", "judging"] = field(
-        default="judging", metadata={"help": "What is learnt; see above."}
+    stage: Literal["seeing", "telling", "judging"] = HfArg(
+        default="judging", aliases=["--lesson"], help="What is learnt; see above. (--lesson was its name in 0.1.)"
     )
     told_share: float = field(
         default=1.0, metadata={"help": "Share of the true statements of which every word is learnt, in telling."}
@@ -284,33 +285,19 @@ def build_processor(folder: Path) -> MuEProcessor:
     rows = [SceneDataset(300)[index] for index in range(300)]
     texts = [text for row in rows for text in (*row["references"], *row["hypothesis"])] + ANSWERS
     corpus = [" " + text for text in texts] + [CAPTION_PROMPT, ENTAILMENT_PROMPT.format(hypothesis="there")]
-    bpe = ByteLevelBPETokenizer()
     # What comes twice is merged to the end.
-    bpe.train_from_iterator(corpus * 2, 1000, special_tokens=SPECIAL_TOKENS, show_progress=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    bpe.save_model(str(folder))
-    tokenizer = MuETokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), num_codes=0, num_bins=2 * BINS + 1
-    )
+    tokenizer = train_tokenizer(corpus * 2, 1000, folder, num_bins=2 * BINS + 1)
     return MuEProcessor(MuEImageProcessor(size={"height": 64, "width": 64}, do_resize=False), tokenizer)
 
 
 def build_model(sizes: ModelArguments, vocab_size: int) -> MuEForConditionalGeneration:
     """A random MuE; its trunk, a ResNet of two stages, makes 8 x 8 image tokens of 64 x 64 pixels."""
-    config = MuEConfig(
+    return random_model(
+        sizes,
+        {"num_beams": 1, "max_new_tokens": 24},
         vocab_size=vocab_size,
-        d_model=sizes.d_model,
-        encoder_ffn_dim=sizes.ffn_dim,
-        decoder_ffn_dim=sizes.ffn_dim,
-        encoder_attention_heads=sizes.heads,
-        decoder_attention_heads=sizes.heads,
-        encoder_layers=sizes.layers,
-        decoder_layers=sizes.layers,
         # No picture comes twice, so there is nothing to overfit.
         dropout=0.0,
-        init_std=sizes.init_std,
-        max_position_embeddings=64,
-        token_bucket_size=32,
         image_bucket_size=8,
         modality_decomposition=not sizes.joint,
         add_position_embedding=True,
@@ -318,13 +305,6 @@ def build_model(sizes: ModelArguments, vocab_size: int) -> MuEForConditionalGene
             embedding_size=32, hidden_sizes=[64, 128], depths=[2, 2], layer_type="basic", out_features=["stage2"]
         ),
     )
-    # On CPUs autocast to bfloat16 is several times faster with plain matrix products than with sdpa.
-    model = MuEForConditionalGeneration._from_config(config, attn_implementation="eager")
-    special = {name: getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad", "decoder_start")}
-    model.generation_config = GenerationConfig(
-        **{f"{name}_token_id": token for name, token in special.items()}, num_beams=1, max_new_tokens=24
-    )
-    return model
 
 
 def grow(small: MuEForConditionalGeneration, layers: int) -> MuEForConditionalGeneration:
@@ -345,19 +325,11 @@ def grow(small: MuEForConditionalGeneration, layers: int) -> MuEForConditionalGe
     return model
 
 
-def save(model: MuEForConditionalGeneration, processor: MuEProcessor, folder: str) -> None:
-    """Writes the checkpoint in half precision: on disk only, CPUs are slow in it."""
-    model.half().save_pretrained(folder)
-    model.config.dtype = torch.float32
-    model.config.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
 def make_trainer(
     model: MuEForConditionalGeneration, processor: MuEProcessor, data: DataArguments, args: Any, count: int
 ) -> Trainer:
-    """The trainer of a lesson on `count` scenes."""
-    if data.lesson == "seeing":
+    """The trainer of a stage on `count` scenes."""
+    if data.stage == "seeing":
         cells = Cells(data.first_scene, count, data.scene_seed, "train", processor)
         dev = Cells(0, data.dev_scenes, data.scene_seed, "dev", processor)
         return Trainer(model=CellReader(model), args=args, train_dataset=cells, eval_dataset=dev)
@@ -374,7 +346,7 @@ def make_trainer(
             processor,
             captions_per_image=data.captions_per_image,
             random_captions=False,
-            telling=data.lesson == "telling",
+            telling=data.stage == "telling",
         ),
     )
 
@@ -382,6 +354,9 @@ def make_trainer(
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Trains and saves; returns, and writes beside the checkpoint, steps, seconds, and accuracy by kind on dev."""
     parser = HfArgumentParser((ModelArguments, DataArguments, SceneTrainingArguments), description=__doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    if any(argument.partition("=")[0] == "--lesson" for argument in argv):
+        print("--lesson is now --stage", file=sys.stderr)
     sizes, data, args = parser.parse_args_into_dataclasses(argv)
     if args.max_steps < 1:
         parser.error("--max_steps must be given: scenes have no end.")
@@ -412,7 +387,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     last = f"accuracy_layer_{model.config.decoder_layers}"
     accuracy = {name.removeprefix("eval_").removesuffix(f"_{last}"): x for name, x in metrics.items() if last in name}
     report = {"steps": trainer.state.global_step, "seconds": seconds, "bf16": args.bf16, "accuracy": accuracy}
-    save(model, processor, args.output_dir)
+    save_in_half(model, processor, args.output_dir)
     Path(args.output_dir, "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     finish_processes()
     return report

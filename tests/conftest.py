@@ -6,8 +6,10 @@ import pytest
 import torch
 from bulk_fixtures import PHOTO_SIZE, make_checkpoint
 from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import GenerationConfig
 
-from mue_hf import MuEConfig, MuEForConditionalGeneration, MuETokenizer
+from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
 
 SHARED = Path(__file__).parents[2] / "shared"
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -87,6 +89,20 @@ def character_tokenizer() -> MuETokenizer:
     letters = ["Ġ", *(chr(code) for code in range(33, 127))]
     vocab = {token: index for index, token in enumerate([*SPECIALS, *letters, "<mask>"])}
     return MuETokenizer(vocab=vocab, merges=[], num_codes=0, num_bins=0)
+
+
+def byte_checkpoint(folder: Path, image_size: int, num_beams: int = 1, **overrides) -> Path:
+    """Saves a tiny model whose tokens are bytes, and its processor."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
+    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 160}
+    model = tiny_model(dtype=torch.float32, **sizes | overrides)
+    tokens = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+    model.generation_config = GenerationConfig(**tokens, max_new_tokens=6, num_beams=num_beams)
+    model.save_pretrained(folder)
+    size = {"height": image_size, "width": image_size}
+    MuEProcessor(MuEImageProcessor(size=size), tokenizer).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def hooks(model):
 
 @pytest.mark.parametrize("decomposed", [True, False], ids=["decomposed", "joint"])
 @pytest.mark.parametrize("beams", [1, 4])
-def test_stock_says_what_the_model_says(decomposed, beams, inputs):
+def test_stock_generates_what_the_model_generates(decomposed, beams, inputs):
     model = tiny_model(modality_decomposition=decomposed)
     options = decoding(beams, output_logits=True)
     ours, stock = model.generate(**inputs, **options), StockModel(model).generate(**inputs, **options)
@@ -108,13 +108,13 @@ def test_spread_depths_are_half_on_average(layers, batch):
     assert spread.text == together.text == half.text
 
 
-def test_exits_that_are_looked_for_and_never_taken(model, inputs):
+def test_unused_exits_change_nothing(model, inputs):
     enabled, lossless = (variants_of(model, inputs)[name].run(decoding()) for name in ("enabled", "lossless"))
     assert torch.equal(enabled.sequences, lossless.sequences)
     assert enabled.executed_layers == lossless.executed_layers
 
 
-def test_exits_of_every_criterion_that_are_looked_for_and_never_taken():
+def test_unused_exits_of_every_criterion_change_nothing():
     model, inputs = tiny_model(dtype=torch.float32), tiny_inputs(dtype=torch.float32)
     names = [name for name in variant_names() if name.startswith("enabled")]
     assert names == ["enabled", *(f"enabled-{name}" for name in ("confidence", "margin", "entropy", "patience"))]
@@ -142,8 +142,8 @@ def test_stock_and_plain_run_an_unfolded_trunk_of_their_own(model, inputs):
     lossless, plain = variants["lossless"].model, variants["plain"].model
     assert (lossless.config._attn_implementation, plain.config._attn_implementation) == ("sdpa", "eager")
     assert plain.lm_head.weight is lossless.lm_head.weight
-    said = {name: variants[name].run(decoding()).sequences for name in ("stock", "plain", "lossless")}
-    assert torch.equal(said["lossless"], said["plain"]) and torch.equal(said["lossless"], said["stock"])
+    tokens = {name: variants[name].run(decoding()).sequences for name in ("stock", "plain", "lossless")}
+    assert torch.equal(tokens["lossless"], tokens["plain"]) and torch.equal(tokens["lossless"], tokens["stock"])
 
 
 @pytest.mark.parametrize(("name", "beams"), [("stock", 3), ("lossless", 3), ("spread", 1), ("spread", 3)])
@@ -160,7 +160,7 @@ def test_counts_what_torch_counts_with_eager_attention(name, beams):
 
 
 @pytest.mark.parametrize("name", ["lossless", "half", "spread"])
-def test_counts_what_the_sizes_say(name):
+def test_counts_what_follows_from_the_sizes(name):
     inputs = tiny_inputs(batch=1, dtype=torch.float32)
     model = tiny_model(dtype=torch.float32).requires_grad_(False)
     variant = variants_of(model, inputs)[name]
@@ -521,7 +521,7 @@ def script(name):
 @pytest.mark.parametrize("draft_layers", [1, 2, 3])
 @pytest.mark.parametrize("draft_tokens", [1, 3, 20])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_self_speculation_says_what_greedy_decoding_says(draft_layers, draft_tokens, seed):
+def test_self_speculation_generates_what_greedy_decoding_generates(draft_layers, draft_tokens, seed):
     speculation = script("self_speculation")
     model, inputs = tiny_model(seed=seed, std=0.3), tiny_inputs(batch=1, seed=seed)
     tokens, drafted, kept = speculation.speculate(model, inputs, 12, draft_layers, draft_tokens)

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import byte_checkpoint
 from safetensors.torch import load_file
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import GenerationConfig
 
-from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
+from mue_hf import MuEForConditionalGeneration, MuEProcessor
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install mue-hf[train]")
 
@@ -44,15 +42,7 @@ def examples():
 def origin(tmp_path_factory) -> Path:
     """A tiny joint model, as `mue-hf convert` gives one, whose tokens are bytes."""
     folder = tmp_path_factory.mktemp("origin")
-    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
-    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 160, "modality_decomposition": False}
-    model = tiny_model(dtype=torch.float32, **sizes)
-    tokens = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
-    model.generation_config = GenerationConfig(**tokens, max_new_tokens=6, num_beams=2)
-    model.save_pretrained(folder)
-    MuEProcessor(MuEImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
-    return folder
+    return byte_checkpoint(folder, image_size=32, num_beams=2, modality_decomposition=False)
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,19 @@
 """Training on generated scenes: the example script for a few steps, and the comparison of two tiny variants."""
 
 import json
+import re
+import shlex
+import subprocess
 from importlib import import_module
 from pathlib import Path
 from random import Random
+from shutil import which
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mue_hf import MuEForConditionalGeneration, MuEProcessor
+from mue_hf import MuEForConditionalGeneration, MuEProcessor, cli
 from mue_hf.data.scenes import COLORS, FORMS, RADIUS, SHAPES, SceneDataset, make_scene
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install mue-hf[train]")
@@ -41,7 +45,7 @@ def compare(example):
 def told(example, tmp_path_factory) -> Path:
     """Four steps of telling, with a checkpoint after two."""
     folder = tmp_path_factory.mktemp("told")
-    options = ["--lesson=telling", "--max_steps", "4", "--save_steps", "2", "--bf16"]
+    options = ["--stage=telling", "--max_steps", "4", "--save_steps", "2", "--bf16"]
     example.main([f"--output_dir={folder}", *options, *TRAINING, *SIZES])
     return folder
 
@@ -79,7 +83,7 @@ def test_bfloat16_only_where_it_is_native(native, example, monkeypatch, tmp_path
 
 
 def test_resumed_run_ends_with_the_same_weights(example, told, tmp_path):
-    options = ["--lesson=telling", "--max_steps", "4", "--save_steps", "2", "--bf16"]
+    options = ["--stage=telling", "--max_steps", "4", "--save_steps", "2", "--bf16"]
     options += [f"--resume_from_checkpoint={told / 'checkpoint-2'}"]
     example.main([f"--output_dir={tmp_path}", *options, *TRAINING, *SIZES])
     first, second = (load_file(folder / "model.safetensors") for folder in (told, tmp_path))
@@ -108,7 +112,7 @@ def test_judging_goes_on_from_telling(example, told, tmp_path):
     assert torch.equal(second["model.decoder.layers.2.fc1.weight"], first["model.decoder.layers.1.fc1.weight"])
 
 
-def test_lesson_about_some_relations_has_no_others(example):
+def test_stage_about_some_relations_has_no_others(example):
     data = example.DataArguments(kinds=["existence", "relation", "two_relations"], relations=["left of", "above"])
     rows = [example.Scenes(data, count=40, batch=4)[index] for index in range(40)]
     texts = [text for row in rows for text in row["hypothesis"]]
@@ -160,7 +164,7 @@ def test_places_are_those_of_the_named_objects(example):
 
 
 def test_seeing_changes_the_trunk_alone(example, told, tmp_path):
-    options = [f"--start_from={told}", "--layers=2", "--lesson=seeing", "--max_steps=2"]
+    options = [f"--start_from={told}", "--layers=2", "--stage=seeing", "--max_steps=2"]
     report = example.main([f"--output_dir={tmp_path}", *options, *TRAINING])
     assert report["accuracy"] == {}
     first, second = (load_file(folder / "model.safetensors") for folder in (told, tmp_path))
@@ -193,6 +197,34 @@ def test_words_are_single_tokens(told):
     row = SceneDataset(400, split="test")[399]
     for text in (*row["references"], *row["hypothesis"]):
         assert len(tokenizer(f" {text}", add_special_tokens=False)["input_ids"]) == len(text.split())
+
+
+def test_the_old_name_of_a_stage_is_accepted_and_warned_of(example, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        example.main([f"--output_dir={tmp_path}", "--lesson", "seeing"])
+    said = capsys.readouterr().err
+    assert said.startswith("--lesson is now --stage\n") and "--max_steps must be given" in said
+
+
+@pytest.mark.skipif(which("make") is None, reason="make is not installed")
+def test_commands_of_make_reproduce_parse(example, tmp_path):
+    command = ["make", "--dry-run", "reproduce", f"REPRODUCED={tmp_path}", "LESSON_ARGS=--joint"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace("\\\n", "")
+    stages, commands = [], []
+    for line in lines.splitlines():
+        # what the shell would put in place, and what it does where a command fails
+        words = shlex.split(re.sub(r"\$\(.*\)|\|\|.*", "", line))
+        if "examples/train_scenes.py" in words:
+            parser = example.HfArgumentParser((example.ModelArguments, example.DataArguments))
+            sizes, data, _ = parser.parse_args_into_dataclasses(words[3:], return_remaining_strings=True)
+            assert sizes.joint == (data.stage == "telling")
+            parser = example.HfArgumentParser(example.SceneTrainingArguments)
+            assert parser.parse_args_into_dataclasses(words[3:], return_remaining_strings=True)[0].max_steps > 0
+            stages.append(data.stage)
+        elif words and words[0].endswith("/mue-hf"):
+            commands.append(cli.build_parser(words[1]).parse_args(words[1:]).command)
+    assert stages == ["seeing", *["telling"] * 6, "judging"]
+    assert commands == ["calibrate", "calibrate", "evaluate"]
 
 
 def test_time_limit_saves_and_stops(example, tmp_path):

@@ -147,7 +147,7 @@ def components(variant: Variant, decoding: Mapping[str, Any]) -> dict[str, float
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
-    """The ratio of the medians of two variants that took turns, with the 95 % interval over rounds drawn anew."""
+    """The ratio of the medians of two variants that took turns, with its 95 % bootstrap interval over rounds."""
     pairs = np.array([above, below])
     rounds = np.random.default_rng(0).integers(pairs.shape[1], size=(1000, pairs.shape[1]))
     one, other = np.median(pairs[:, rounds], axis=-1)

@@ -1,7 +1,7 @@
 """Captioners of other families as transformers ships them, at their published shapes with random weights.
 
-They answer one question: what does a caption of as many image tokens and new tokens take elsewhere? What they say is
-noise.
+They answer one question: what does a caption of as many image tokens and new tokens take elsewhere? Their
+captions are noise.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What is looked at while a variant runs, in passes of their own: operations, memory, seconds by component.
+"""What is measured while a variant runs, in passes of their own: operations, memory, seconds by component.
 
 Everything is done by hooks that are gone afterwards; the passes that are timed as a whole carry none but those of
 `encoder_clock`.
@@ -98,7 +98,7 @@ def encoder_clock(encoder: nn.Module, device: torch.device) -> Iterator[list[flo
 
 
 class _Stopwatch:
-    """Seconds by name, each moment counted once: for the innermost name that has been entered."""
+    """Seconds by name, each moment counted once: for the innermost name that has started."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -117,17 +117,17 @@ class _Stopwatch:
         self.seconds[name] += now - self.last
         self.last = now
 
-    def enter(self, name: str) -> None:
+    def start(self, name: str) -> None:
         # What the encoder does between its layers prepares the next one: the position bias of its stream.
         self.charge(name if self.names[-1] == "encoder" else self.names[-1])
         self.names.append(name)
 
-    def leave(self, *_: Any) -> None:
+    def stop(self, *_: Any) -> None:
         self.charge(self.names.pop())
 
-    def enter_stream(self, _: nn.Module, inputs: tuple) -> None:
-        """Enters the stream of an encoder layer, told by its tokens."""
-        self.enter("image_encoder" if inputs[0].shape[1] == self.image_tokens else "text_encoder")
+    def start_stream(self, _: nn.Module, inputs: tuple) -> None:
+        """Starts the stream of an encoder layer, told by its tokens."""
+        self.start("image_encoder" if inputs[0].shape[1] == self.image_tokens else "text_encoder")
 
     def note_image(self, _: nn.Module, __: tuple, projected: torch.Tensor) -> None:
         self.image_tokens = projected.shape[1]
@@ -161,11 +161,11 @@ def component_seconds(model: Any, run: Callable[[], Any]) -> dict[str, float]:
     handles = [encoder.image_proj.register_forward_hook(watch.note_image)]
     for name, modules in named.items():
         for module in modules:
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: watch.enter(name)))
-            handles.append(module.register_forward_hook(watch.leave))
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: watch.start(name)))
+            handles.append(module.register_forward_hook(watch.stop))
     for layer in () if joint else encoder.layers:
-        handles.append(layer.register_forward_pre_hook(watch.enter_stream))
-        handles.append(layer.register_forward_hook(watch.leave))
+        handles.append(layer.register_forward_pre_hook(watch.start_stream))
+        handles.append(layer.register_forward_hook(watch.stop))
     with hooked(*handles):
         watch.charge("start")
         run()

@@ -1,7 +1,7 @@
 """The reference that speed is compared with: the same weights, decoded as transformers' `generate` does by itself.
 
 The encoder's output is repeated for every beam, each row projects its own cross-attention keys and values into
-transformers' `EncoderDecoderCache`, which reorders them at every step, position biases are made anew at every step,
+transformers' `EncoderDecoderCache`, which reorders them at every step, position biases are recomputed at every step,
 every row runs its prompt, products are torch's own `linear`, and the head covers the whole vocabulary. It is no straw
 man: a position bias is made once for all rows and for the new token alone, attention is the model's own, and so are
 the layers of the encoder.

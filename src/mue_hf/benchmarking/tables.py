@@ -1,12 +1,10 @@
 """A record of `mue-hf bench` as Markdown tables and as a plot."""
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.plots import require_matplotlib
-from ..files import write_whole
+from ..evaluation.plots import require_matplotlib, save_figure
 from .record import upgraded
 
 COMPONENTS = (
@@ -129,10 +127,8 @@ def draw_plot(record: Mapping[str, Any], folder: Path) -> Path:
         for name, *place in zip(ours, flops, time, strict=True):
             axes.annotate(name, place, xytext=(4, 2), textcoords="offset points", fontsize=6)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    content = BytesIO()
-    figure.savefig(content, format="png", dpi=150)
     path = folder / "speed.png"
-    write_whole(path, content.getvalue())
+    save_figure(figure, path)
     return path
 
 

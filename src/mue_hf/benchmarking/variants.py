@@ -84,10 +84,7 @@ def spread_pattern(config: Any, batch: int, beams: int, steps: int) -> DepthPatt
 
 @contextmanager
 def forced_depths(model: PreTrainedModel, pattern: DepthPattern) -> Iterator[None]:
-    """Within it, one `generate` call with a pattern's options runs the decoder as deep as the pattern says.
-
-    Nothing is left on the model.
-    """
+    """Within it, one `generate` call with a pattern's options runs the decoder at the depths of the pattern."""
     depths = iter(pattern.decoder)
 
     def set_policy(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

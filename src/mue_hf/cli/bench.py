@@ -13,7 +13,7 @@ from ..benchmarking.variants import DEFAULT_VARIANTS, variant_names
 from ..evaluation.plots import require_matplotlib
 from ..files import write_whole
 from ..model.configuration_mue import SIZES
-from .options import at_least, setting
+from .options import RenamedOption, add_device_arguments, at_least, setting
 
 EPILOG = """examples:
   mue-hf bench --size base --image-size 480 --threads 2 --batch-sizes 1 4 --beams 1 5 --output runs/speed.json
@@ -24,14 +24,6 @@ All variants of a cell (a batch size and a number of beams) take turns in one pr
 is not measured again, so an interrupted run goes on where it was. Weights are random without --model; then shapes, not
 captions, are what is timed, and thresholds mean nothing: force depths with the variants half and spread. Every caption
 has exactly --tokens tokens. Layers, FLOPs and time are different things; all three are reported."""
-
-
-class RenamedOption(argparse.Action):
-    """An option under its old name, with a warning."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        print(f"{parser.prog}: {option_string} is now --{self.dest}", file=sys.stderr)
-        setattr(namespace, self.dest, values)
 
 
 class DroppedOption(argparse.Action):
@@ -49,9 +41,7 @@ def add_model_arguments(parser: Any) -> None:
     pixels = "with random weights (default: 480); a checkpoint has its own"
     parser.add_argument("--image-size", type=at_least(16), metavar="PX", help=pixels)
     parser.add_argument("--images", nargs="+", metavar="FILE", help="with --model: photos, in turns; default: noise")
-    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's own)")
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    add_device_arguments(parser)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
