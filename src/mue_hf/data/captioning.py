@@ -35,37 +35,28 @@ def load_captioning(
     Images with their captions, one row per image, checked.
 
     Args:
-        source (`str` or `os.PathLike`):
-            A JSONL, JSON, CSV or parquet file, whose images are paths relative to it or embedded; a folder, such as an
-            `imagefolder` with metadata.jsonl; or a dataset of the Hub.
-        split (`str`, *optional*, defaults to `"train"`):
-            Which rows; "a+b" for both, None for all.
-        image_column (`str`, *optional*):
-            Column of the images or their paths, or a path made from columns such as "{filepath}/{filename}". Default:
-            the first that exists of "image", "file_name", "{filepath}/{filename}", "filename", "{Flickr30K_ID}.jpg".
-        caption_column (`str` or sequence of `str`, *optional*):
-            Column or columns with a caption, a list of captions, or a list of `{"raw": caption}` as in COCO Karpathy.
-            Default: the first that exists of "references", "captions", "sentences", "caption", "text". Rows of the
-            same image are joined, unless streamed.
-        id_column (`str`, *optional*):
-            Column that identifies the image. Default: "image_id" if there is one, else the image's path, else the
-            row's number.
-        split_column (`str`, *optional*):
-            Column with each row's split. Default: "split" for files; none for folders and the Hub, which have splits
-            of their own. Where it is named, `split` chooses by it among all of those.
-        image_root (`str` or `os.PathLike`, *optional*):
-            Folder of relative paths. Default: that of the file.
-        keep_columns (sequence of `str`, *optional*):
-            Further columns to keep as they are.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether rows are read, and checked, only when they are needed. Only that each line of a JSONL file is a
-            JSON object is checked before.
-        skip_bad (`bool`, *optional*, defaults to `False`):
-            Whether bad captions and rows are left out and counted in a warning.
-        skipped (`Counter`, *optional*):
-            Where to add how many are bad, by reason.
-        load_options (*optional*):
-            Further arguments of `datasets.load_dataset`: `name`, `revision`, `field="images"` for Karpathy's JSON.
+        source (`str` or `os.PathLike`): a JSONL, JSON, CSV or parquet file, whose images are paths relative to it or
+            embedded; a folder, such as an `imagefolder` with metadata.jsonl; or a dataset of the Hub.
+        split (`str`, *optional*, defaults to `"train"`): which rows; "a+b" for both, None for all.
+        image_column (`str`, *optional*): column of the images or their paths, or a path made from columns such as
+            "{filepath}/{filename}". Default: the first that exists of "image", "file_name", "{filepath}/{filename}",
+            "filename", "{Flickr30K_ID}.jpg".
+        caption_column (`str` or sequence of `str`, *optional*): column or columns with a caption, a list of captions,
+            or a list of `{"raw": caption}` as in COCO Karpathy. Default: the first that exists of "references",
+            "captions", "sentences", "caption", "text". Rows of the same image are joined, unless streamed.
+        id_column (`str`, *optional*): column that identifies the image. Default: "image_id" if there is one, else the
+            image's path, else the row's number.
+        split_column (`str`, *optional*): column with each row's split. Default: "split" for files; none for folders
+            and the Hub, which have splits of their own. Where it is named, `split` chooses by it among all of those.
+        image_root (`str` or `os.PathLike`, *optional*): folder of relative paths. Default: that of the file.
+        keep_columns (sequence of `str`, *optional*): further columns to keep as they are.
+        streaming (`bool`, *optional*, defaults to `False`): whether rows are read, and checked, only when they are
+            needed. Only that each line of a JSONL file is a JSON object is checked before.
+        skip_bad (`bool`, *optional*, defaults to `False`): whether bad captions and rows are left out and counted in a
+            warning.
+        skipped (`Counter`, *optional*): where to add how many are bad, by reason.
+        load_options (*optional*): further arguments of `datasets.load_dataset`: `name`, `revision`, `field="images"`
+            for Karpathy's JSON.
 
     Returns:
         `Dataset`, or `IterableDataset` if streamed: "image", "image_id", "references" (list of `str`, as written), and

@@ -39,19 +39,16 @@ class MuEDataCollator:
     hypothesis and premise normalised and put in the prompt; the answer "yes", "maybe" or "no".
 
     Args:
-        processor ([`MuEProcessor`]):
-            Makes tokens and pixels.
-        captions_per_image (`int`, *optional*, defaults to 1):
-            Captions of each image in a batch; an image with fewer references repeats some.
-        random_captions (`bool`, *optional*, defaults to `True`):
-            Whether they are drawn at random; False takes the first ones, for evaluation.
-        max_words (`int`, *optional*, defaults to 20):
-            Words of a caption.
-        use_premise (`bool`, *optional*, defaults to `True`):
-            Whether the prompt holds the premise where a row has one.
-        prompt_type (`str`, *optional*, defaults to `"prev_output"`):
-            OFA's name for what the decoder reads before the answer: "prev_output", the prompt of the encoder, or
-            "none", `<s>` alone. Only the answer and `</s>` are trained.
+        processor ([`MuEProcessor`]): makes tokens and pixels.
+        captions_per_image (`int`, *optional*, defaults to 1): captions of each image in a batch; an image with fewer
+            references repeats some.
+        random_captions (`bool`, *optional*, defaults to `True`): whether they are drawn at random; False takes the
+            first ones, for evaluation.
+        max_words (`int`, *optional*, defaults to 20): words of a caption.
+        use_premise (`bool`, *optional*, defaults to `True`): whether the prompt holds the premise where a row has one.
+        prompt_type (`str`, *optional*, defaults to `"prev_output"`): OFA's name for what the decoder reads before the
+            answer: "prev_output", the prompt of the encoder, or "none", `<s>` alone. Only the answer and `</s>` are
+            trained.
 
     A call with a list of rows, one per image, returns:
         `dict[str, torch.Tensor]`:
@@ -151,11 +148,8 @@ class MuEDataCollator:
                 f"`rows` must all have an `image` or all have `image_features`, got {sorted(kinds)}; leave out those "
                 "without."
             )
-        return {
-            "pixel_values": self.processor.image_processor([row["image"] for row in rows], return_tensors="pt")[
-                "pixel_values"
-            ]
-        }
+        pixels = self.processor.image_processor([row["image"] for row in rows], return_tensors="pt")
+        return {"pixel_values": pixels["pixel_values"]}
 
 
 __all__ = ["MuEDataCollator"]

@@ -50,15 +50,12 @@ def load_entailment(
     Pairs of an image, with or without a premise, and a hypothesis, one row per pair, checked.
 
     Args:
-        premise_column (`str`, *optional*):
-            Column of the premise, null where there is none. Default: "premise" or "sentence1" if there is one.
-        hypothesis_column (`str`, *optional*):
-            Default: "hypothesis" or "sentence2".
-        label_column (`str`, *optional*):
-            Column of labels: "entailment", "neutral", "contradiction", or the answers "yes", "maybe", "no", or numbers
-            of named classes. Default: "label" or "gold_label".
-        label_names (sequence of `str`, *optional*):
-            The classes by number, where the source does not name them.
+        premise_column (`str`, *optional*): column of the premise, null where there is none. Default: "premise" or
+            "sentence1" if there is one.
+        hypothesis_column (`str`, *optional*): default: "hypothesis" or "sentence2".
+        label_column (`str`, *optional*): column of labels: "entailment", "neutral", "contradiction", or the answers
+            "yes", "maybe", "no", or numbers of named classes. Default: "label" or "gold_label".
+        label_names (sequence of `str`, *optional*): the classes by number, where the source does not name them.
         source, split, image_column, id_column, split_column, image_root, keep_columns, streaming, skip_bad, skipped,
         load_options:
             See [`load_captioning`].

@@ -102,19 +102,20 @@ def layerwise_loss(
     counts = [drawn] * (len(states) - 1) + [total]
     taken = [state.flatten(0, 1)[places[:count]] for state, count in zip(states, counts, strict=True)]
     factors = [1.0] * len(states) if layer_weights is None else layer_weights
+    device = weight.device.type
     plan = _Plan(
         scales=[total / max(count, 1) for count in counts],
         factors=factors,
         smoothing=label_smoothing,
         distillation=self_distillation,
         piece=piece_tokens or max(1, PIECE_LOGITS // weight.shape[0]),
-        dtype=_product_dtype(weight),
+        dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype,
         with_grad=torch.is_grad_enabled(),
     )
     if row_weights is not None:
         row_weights = row_weights.to(weight.device)[places // labels.shape[1]].unsqueeze(1)
     hidden = [norm(state) for state in taken]
-    with torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         summed, loss_sums, predictions = _HeadLoss.apply(weight, targets, row_weights, plan, *hidden)
     items = max(total, 1) if num_items_in_batch is None else num_items_in_batch
     loss = summed / items
@@ -252,11 +253,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> No
     for start in range(0, len(total), rows):
         block = slice(start, start + rows)
         total[block].add_(left[block] @ right, alpha=scale)
-
-
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _check(

@@ -20,17 +20,13 @@ EPS = 1e-7
 
 class Muon(torch.optim.Optimizer):
     """
-    Muon (Jordan et al., 2024), with the scale of Liu et al. (2025) by which it shares learning rates with AdamW.
-
-    The steps are those of timm's `Muon(nesterov=True)`, whose state it can load. timm fixes the dtype of the
-    products to bfloat16, which CPUs without instructions for it emulate fifty times more slowly.
+    Muon (Jordan et al., 2024) with the learning rates of AdamW (Liu et al., 2025): the steps of timm's
+    `Muon(nesterov=True)`, whose state it can load, but timm has no option for the dtype of the products.
 
     Args:
-        params: parameters or groups. Those of a group with `use_fallback=True`, and what is no matrix (vectors,
-            depthwise convolutions, fewer than 4 rows or columns, or 128 times more of one than of the other), are
-            trained with Nesterov's AdamW. Kernels count as matrices [output channels, the rest].
-        lr (`float`): learning rate.
-        weight_decay (`float`): decoupled weight decay.
+        params: parameters or groups. What is no matrix, and all of a group with `use_fallback=True`, is trained with
+            Nesterov's AdamW.
+        lr, weight_decay (`float`): learning rate, and decoupled weight decay.
         betas (pair of `float`): of AdamW.
         dtype (`torch.dtype`): of Muon's matrix products.
     """
@@ -77,10 +73,7 @@ class Muon(torch.optim.Optimizer):
     def _adamw(self, parameters: list[Tensor], gradients: list[Tensor], lr: float, beta1: float, beta2: float) -> None:
         means = [self._state(parameter, "exp_avg") for parameter in parameters]
         squares = [self._state(parameter, "exp_avg_sq") for parameter in parameters]
-        steps = []
-        for parameter in parameters:
-            count = self.state[parameter].setdefault("step", torch.zeros(()))
-            steps.append(int(count.add_(1)))
+        steps = [int(self.state[parameter].setdefault("step", torch.zeros(())).add_(1)) for parameter in parameters]
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
@@ -99,6 +92,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _is_matrix(parameter: Tensor) -> bool:
+    """Whether it maps one space to another, as vectors, depthwise kernels and very narrow matrices do not."""
     if parameter.ndim < 2 or 1 in parameter.shape[:2]:
         return False
     small, large = sorted((len(parameter), parameter[0].numel()))
