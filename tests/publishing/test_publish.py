@@ -523,6 +523,18 @@ def test_dry_run_lists_and_sends_nothing(checkpoint, capsys):
     assert out.endswith("Nothing was sent.\n")
 
 
+def test_tables_need_no_package_of_evaluations(checkpoint, evaluation):
+    script = (
+        "import sys\n"
+        "for name in ('datasets', 'evaluate', 'pycocoevalcap'):\n"
+        "    sys.modules[name] = None\n"
+        "from mue_hf import cli\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    command = ["publish", str(checkpoint), "org/name", "--evaluation", str(evaluation), "--dry-run"]
+    subprocess.run([sys.executable, "-c", script, *command], check=True, stdout=subprocess.DEVNULL)
+
+
 @pytest.mark.parametrize(
     "error",
     [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), RuntimeError("lost"), ConnectionError("Xet")],
