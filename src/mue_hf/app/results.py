@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..inference.captioner import Captioner
 from ..inference.depths import layers_skipped, read_depths
+from ..inference.predict import run_task
 from ..inference.timing import compare
 from ..model.exit_options_mue import resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
@@ -31,8 +32,7 @@ def caption_photo(
     """
     captioner = Captioner(model, processor, exits, {}, repeats)
     (record,) = captioner.caption([photo])
-    inputs = processor(images=photo).to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs = processor(images=photo).to(model.device, model.dtype)
     signals = record_signals(model, inputs, [token["id"] for token in record["tokens"]], exits)
     options = resolve_options(exits, {}, model.generation_config.to_dict(), model.config)
     return record, draw_signals(signals, options, captioner.flops.max_tokens)
@@ -51,11 +51,13 @@ def judge_statement(
     Raises:
         ValueError: for a photo or statement that cannot be used, and options that contradict each other.
     """
-    inputs = processor(images=photo, task="entailment", hypothesis=hypothesis).to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs = processor(images=photo, task="entailment", hypothesis=hypothesis).to(model.device, model.dtype)
     answers = list(processor.entailment_answers.values())
-    score = partial(model.score_answers, processor.encode_answers(answers), **inputs, return_dict=True)
-    ways = {"exits": partial(score, **exits), "full": partial(score, exit_criterion="never")}
+    ids = processor.encode_answers(answers)
+    ways = {
+        way: partial(run_task, model, inputs, options, ids)
+        for way, options in {"exits": exits, "full": {"exit_criterion": "never"}}.items()
+    }
     with torch.no_grad():
         outputs, seconds = compare(ways, repeats, model.device)
     probabilities = {

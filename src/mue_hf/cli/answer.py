@@ -1,23 +1,12 @@
 """`mue-hf answer`: visual entailment, or questions with a closed set of answers, for each row of a table."""
 
 import argparse
-import json
-import sys
-from collections import Counter
 from pathlib import Path
 
 from ..inference.bulk import ANSWER_COLUMNS, TASKS
-from ..inference.sources import Source, printable
-from .bulk import bulk_process, run_bulk
-from .options import (
-    add_bulk_arguments,
-    add_exit_arguments,
-    add_model_arguments,
-    at_least,
-    decoding_options,
-    exit_options,
-    load_model,
-)
+from ..inference.sources import Source
+from .bulk import run_bulk
+from .options import add_bulk_arguments, add_exit_arguments, add_model_arguments, at_least
 
 # The first that a table has.
 HYPOTHESIS_COLUMNS = ("hypothesis", "sentence2")
@@ -101,21 +90,7 @@ def run(args: argparse.Namespace) -> int:
     source = Source(args.tables, args.split, args.image_root)
     task, texts = text_columns(args, source)
     args.keep = list(dict.fromkeys([*texts.values(), *args.keep]))
-    row_arguments = {"image_column": args.image_column, "texts": texts, "keep": args.keep}
-    rows = source.rows(**row_arguments)
-    model, processor = load_model(args)
-    # Options of decoding are refused, with a reason.
-    options = exit_options(args, model) | decoding_options(args)
-    work = {"task": task, "answers": args.answers, "options": options}
-    process, settings = bulk_process(args, source, row_arguments, model, processor, **work)
-    if args.out is not None:
-        return run_bulk(args, source, rows, process, settings)
-    totals: Counter = Counter()
-    for record in process(rows, totals):
-        print(printable(json.dumps(record, ensure_ascii=False)), flush=True)
-    if totals["bad"]:
-        print(f"mue-hf answer: {totals['bad']} of {totals['rows']} rows could not be used", file=sys.stderr)
-    return 1 if totals["bad"] else 0
+    return run_bulk(args, source, task, args.answers, texts=texts)
 
 
 __all__ = ["add_arguments", "run"]

@@ -15,8 +15,7 @@ from ..inference.bulk import CAPTION_COLUMNS
 from ..inference.captioner import Captioner
 from ..inference.sources import LIST_SUFFIXES, TABLE_SUFFIXES, Source, batches, printable
 from ..model.images_mue import load_image
-from ..model.modeling_mue import MuEForConditionalGeneration
-from .bulk import bulk_process, run_bulk
+from .bulk import run_bulk
 from .options import (
     add_bulk_arguments,
     add_decoding_arguments,
@@ -127,22 +126,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.out is None:
         return run_report(args)
-    source = Source(args.images, args.split, args.image_root)
-    row_arguments = {"image_column": args.image_column, "keep": args.keep}
-    rows = source.rows(**row_arguments)
-    model, processor = load_model(args)
-    options = chosen_exits(args, model) | decoding_options(args)
-    work = {"task": "captioning", "answers": None, "options": options}
-    process, settings = bulk_process(args, source, row_arguments, model, processor, **work)
-    return run_bulk(args, source, rows, process, settings)
-
-
-def chosen_exits(args: argparse.Namespace, model: MuEForConditionalGeneration) -> dict[str, Any]:
-    """The exit options; says so where there are none."""
-    exits = exit_options(args, model)
-    if not exits:
-        print("mue-hf caption: no exits are set; pass --preset or a threshold", file=sys.stderr)
-    return exits
+    return run_bulk(args, Source(args.images, args.split, args.image_root), "captioning")
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -154,7 +138,7 @@ def run_report(args: argparse.Namespace) -> int:
         if Path(name).is_dir() or Path(name).suffix.lower() in TABLE_SUFFIXES | LIST_SUFFIXES:
             raise ValueError(f"`--out` must be given for a folder, a list or a table, got {name}; pass a file name.")
     model, processor = load_model(args)
-    captioner = Captioner(model, processor, chosen_exits(args, model), decoding_options(args), args.repeats)
+    captioner = Captioner(model, processor, exit_options(args, model), decoding_options(args), args.repeats)
     failed: list[str] = []
     taken: set[Path] = set()
     progress = tqdm(total=len(args.images), unit="image", file=sys.stderr, disable=len(args.images) == 1)

@@ -124,7 +124,7 @@ def load_model(args: argparse.Namespace) -> tuple[MuEForConditionalGeneration, M
 
 
 def exit_options(args: argparse.Namespace, model: MuEForConditionalGeneration) -> dict[str, Any]:
-    """The exit options of `generate` that the arguments of [`add_exit_arguments`] ask for."""
+    """The exit options of `generate` that the arguments of [`add_exit_arguments`] ask for; says so if none."""
     given = {option: getattr(args, f"{stream}_threshold") for stream, option in THRESHOLD_OPTIONS.items()}
     options = {option: value for option, value in given.items() if value is not None}
     options |= {name: value for name, value in args.generate if name in CONFIG_NAMES}
@@ -132,6 +132,8 @@ def exit_options(args: argparse.Namespace, model: MuEForConditionalGeneration) -
         options["exit_preset"] = args.preset
     if not options and DEFAULT_PRESET in (getattr(model.generation_config, "exit_presets", None) or {}):
         options["exit_preset"] = DEFAULT_PRESET
+    if not options:
+        print("mue-hf: no exits are set; pass --preset or a threshold", file=sys.stderr)
     return options
 
 

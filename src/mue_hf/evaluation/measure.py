@@ -167,7 +167,7 @@ class Meter:
         count = caption_flops
         if self.task == "entailment":
             count = partial(self._answer_flops, branching_nodes(self.processor))
-        flops = FlopCount(self.model, exits, self.decoding, count)
+        flops = FlopCount(self.model, {**self.decoding, **exits}, count)
         size = self.processor.image_processor.size
         pixel_shape = (3, size["height"], size["width"])
         parts: Counter[str] = Counter()

@@ -13,23 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
-from ..model.exit_options_mue import CONFIG_NAMES, check_names
 from ..model.generation_mue import weights_fingerprint
 from ..model.modeling_mue import MuEForConditionalGeneration
-from ..model.processing_mue import CAPTION_PROMPT, MuEProcessor
+from ..model.processing_mue import MuEProcessor
 from .decoders import Decoders
 from .depths import layers_skipped, read_depths
 from .flops import FlopCount
 from .journal import Journal
 from .loading import evaluating
-from .predict import one_caption
+from .predict import TEXTS, encode_texts, run_task, task_options
 from .sources import Row, batches
 from .timing import timed
 
-TASKS = ("captioning", "entailment", "vqa")
+TASKS = tuple(TEXTS)
 #: Columns on request, and their types.
 COLUMNS = {
     "image_exit_layers": "int",
@@ -191,27 +189,20 @@ class _Work:
         known = CAPTION_COLUMNS if task == "captioning" else ANSWER_COLUMNS
         if unknown := [name for name in columns if name not in known]:
             raise ValueError(f"`columns` must be among {list(known)} for {task}, got {unknown}; check the names.")
-        check_names(options, CONFIG_NAMES)
-        exits = {name: value for name, value in options.items() if name in CONFIG_NAMES}
-        decoding = {name: value for name, value in options.items() if name not in CONFIG_NAMES}
-        if task != "captioning" and decoding:
-            raise ValueError(
-                f"`options` of {task} must be exit options, got {sorted(decoding)}; answers are not generated."
-            )
-        self.model, self.processor, self.task, self.columns = model, processor, task, columns
-        if task == "captioning":
-            self.result, self.options = "caption", one_caption(options)
-            self.flops = FlopCount(model, exits, decoding)
-            return
         if answers is None and task == "vqa":
             raise ValueError("`answers` must be given for vqa, got None; pass those to choose from.")
-        self.result, self.options = "answer", options
-        self.answers = list(processor.entailment_answers.values()) if answers is None else list(answers)
-        self.answer_ids = processor.encode_answers(self.answers)
+        self.model, self.processor, self.task, self.columns = model, processor, task, columns
+        self.options, self.answer_ids = task_options(task, options), None
+        if task == "captioning":
+            self.result, self.flops = "caption", FlopCount(model, options)
+        else:
+            self.result = "answer"
+            self.answers = list(processor.entailment_answers.values()) if answers is None else list(answers)
+            self.answer_ids = processor.encode_answers(self.answers)
 
     def rehearse(self) -> None:
         """One grey image, so that what the model refuses is refused before work is done."""
-        texts = {"entailment": {"hypothesis": "a"}, "vqa": {"text": "a"}}.get(self.task, {})
+        texts = dict.fromkeys(TEXTS[self.task][:1], "a")
         image = Image.new("RGB", (64, 64), "grey")
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0].numpy()
         with evaluating(self.model):
@@ -221,17 +212,10 @@ class _Work:
         """The row, with a fault if its texts cannot be used."""
         if row.fault is None and self.task != "captioning":
             try:
-                self.encoded([row])
+                encode_texts(self.processor, self.task, [row.texts])
             except ValueError as error:
                 return replace(row, image=None, fault=str(error))
         return row
-
-    def encoded(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The model's inputs of the texts."""
-        if self.task == "captioning":
-            return dict(self.processor(text=[CAPTION_PROMPT] * len(rows)))
-        names = ("hypothesis", "premise") if self.task == "entailment" else ("text",)
-        return dict(self.processor(task=self.task, **{name: [row.texts.get(name) for row in rows] for name in names}))
 
     def guarded(self, batch: list[tuple[Row, np.ndarray]], totals: Counter) -> list[dict[str, Any]]:
         """Results of a batch; a row that the model refuses is found by running each alone."""
@@ -246,13 +230,10 @@ class _Work:
     def run(self, batch: list[tuple[Row, np.ndarray]], totals: Counter) -> list[dict[str, Any]]:
         """Results of rows and their pixels."""
         rows = [row for row, _ in batch]
-        inputs = self.encoded(rows) | {"pixel_values": torch.from_numpy(np.stack([pixels for _, pixels in batch]))}
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        if self.task == "captioning":
-            call = partial(self.model.generate, **inputs, **self.options, return_dict_in_generate=True)
-        else:
-            call = partial(self.model.score_answers, self.answer_ids, **inputs, **self.options, return_dict=True)
+        inputs = encode_texts(self.processor, self.task, [row.texts for row in rows])
+        inputs["pixel_values"] = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        call = partial(run_task, self.model, inputs, self.options, self.answer_ids)
         output, seconds = timed(call, self.model.device)
         if self.task == "captioning":
             results = self.processor.post_process_image_text_to_text(output.sequences)

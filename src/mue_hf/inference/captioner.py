@@ -11,7 +11,7 @@ from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 from .depths import Depths, layers_skipped, new_tokens, read_depths
 from .flops import FlopCount
-from .predict import one_caption
+from .predict import run_task, task_options
 from .timing import compare
 
 
@@ -34,18 +34,14 @@ class Captioner:
         repeats: int,
     ) -> None:
         self.model, self.processor = model, processor
-        self.exits, self.options, self.repeats = dict(exits), one_caption(options), repeats
-        self.flops = FlopCount(model, exits, options)
+        self.exits, self.options, self.repeats = dict(exits), task_options("captioning", options), repeats
+        self.flops = FlopCount(model, self.exits | self.options)
 
     def caption(self, images: list[Image.Image]) -> list[dict[str, Any]]:
         """One record per image: captions, depths, shares skipped and seconds."""
-        inputs = self.processor(images=images, return_tensors="pt").to(self.model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        inputs = self.processor(images=images).to(self.model.device, self.model.dtype)
         ways = {"exits": self.options | self.exits, "full": self.options | {"exit_criterion": "never"}}
-        calls = {
-            way: partial(self.model.generate, **inputs, **options, return_dict_in_generate=True)
-            for way, options in ways.items()
-        }
+        calls = {way: partial(run_task, self.model, inputs, options) for way, options in ways.items()}
         outputs, seconds = compare(calls, self.repeats, self.model.device)
         captions, full_captions = (
             self.processor.post_process_image_text_to_text(outputs[way].sequences) for way in ways

@@ -60,7 +60,7 @@ def encoder_flops(config: PreTrainedConfig, tokens: int, layers: int) -> int:
 
 
 def decoder_layer_flops(config: PreTrainedConfig, position: int, encoder_tokens: int) -> int:
-    """FLOPs of one decoder layer on the token at `position` (from 0), which attends to `encoder_tokens`, too."""
+    """FLOPs of one decoder layer on the token at `position` (from 0), which attends to `encoder_tokens` as well."""
     width = config.d_model
     self_attention = 4 * 2 * width**2 + 2 * 2 * (position + 1) * width
     cross_attention = 2 * 2 * width**2 + 2 * 2 * encoder_tokens * width
@@ -172,24 +172,22 @@ class FlopCount:
 
     Args:
         model (`MuEForConditionalGeneration`): its trunk is run once for each shape of images.
-        exits, decoding (`dict`): options of `generate`, exits and others.
+        options (`dict`): of `generate`, exits included.
         count (`Callable`, *optional*): what counts one output: [`caption_flops`], or what takes its arguments.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        exits: Mapping[str, Any],
-        decoding: Mapping[str, Any],
+        options: Mapping[str, Any],
         count: Callable[..., dict[str, int]] = caption_flops,
     ) -> None:
         saved = model.generation_config.to_dict()
-        options = resolve_options(exits, {}, saved, model.config)
-        criterion = options.exit_criterion if options.active else "never"
+        exits = resolve_options(options, {}, saved, model.config)
         self.config, self.count = model.config, count
-        self.policy = {"exit_kv": options.exit_kv, "criterion": criterion}
-        self.max_tokens = max_new_tokens(model, decoding)
-        self.beams = (saved | dict(decoding)).get("num_beams") or 1
+        self.policy = {"exit_kv": exits.exit_kv, "criterion": exits.exit_criterion if exits.active else "never"}
+        self.max_tokens = max_new_tokens(model, options)
+        self.beams = (saved | dict(options)).get("num_beams") or 1
         self.trunk = cache(partial(trunk_flops, model))
 
     def __call__(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -58,7 +58,7 @@ class Journal:
         self.lock = FileLock(lock)
         self.counts = {"rows": 0, "bad": 0}
         self.complete = False
-        self._file: BinaryIO | None = None
+        self._file: Any = None
 
     def __enter__(self) -> "Journal":
         try:
@@ -127,12 +127,6 @@ class Journal:
                 "name another file, or pass --overwrite (`overwrite=True`)."
             )
 
-    @property
-    def _rows(self) -> BinaryIO:
-        if self._file is None:
-            raise ValueError("a `Journal` must be open for this, got one that is not; use it in a `with` statement.")
-        return self._file
-
     def remaining(self, rows: Iterable[Row]) -> Iterator[Row]:
         """
         The rows that are not done yet.
@@ -143,9 +137,9 @@ class Journal:
             ValueError: if what is done is of another source.
         """
         rows = iter(rows)
-        self._rows.seek(0)
+        self._file.seek(0)
         end = 0
-        for line in self._rows:
+        for line in self._file:
             record = _whole(line)
             if record is None or record.get("row") != self.counts["rows"]:
                 break
@@ -158,8 +152,8 @@ class Journal:
                 )
             end += len(line)
             self._count(record)
-        self._rows.truncate(end)
-        self._rows.seek(end)
+        self._file.truncate(end)
+        self._file.seek(end)
         return rows
 
     def _count(self, record: Mapping[str, Any]) -> None:
@@ -169,15 +163,15 @@ class Journal:
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows; when it returns they outlive a loss of power."""
         lines = (json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records)
-        self._rows.write(printable("".join(lines)).encode("utf-8"))
-        self._rows.flush()
-        os.fsync(self._rows.fileno())
+        self._file.write(printable("".join(lines)).encode("utf-8"))
+        self._file.flush()
+        os.fsync(self._file.fileno())
         for record in records:
             self._count(record)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Makes `out` of the rows. `summary` is kept with the counts."""
-        self._rows.close()
+        self._file.close()
         run = {"settings": self.settings, "counts": self.counts, **summary}
         # Before the result, so that a result that is there has its counts.
         write_whole(self.run, json.dumps(run, indent=2, default=str))

@@ -6,11 +6,13 @@ Outputs come from real generation (or real scoring) under the given exits; nothi
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import BatchFeature
 
 from ..model.exit_options_mue import CONFIG_NAMES, check_names, resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
@@ -20,6 +22,8 @@ from .loading import evaluating
 from .timing import timed
 
 TASKS = ("captioning", "entailment")
+# Task -> texts of a row, the first of them needed.
+TEXTS = {"captioning": (), "entailment": ("hypothesis", "premise"), "vqa": ("text",)}
 # Options of `generate` that transformers does not check: the least whole number, or None for any number.
 NUMBERS = {
     "num_beams": 1,
@@ -94,54 +98,28 @@ def predict(
     Raises:
         ValueError: if the task, an option or a row is not one of these, before the first row is run.
     """
-    options = dict(options or {})
-    _check(model, rows, task, options, batch_size, prompt_type)
-    if task == "captioning":
-        options = one_caption(options)
+    _check(model, rows, task, batch_size, prompt_type)
+    options = task_options(task, options or {})
+    for name, value in options.items():
+        if isinstance(value, Tensor) and len(value) != len(rows):
+            raise ValueError(f"`{name}` must hold one depth per row, {len(rows)}, got {len(value)}; pass as many.")
+    resolve_options(options, {}, model.generation_config.to_dict(), model.config)
     predictions: list[Prediction] = []
     bar = tqdm(total=len(rows), desc=task, unit="row", leave=None, disable=not progress)
     with bar, evaluating(model), torch.inference_mode():
         for start in range(0, len(rows), batch_size):
             batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-            inputs = model_inputs(model, processor, batch, task, prompt_type)
-            counts = [len(list(group)) for _, group in groupby(row["image_id"] for row in batch)]
             cut = {
                 name: value[start : start + len(batch)] if isinstance(value, Tensor) else value
                 for name, value in options.items()
             }
-            predictions += _run(model, processor, batch, inputs, counts, cut, task)
+            predictions += _run(model, processor, batch, task, cut, prompt_type)
             bar.update(len(batch))
     return predictions
 
 
-def one_caption(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `generate`, by which each image has one caption whatever is saved with the model.
-
-    Raises:
-        ValueError: if they ask for more, or one that must be a number is none.
-    """
-    for name, value in options.items():
-        if name not in NUMBERS or value is None:
-            continue
-        least = NUMBERS[name]
-        if isinstance(value, bool) or not isinstance(value, int if least is not None else int | float):
-            kind = "a number" if least is None else "a whole number"
-            raise ValueError(f"`{name}` must be {kind}, got {value!r}; pass one.")
-        if least is not None and value < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}; pass more.")
-    count = options.get("num_return_sequences", 1)
-    if count != 1:
-        raise ValueError(f"`num_return_sequences` must be 1, got {count}; a row has one caption.")
-    return {**options, "num_return_sequences": 1}
-
-
 def _check(
-    model: MuEForConditionalGeneration,
-    rows: Sequence[Mapping[str, Any]],
-    task: str,
-    options: dict[str, Any],
-    batch_size: int,
-    prompt_type: str,
+    model: MuEForConditionalGeneration, rows: Sequence[Mapping[str, Any]], task: str, batch_size: int, prompt_type: str
 ) -> None:
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {list(TASKS)}, got {task!r}; choose one of them.")
@@ -151,91 +129,78 @@ def _check(
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}; pass more.")
     if prompt_type not in ("prev_output", "none"):
         raise ValueError(f'`prompt_type` must be "prev_output" or "none", got {prompt_type!r}; pass either.')
-    check_names(options, CONFIG_NAMES)
-    foreign = sorted(options.keys() - CONFIG_NAMES)
-    if task == "entailment" and foreign:
-        raise ValueError(f"`options` of entailment must be exit options, got {foreign}; answers are not generated.")
-    missing = {"image_id", *(("hypothesis",) if task == "entailment" else ())} - rows[0].keys()
+    missing = {"image_id", *TEXTS[task][:1]} - rows[0].keys()
     if missing or not {"image", "image_features"} & rows[0].keys():
         raise ValueError(
             f"`rows` must have image_id, image or image_features{', hypothesis' * (task == 'entailment')}, got "
             f"{sorted(rows[0])}; load them with `load_{task}`."
         )
+
+
+def task_options(task: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `generate` or `score_answers`, checked, by which each row has one output whatever is saved.
+
+    Raises:
+        ValueError: for decoding options of a task without it, several captions, and no number where one belongs.
+    """
+    check_names(options, CONFIG_NAMES)
+    if task != "captioning":
+        if foreign := sorted(options.keys() - CONFIG_NAMES):
+            raise ValueError(f"`options` of {task} must be exit options, got {foreign}; answers are not generated.")
+        return dict(options)
     for name, value in options.items():
-        if isinstance(value, Tensor) and len(value) != len(rows):
-            raise ValueError(f"`{name}` must hold one depth per row, {len(rows)}, got {len(value)}; pass as many.")
-    resolve_options(options, {}, model.generation_config.to_dict(), model.config)
+        if name not in NUMBERS or value is None:
+            continue
+        least = NUMBERS[name]
+        if isinstance(value, bool) or not isinstance(value, Real if least is None else Integral):
+            kind = "a number" if least is None else "a whole number"
+            raise ValueError(f"`{name}` must be {kind}, got {value!r}; pass one.")
+        if least is not None and value < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}; pass more.")
+    if (count := options.get("num_return_sequences", 1)) != 1:
+        raise ValueError(f"`num_return_sequences` must be 1, got {count}; a row has one caption.")
+    return {**options, "num_return_sequences": 1}
 
 
-def model_inputs(
+def encode_texts(processor: MuEProcessor, task: str, rows: Sequence[Mapping[str, Any]]) -> BatchFeature:
+    """The model's inputs for the texts of rows."""
+    if task == "captioning":
+        return processor(text=[CAPTION_PROMPT] * len(rows))
+    return processor(task=task, **{name: [row.get(name) for row in rows] for name in TEXTS[task]})
+
+
+def run_task(
     model: MuEForConditionalGeneration,
-    processor: MuEProcessor,
-    batch: list[Mapping[str, Any]],
-    task: str,
-    prompt_type: str,
-) -> dict[str, Tensor]:
-    """The model's inputs for a batch of rows, on its device and in its dtype: texts by row, and pictures by image, of
-    which neighbours with one image_id share one. The other arguments are those of [`predict`]."""
-    texts: dict[str, Any] = {"text": [CAPTION_PROMPT] * len(batch)}
-    if task == "entailment":
-        texts = {
-            "task": "entailment",
-            "hypothesis": [row["hypothesis"] for row in batch],
-            "premise": [row.get("premise") for row in batch],
-        }
-    inputs = dict(processor(**texts))
-    if prompt_type == "none":
-        for name in ("decoder_input_ids", "decoder_attention_mask"):
-            inputs.pop(name, None)
-    pictures = [next(group) for _, group in groupby(batch, key=lambda row: row["image_id"])]
-    if "image_features" in pictures[0]:
-        inputs["image_features"] = torch.stack([torch.as_tensor(row["image_features"]) for row in pictures])
-    else:
-        # Its texts are those of captioning, one per image; they are not used.
-        encoded = processor(images=[row["image"] for row in pictures])
-        inputs |= {name: encoded[name] for name in ("pixel_values", "patch_mask") if name in encoded}
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-
-
-def _spread(
-    model: MuEForConditionalGeneration, inputs: dict[str, Tensor], counts: list[int], options: dict[str, Any]
-) -> None:
-    """Lets images and their depths fit the texts: one image for as many texts each, or else one per text."""
-    first = torch.tensor([0, *counts]).cumsum(0)[:-1]
-    if len(set(counts)) > 1:
-        if "pixel_values" in inputs:
-            inputs["image_features"] = model.model.trunk_features(inputs.pop("pixel_values"))
-        first = first.repeat_interleave(torch.tensor(counts))
-        repeats = torch.tensor(counts, device=model.device)
-        for name in ("image_features", "patch_mask"):
-            if name in inputs:
-                inputs[name] = inputs[name].repeat_interleave(repeats, dim=0)
-    if isinstance(options.get("image_exit_layer"), Tensor):
-        options["image_exit_layer"] = options["image_exit_layer"][first]
+    inputs: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    answer_ids: Sequence[Sequence[int]] | None = None,
+) -> Any:
+    """Captions, or scores of answers, with their depths."""
+    if answer_ids is None:
+        return model.generate(**inputs, **options, return_dict_in_generate=True)
+    return model.score_answers(answer_ids, **inputs, **options, return_dict=True)
 
 
 def _run(
     model: MuEForConditionalGeneration,
     processor: MuEProcessor,
     batch: list[Mapping[str, Any]],
-    inputs: dict[str, Tensor],
-    counts: list[int],
-    options: dict[str, Any],
     task: str,
+    options: dict[str, Any],
+    prompt_type: str,
 ) -> list[Prediction]:
+    groups = [list(group) for _, group in groupby(batch, key=lambda row: row["image_id"])]
+    inputs = model_inputs(model, processor, batch, [group[0] for group in groups], task, prompt_type)
     text_tokens = inputs["attention_mask"].sum(1).tolist()
-    answers = list(processor.entailment_answers.values())
-    answer_ids = processor.encode_answers(answers) if task == "entailment" else []
+    answers = list(processor.entailment_answers.values()) if task == "entailment" else []
+    answer_ids = processor.encode_answers(answers) if answers else None
 
     def call() -> Any:
-        _spread(model, inputs, counts, options)
-        if task == "captioning":
-            return model.generate(**inputs, **options, return_dict_in_generate=True)
-        return model.score_answers(answer_ids, **inputs, **options, return_dict=True)
+        _spread(model, inputs, [len(group) for group in groups], options)
+        return run_task(model, inputs, options, answer_ids)
 
     output, seconds = timed(call, model.device)
-    if task == "captioning":
+    if answer_ids is None:
         outputs, token_ids = processor.post_process_captions(output.sequences), new_tokens(output)
     else:
         best = output.scores.argmax(1).tolist()
@@ -254,4 +219,44 @@ def _run(
     ]
 
 
-__all__ = ["TASKS", "Prediction", "model_inputs", "one_caption", "predict"]
+def model_inputs(
+    model: MuEForConditionalGeneration,
+    processor: MuEProcessor,
+    batch: Sequence[Mapping[str, Any]],
+    pictures: Sequence[Mapping[str, Any]],
+    task: str,
+    prompt_type: str,
+) -> BatchFeature:
+    """The model's inputs, on its device and in its dtype, for the texts of the rows `batch` and the images of the rows
+    `pictures`."""
+    inputs = encode_texts(processor, task, batch)
+    if prompt_type == "none":
+        for name in ("decoder_input_ids", "decoder_attention_mask"):
+            inputs.pop(name, None)
+    if "image_features" in pictures[0]:
+        inputs["image_features"] = torch.stack([torch.as_tensor(row["image_features"]) for row in pictures])
+    else:
+        # Its texts are those of captioning, one per image; they are not used.
+        encoded = processor(images=[row["image"] for row in pictures])
+        inputs |= {name: encoded[name] for name in ("pixel_values", "patch_mask") if name in encoded}
+    return inputs.to(model.device, model.dtype)
+
+
+def _spread(
+    model: MuEForConditionalGeneration, inputs: BatchFeature, counts: list[int], options: dict[str, Any]
+) -> None:
+    """Lets images and their depths fit the texts: one image for as many texts each, or else one per text."""
+    first = torch.tensor([0, *counts]).cumsum(0)[:-1]
+    if len(set(counts)) > 1:
+        if "pixel_values" in inputs:
+            inputs["image_features"] = model.model.trunk_features(inputs.pop("pixel_values"))
+        first = first.repeat_interleave(torch.tensor(counts))
+        repeats = torch.tensor(counts, device=model.device)
+        for name in ("image_features", "patch_mask"):
+            if name in inputs:
+                inputs[name] = inputs[name].repeat_interleave(repeats, dim=0)
+    if isinstance(options.get("image_exit_layer"), Tensor):
+        options["image_exit_layer"] = options["image_exit_layer"][first]
+
+
+__all__ = ["TASKS", "Prediction", "encode_texts", "predict", "run_task", "task_options"]
