@@ -163,17 +163,4 @@ def draw_scene(scene: Scene, image_size: int = 64) -> Image.Image:
     return image
 
 
-__all__ = [
-    "COLORS",
-    "GRID",
-    "MOST_HIDDEN",
-    "RADIUS",
-    "SEPARATION",
-    "SHAPES",
-    "Scene",
-    "SceneObject",
-    "check_split",
-    "draw_scene",
-    "make_scene",
-    "seeded",
-]
+__all__ = ["COLORS", "GRID", "RADIUS", "SHAPES", "Scene", "SceneObject", "check_split", "draw_scene", "make_scene"]

@@ -110,6 +110,7 @@ def entailment_metrics(
         elsewhere.
     """
     classes = {answer: label for label, answer in processor.entailment_answers.items()}
+    options: dict[str, Any] = {"image_ids": image_ids, "resamples": resamples, "confidence": confidence, "seed": seed}
 
     def named(ids: NDArray) -> list[str]:
         texts = processor.post_process_captions(ids)
@@ -120,16 +121,7 @@ def entailment_metrics(
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         answers = named(generated_ids(prediction, processor))
         true = named(without_masks(prediction.label_ids, processor))
-        scores = entailment_scores(
-            answers,
-            true,
-            image_ids=image_ids,
-            labels=list(classes.values()),
-            resamples=resamples,
-            confidence=confidence,
-            seed=seed,
-        )
-        return flat_intervals(scores)
+        return flat_intervals(entailment_scores(answers, true, labels=list(classes.values()), **options))
 
     return compute_metrics
 
