@@ -24,7 +24,7 @@ from typing import Any
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEProcessor
 from mue_hf.cli.evaluate import add_arguments, run
 from mue_hf.evaluation.depths import similarity_curves
-from mue_hf.evaluation.plots import save_figure
+from mue_hf.evaluation.plots import COLORS, label_ends, save_figure
 from mue_hf.evaluation.rows import load_rows
 from mue_hf.evaluation.signals import SignalRecorder, answer_tokens
 from mue_hf.evaluation.store import read_records
@@ -220,20 +220,24 @@ def make_table(records: list[dict[str, Any]]) -> str:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against layers skipped: similarity as lines, with thresholds per layer dotted, fixed depths dashed."""
+    """Accuracy against layers skipped, up to six variants in a panel: similarity as lines, with thresholds per layer
+    dotted, fixed depths dashed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="layers skipped (R), %", ylabel="accuracy", title="Variants of training")
-    axes.grid(alpha=0.3)
-    for index, record in enumerate(records):
-        lines = {"o-": ("full", "similarity"), ".:": ("full", "similarity per layer"), "x--": ("full", "fixed")}
-        for style, criteria in lines.items():
-            points = [one for one in record["points"] if one["criterion"] in criteria]
-            pairs = sorted((100 * one["layers_skipped"]["mean"], one["quality"]["accuracy"]) for one in points)
-            label = record["variant"] if style == "o-" else None
-            axes.plot(*zip(*pairs, strict=True), style, color=f"C{index % 10}", label=label, markersize=4)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    panels = [records[start : start + len(COLORS)] for start in range(0, len(records), len(COLORS))]
+    figure = Figure(figsize=(9, 5 * len(panels)), layout="constrained")
+    styles = {"x--": ("full", "fixed"), ".:": ("full", "similarity per layer"), "o-": ("full", "similarity")}
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        axes.set(xlabel="layers skipped (R), %", ylabel="accuracy", title="Variants of training")
+        axes.grid(alpha=0.3)
+        ends = []
+        for color, record in zip(COLORS, panel, strict=False):
+            for style, criteria in styles.items():
+                points = [one for one in record["points"] if one["criterion"] in criteria]
+                pairs = sorted((100 * one["layers_skipped"]["mean"], one["quality"]["accuracy"]) for one in points)
+                axes.plot(*zip(*pairs, strict=True), style, color=color, markersize=4)
+            ends.append((record["variant"], *pairs[-1], color))
+        label_ends(axes, ends)
     save_figure(figure, path)
 
 

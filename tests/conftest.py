@@ -115,6 +115,12 @@ def inputs() -> dict:
     return tiny_inputs()
 
 
+@pytest.fixture
+def tiny_sizes(monkeypatch):
+    """The sizes of OFA are those of a tiny model."""
+    monkeypatch.setattr(MuEConfig, "from_size", classmethod(lambda cls, size, **fields: tiny_config(**fields)))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))

@@ -3,10 +3,7 @@
 import json
 import time
 from functools import partial
-from importlib import import_module
-from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -16,7 +13,7 @@ from torch.nn.modules import module
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipConfig, BlipForConditionalGeneration, EncoderDecoderCache
 
-from mue_hf import MuEConfig, cli
+from mue_hf import cli
 from mue_hf.benchmarking import cells, peers
 from mue_hf.benchmarking import run as benchmark
 from mue_hf.benchmarking.cells import measure_cell, ratio, summary
@@ -316,12 +313,6 @@ def test_another_record_is_not_touched(content, head, message, tmp_path):
 
 
 @pytest.fixture
-def tiny_sizes(monkeypatch):
-    """`--size` gives a tiny model."""
-    monkeypatch.setattr(MuEConfig, "from_size", classmethod(lambda cls, size, **fields: tiny_config(**fields)))
-
-
-@pytest.fixture
 def small_peers(monkeypatch):
     """A peer of one layer."""
 
@@ -509,88 +500,3 @@ def test_bad_input_is_a_message_and_code_2(arguments, message, run_bench, tiny_s
     assert code == 2
     assert message in captured.err
     assert not (tmp_path / "speed.json").exists()
-
-
-def script(name):
-    """A module of benchmarks/."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        return import_module(name)
-
-
-@pytest.mark.parametrize("draft_layers", [1, 2, 3])
-@pytest.mark.parametrize("draft_tokens", [1, 3, 20])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_self_speculation_generates_what_greedy_decoding_generates(draft_layers, draft_tokens, seed):
-    speculation = script("self_speculation")
-    model, inputs = tiny_model(seed=seed, std=0.3), tiny_inputs(batch=1, seed=seed)
-    tokens, drafted, kept = speculation.speculate(model, inputs, 12, draft_layers, draft_tokens)
-    assert tokens == speculation.plain(model, inputs, 12)
-    assert 0 <= kept <= drafted
-
-
-def test_self_speculation_counts_layers_when_all_drafts_are_kept(model):
-    speculation, calls = script("self_speculation"), []
-    handles = [
-        layer.register_forward_hook(lambda *_, at=at: calls.append(at))
-        for at, layer in enumerate(model.get_decoder().layers)
-    ]
-    _, drafted, kept = speculation.speculate(model, tiny_inputs(batch=1), 12, 2, 3, keep=lambda *_: True)
-    for handle in handles:
-        handle.remove()
-    # Three times three drafts and a token of all layers, which catch up before it.
-    assert drafted == kept == 9
-    assert [calls.count(layer) for layer in range(4)] == [12, 12, 6, 6]
-
-
-@pytest.mark.parametrize("spread", [0.01, 1.0], ids=["low rank", "full rank"])
-@pytest.mark.parametrize("screen", ["int8", "rank"])
-def test_screened_head_is_exact_and_its_bound_holds(spread, screen):
-    screened = script("screened_head")
-    torch.manual_seed(0)
-    weight = 0.3 * torch.randn(2000, 8) @ torch.randn(8, 64) + spread * torch.randn(2000, 64)
-    states = torch.randn(50, 64)
-    head = torch.nn.Linear(64, 2000, bias=False).requires_grad_(False)
-    head.weight.copy_(weight)
-    screen = screened.Int8Screen(weight) if screen == "int8" else screened.LowRankScreen(weight, 8)
-    scores, bounds = screen(states)
-    exact = states.double() @ weight.double().t()
-    ours = screened.ScreenedHead(head, screen, best=3)
-    assert ((scores - exact).abs() <= bounds + ours.slack * states.norm(dim=1, keepdim=True)).all()
-    assert torch.equal(ours(states).topk(3).indices, exact.topk(3).indices)
-    assert ours.candidates(states).sum(1).min() >= 3
-
-
-def test_scripts_write_their_records(tiny_sizes, tmp_path):
-    common = ["--image-size", "32", "--tokens", "4", "--count", "1", "--repeats", "1"]
-    for name, arguments in {
-        "self_speculation": ["--draft-tokens", "2"],
-        "screened_head": ["--rows", "1", "3", "--ranks", "4"],
-    }.items():
-        output, table = tmp_path / f"{name}.json", tmp_path / f"{name}.md"
-        script(name).main([*common, *arguments, "--output", str(output), "--table", str(table)])
-        record = json.loads(output.read_text())
-        assert record["environment"]["hardware"]
-        assert table.read_text().count("\n|") >= 4
-        if name == "screened_head":
-            assert all(row[screen]["same_best"] == 1 for row in record["heads"] for screen in ("int8", "rank 4"))
-        else:
-            assert [row["draft_layers"] for row in record["rows"]] == [1, 2, 3]
-
-
-def test_layerwise_loss_script_compares_the_same_loss(tiny_sizes, tmp_path):
-    benchmark = script("layerwise_loss")
-    output, table = tmp_path / "loss.json", tmp_path / "loss.md"
-    options = ["--images", "2", "--captions-per-image", "2", "--tokens", "4", "--grid", "3", "--repeats", "1"]
-    benchmark.main([*options, "--output", str(output), "--table", str(table)])
-    record = json.loads(output.read_text())
-    assert record["losses"].keys() == benchmark.LOSSES.keys() and table.read_text().count("\n|") == 6
-    assert all(one["peak_mib"] > 0 and one["seconds"] > 0 for one in record["losses"].values())
-    model, batch = benchmark.build(SimpleNamespace(**record["settings"]))
-    losses, gradients = {}, {}
-    for name in ("last_layer", "naive", "layerwise"):
-        losses[name] = benchmark.step(model.eval(), batch, benchmark.LOSSES[name], False)
-        gradients[name] = model.lm_head.weight.grad.clone()
-    assert losses["layerwise"] == pytest.approx(losses["naive"], rel=1e-5)
-    assert losses["naive"] > 1.5 * losses["last_layer"]
-    torch.testing.assert_close(gradients["layerwise"], gradients["naive"])

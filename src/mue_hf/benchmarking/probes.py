@@ -62,7 +62,7 @@ def peak_bytes(run: Callable[[], T], device: torch.device, after: nn.Module | No
             with record_function(COUNTING_STARTS):
                 pass
 
-    recording = nullcontext() if on_cuda else profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    recording: Any = nullcontext() if on_cuda else profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with hooked(*([] if after is None else [after.register_forward_hook(start)])), recording as record:
         start()
         output = run()

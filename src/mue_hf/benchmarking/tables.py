@@ -124,8 +124,8 @@ def draw_plot(record: Mapping[str, Any], folder: Path) -> Path:
         ends = zip(*(one["time_ratio"]["interval"] for one in ours.values()), strict=True)
         errors = [[abs(at - end) for at, end in zip(time, some, strict=True)] for some in ends]
         axes.errorbar(flops, time, errors, fmt="o", markersize=4, elinewidth=0.6, label=cell_name)
-        for name, *place in zip(ours, flops, time, strict=True):
-            axes.annotate(name, place, xytext=(4, 2), textcoords="offset points", fontsize=6)
+        for name, x, y in zip(ours, flops, time, strict=True):
+            axes.annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=6)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     path = folder / "speed.png"
     save_figure(figure, path)

@@ -54,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-sizes", type=at_least(1), nargs="*", default=[1, 4, 16], metavar="B", help="none is allowed (1 4 16)"
     )
     what.add_argument("--beams", type=at_least(1), nargs="+", default=[1, 5], metavar="B", help="(1 5)")
-    variants = {"nargs": "+", "choices": variant_names(), "default": list(DEFAULT_VARIANTS), "metavar": "NAME"}
+    variants: dict[str, Any] = {
+        "nargs": "+",
+        "choices": variant_names(),
+        "default": list(DEFAULT_VARIANTS),
+        "metavar": "NAME",
+    }
     known = f"some of {', '.join(variant_names())} (the first {len(DEFAULT_VARIANTS)}); see the table's legend"
     what.add_argument("--variants", **variants, help=known)
     what.add_argument("--arms", dest="variants", action=RenamedOption, **variants, help=argparse.SUPPRESS)
