@@ -236,7 +236,7 @@ def test_two_processes_end_with_the_same_model_and_metrics(run, origin, data, tm
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="accelerate shards models over GPUs alone, and over several")
 def test_fully_sharded_run_ends_with_the_same_model(run, origin, data, tmp_path):
-    """NOT RUN where this was written; tests/test_trainer.py compares the gradients of one sharded step on CPUs."""
+    """NOT RUN where this was written; tests/training/test_trainer.py compares the gradients of one sharded step on CPUs."""
     common = ["--dropout", 0, "--drop_path_rate", 0, "--freeze_batch_norm", "--do_train", "--max_steps", 3]
     one = run("entailment", *common, "--max_train_samples", 12)
     two = tmp_path / "two"
