@@ -3,10 +3,8 @@
 import os
 from pathlib import Path
 
-import torch
-
-from mue_hf import MuEForConditionalGeneration, MuEProcessor
-from mue_hf.app.page import build_page, find_photos, serve
+from mue_hf.app import build_page, find_photos, serve
+from mue_hf.inference.loading import load_checkpoint
 
 MODEL = os.environ.get("MODEL", "ORG/NAME")
 PHOTOS = Path(__file__).parent / "photos"
@@ -14,9 +12,8 @@ PHOTOS = Path(__file__).parent / "photos"
 
 def main() -> None:
     """Loads the model and serves the page, at the address that the Space's environment names."""
-    model = MuEForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
     photos = find_photos(PHOTOS) if PHOTOS.is_dir() else []
-    serve(build_page(model, MuEProcessor.from_pretrained(MODEL), photos))
+    serve(build_page(*load_checkpoint(MODEL), photos))
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ class TestPage:
 def test_the_space_serves_the_page(checkpoint, monkeypatch):
     pytest.importorskip("gradio", reason="the page needs the extra: pip install mue-hf[app]")
     served = []
-    monkeypatch.setattr(app_page, "serve", served.append)
+    monkeypatch.setattr("mue_hf.app.serve", served.append)
     monkeypatch.setenv("MODEL", str(checkpoint))
     run_path(str(ROOT / "examples" / "space" / "app.py"), run_name="__main__")
     assert [page.title for page in served] == ["mue_hf"]

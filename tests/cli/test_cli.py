@@ -125,6 +125,14 @@ def test_other_checkpoints_are_refused(photos, tmp_path, capsys):
     assert "model_type \"mue\", got 'bert'" in capsys.readouterr().err
 
 
+def test_damaged_weights_are_refused(checkpoint, photos, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:9000])
+    assert cli.main(["caption", photos[0], "--model", str(folder)]) == 2
+    assert "`--model` must be a whole checkpoint" in capsys.readouterr().err
+
+
 def test_records_say_what_generate_says(caption_json, checkpoint, photos):
     code, (record,) = caption_json(photos[0], "--image-threshold", "0.5,2,2", "--decoder-threshold", "0.9")
     assert code == 0

@@ -11,10 +11,11 @@ from importlib.metadata import version
 # `add_arguments(parser)` and `run(args) -> exit code`, and is imported only when its command is asked for.
 GROUPS = {
     "try a checkpoint": {
-        "caption": "caption images: a few, showing which layers were skipped, or any number into a file",
+        "caption": "caption images: a few, showing which layers were skipped, or any number",
         "app": "show where and why layers stop, on a page in the browser",
     },
-    "use it on many rows (and caption --out)": {
+    "use it on many rows": {
+        "caption --out": "caption any number of images into a file",
         "answer": "choose among given answers for each row of a table",
     },
     "bring a model": {
@@ -29,15 +30,14 @@ GROUPS = {
         "publish": "put a checkpoint and its model card on the Hugging Face Hub",
     },
 }
-COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
+COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items() if " " not in name}
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser, with the arguments of `command` alone filled in."""
-    width = max(map(len, COMMANDS)) + 2
     lines = []
     for title, commands in GROUPS.items():
-        lines += ["", f"{title}:", *(f"  {name:{width}}{summary}" for name, summary in commands.items())]
+        lines += ["", f"{title}:", *(f"  {name:15}{summary}" for name, summary in commands.items())]
     parser = argparse.ArgumentParser(
         prog="mue-hf",
         usage="mue-hf [-h] [--version] command ...",

@@ -105,6 +105,12 @@ def _results(
 ) -> Iterator[dict[str, Any]]:
     """Results in the order of the rows."""
     queue = _Queue(partial(work.guarded, totals=totals), batch_size)
+
+    def ready() -> Iterator[dict[str, Any]]:
+        for record in queue.ready():
+            totals.update(rows=1, bad=record["error"] is not None)
+            yield record
+
     try:
         with evaluating(work.model):
             for row, pixels in decoders.decoded(map(work.checked, rows), batch_size):
@@ -112,17 +118,11 @@ def _results(
                     queue.add_done(work.record(row, None, pixels))
                 else:
                     queue.add(row, pixels)
-                yield from _counted(queue.ready(), totals)
+                yield from ready()
             queue.finish()
-            yield from _counted(queue.ready(), totals)
+            yield from ready()
     finally:
         decoders.close()
-
-
-def _counted(records: Iterable[dict[str, Any]], totals: Counter) -> Iterator[dict[str, Any]]:
-    for record in records:
-        totals.update(rows=1, bad=record["error"] is not None)
-        yield record
 
 
 class _Queue:
@@ -267,25 +267,10 @@ class _Work:
         return {"row": row.number, "image": row.name, **row.fields, self.result: result, "error": error, **asked}
 
 
-def bulk_settings(
-    model: MuEForConditionalGeneration,
-    *,
-    task: str,
-    answers: Sequence[str] | None,
-    options: Mapping[str, Any],
-    columns: Sequence[str],
-    **others: Any,
-) -> dict[str, Any]:
-    """All that the rows of a run depend on: what a [`Journal`] compares. The model counts by its weights."""
-    return {
-        "task": task,
-        "answers": None if answers is None else list(answers),
-        "options": dict(options),
-        "columns": list(columns),
-        "weights": weights_fingerprint(model),
-        "dtype": str(model.dtype),
-        **others,
-    }
+def bulk_settings(model: MuEForConditionalGeneration, **settings: Any) -> dict[str, Any]:
+    """All that the rows of a run depend on, for a [`Journal`] to compare: arguments of [`bulk_rows`] and what else
+    decides, and the model by its weights and dtype."""
+    return {**settings, "weights": weights_fingerprint(model), "dtype": str(model.dtype)}
 
 
 def bulk_to_file(
@@ -353,12 +338,4 @@ def _speed(totals: Counter, start: float, counted: str) -> dict[str, Any]:
     }
 
 
-__all__ = [
-    "ANSWER_COLUMNS",
-    "CAPTION_COLUMNS",
-    "COLUMNS",
-    "TASKS",
-    "bulk_rows",
-    "bulk_settings",
-    "bulk_to_file",
-]
+__all__ = ["ANSWER_COLUMNS", "CAPTION_COLUMNS", "COLUMNS", "TASKS", "bulk_rows", "bulk_settings", "bulk_to_file"]

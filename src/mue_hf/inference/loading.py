@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig
 
@@ -85,7 +86,12 @@ def load_checkpoint(
         )
     if threads:
         torch.set_num_threads(threads)
-    model = MuEForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype))
+    try:
+        model = MuEForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype))
+    except SafetensorError as error:
+        raise ValueError(
+            f"`--model` must be a whole checkpoint, got {name}: {error}; save or load it anew."
+        ) from error
     model = model.to(device).eval()
     model.fold_batch_norms()
     return model, MuEProcessor.from_pretrained(name)
