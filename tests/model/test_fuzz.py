@@ -98,6 +98,7 @@ class TestProcessor:
         st.text(max_size=6).map(Path),
         st.sampled_from(
             ["http://", "http://[", "https://127.0.0.1:1/a.png", "http://\x00", ".", "/dev/zero", "a" * 5000]
+            + ["data:", "data:image/png;base64,", "data:image/png;base64,iVBORw0KGgo=", "iVBORw0KGgo=", "R0lG"]
         ),
     )
     tensors = arrays.filter(lambda array: array.dtype.kind in "buif" and array.dtype.isnative).map(
@@ -139,6 +140,7 @@ class TestProcessor:
             st.sampled_from(
                 ["size", "do_resize", "do_rescale", "do_normalize", "image_mean", "image_std", "resample", "padding"]
                 + ["truncation", "max_length", "return_tensors", "crop_size", "videos", "nosuch", "do_center_crop"]
+                + ["text_kwargs", "images_kwargs", "common_kwargs"]
             ),
             JUNK,
             min_size=1,
@@ -172,7 +174,7 @@ class TestProcessor:
 
 
 class TestConfig:
-    names = st.one_of(st.sampled_from(sorted(MuEConfig.__annotations__)), st.text(max_size=6))
+    names = st.one_of(st.sampled_from(sorted(MuEConfig.__annotations__)), st.text(max_size=6)).filter("self".__ne__)
 
     @fuzz(150)
     @given(fields=st.dictionaries(names, JUNK, min_size=1, max_size=3))

@@ -545,7 +545,7 @@ class TestPrompts:
             ({"text": " a", "audio": [1.0]}, "`audio` must be None"),
             ({"text": " a\ud800"}, r"`text` must be valid Unicode, got a lone surrogate, '\\ud800', at character 2"),
             ({"task": "entailment", "hypothesis": "\udfff"}, "`hypothesis` must be valid Unicode"),
-            ({"text": " a", "text_kwargs": 3}, "options of the tokenizer must be such as `TextKwargs`"),
+            ({"text": " a", "text_kwargs": 3}, "`text_kwargs` must be a dict of options, got 3"),
         ],
         ids=lambda value: None,
     )

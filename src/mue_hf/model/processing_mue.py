@@ -309,16 +309,14 @@ class MuEProcessor(ProcessorMixin):
             images, prompts = _same_length(images=images, text=prompts)
         else:
             (prompts,) = _same_length(text=prompts)
-        options: dict[str, Any] = kwargs
         try:
             options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
             return_tensors = options["text_kwargs"].pop("return_tensors", return_tensors)
             data = dict(self.tokenizer(prompts, **options["text_kwargs"]))
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(
-                f"The options of the tokenizer must be such as `TextKwargs` describes, got "
-                f"{options.get('text_kwargs', options)}, which failed: {error}; change or leave out the one that is "
-                "not."
+                f"Options must be such as `TextKwargs` and `ImagesKwargs` describe, got {kwargs}, which failed: "
+                f"{error}; change or leave out the one that is not."
             ) from error
         if images is not None:
             data |= self._encode_images(images, options["images_kwargs"])
@@ -331,6 +329,9 @@ class MuEProcessor(ProcessorMixin):
         for name in ("videos", "audio"):
             if options.pop(name, None) is not None:
                 raise ValueError(f"`{name}` must be None, got a value: the model reads images and text only.")
+        for name in ("common_kwargs", "images_kwargs", "text_kwargs"):
+            if not isinstance(options.get(name, {}), dict):
+                raise ValueError(f"`{name}` must be a dict of options, got {options[name]!r}; pass such as {{}}.")
         known = {"common_kwargs", *ProcessingKwargs.__annotations__, *TextKwargs.__annotations__}
         known |= set(self.image_processor.valid_kwargs.__annotations__)
         if unknown := sorted(options.keys() - known):
