@@ -170,7 +170,12 @@ class _DecoderCall:
         tokens = TokenView(rows, self.positions)
         if self.images is None or self.images_count != states.shape[0]:
             self.images, self.images_count = self._image_view(tokens), states.shape[0]
-        return self._run(layer, states, tokens, self.images, self.attentions)
+        output = self._run(layer, states, tokens, self.images, self.attentions is not None)
+        if self.attentions is None:
+            return output
+        for collected, weights in zip(self.attentions, output[1:], strict=True):
+            collected.append(weights)
+        return output[0]
 
     def _image_view(self, tokens: TokenView) -> tuple[ImageView, Tensor]:
         view = ImageView(tokens.rows, self.num_rows, self.source.shape[0])
@@ -182,8 +187,8 @@ class _DecoderCall:
         states: Tensor,
         tokens: TokenView,
         images: tuple[ImageView, Tensor] | None = None,
-        attentions: tuple[list, list] | None = None,
-    ) -> Tensor:
+        output_attentions: bool = False,
+    ) -> Any:
         view, cross_bias = images or self._image_view(tokens)
         keys = tokens.positions.stop if isinstance(tokens.positions, slice) else self.past
         return self.layers[layer](
@@ -194,7 +199,7 @@ class _DecoderCall:
             tokens=tokens,
             images=view,
             cache=self.cache,
-            attentions=attentions,
+            output_attentions=output_attentions,
         )
 
 

@@ -416,10 +416,10 @@ class MuEEncoder(nn.Module):
             if mask is not None:
                 keys = mask if rows is None else mask[rows]
                 bias = bias.masked_fill(~keys[:, None, None, :], mask_value(bias))
-            weights = None if attentions is None else []
-            states = self.layers[layer](states, bias, weights)
-            if weights:
-                attentions.append(_spread(weights[0], rows, source.states.shape[0]))
+            if attentions is None:
+                return self.layers[layer](states, bias)
+            states, weights = self.layers[layer](states, bias, output_attentions=True)
+            attentions.append(_spread(weights, rows, source.states.shape[0]))
             return states
 
         decider = ExitDecider(policy, mask)

@@ -184,15 +184,15 @@ class MuEEncoderLayer(_MuELayer):
         rate = config.encoder_drop_path_rate * layer_idx / max(config.encoder_layers - 1, 1)
         super().__init__(config, config.encoder_attention_heads, config.encoder_ffn_dim, rate)
 
-    def forward(self, hidden_states: Tensor, position_bias: Tensor, attentions: list | None = None) -> Tensor:
-        """States [rows, tokens, d] and an additive bias [rows or 1, heads, tokens, tokens] that also masks.
-
-        `attentions`, if given, is a list that receives the weights."""
+    def forward(
+        self, hidden_states: Tensor, position_bias: Tensor, output_attentions: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """States [rows, tokens, d] and an additive bias [rows or 1, heads, tokens, tokens] that also masks -> states,
+        and attention weights if asked for."""
         states = self.self_attn_layer_norm(hidden_states)
         output, weights = self.self_attn(states, *self.self_attn.keys_values(states), position_bias)
-        if attentions is not None:
-            attentions.append(weights)
-        return self.feed_forward(self.residual(hidden_states, self.self_attn_mid_layer_norm(output)))
+        states = self.feed_forward(self.residual(hidden_states, self.self_attn_mid_layer_norm(output)))
+        return (states, weights) if output_attentions else states
 
 
 class MuEDecoderLayer(_MuELayer):
@@ -219,9 +219,9 @@ class MuEDecoderLayer(_MuELayer):
         tokens: TokenView,
         images: ImageView,
         cache: MuECache | None = None,
-        attentions: tuple[list, list] | None = None,
-    ) -> Tensor:
-        """States [rows, tokens, d] -> states.
+        output_attentions: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """States [rows, tokens, d] -> states, and weights of both attentions if asked for.
 
         Args:
             encoder_hidden_states (`Tensor` [images, source, d]): what cross-attention keys are made of, once.
@@ -230,7 +230,6 @@ class MuEDecoderLayer(_MuELayer):
             tokens (`TokenView`): which rows and positions these are.
             images (`ImageView`): which image each row belongs to.
             cache (`MuECache`, *optional*): takes the new keys and values and returns them with the older ones.
-            attentions (pair of lists, *optional*): receive self- and cross-attention weights.
         """
         states = self.self_attn_layer_norm(hidden_states)
         keys, values = self.self_attn.keys_values(states)
@@ -247,10 +246,8 @@ class MuEDecoderLayer(_MuELayer):
         states = self.cross_attn_layer_norm(hidden_states)
         output, cross_weights = self.cross_attn(states, keys, values, cross_bias, images)
         hidden_states = self.residual(hidden_states, self.cross_attn_mid_layer_norm(output))
-        if attentions is not None:
-            attentions[0].append(self_weights)
-            attentions[1].append(cross_weights)
-        return self.feed_forward(hidden_states)
+        states = self.feed_forward(hidden_states)
+        return (states, self_weights, cross_weights) if output_attentions else states
 
 
 def position_scores(

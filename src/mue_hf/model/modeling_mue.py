@@ -65,7 +65,7 @@ class MuEPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["MuEEncoderLayer", "MuEDecoderLayer"]
-    _skip_keys_device_placement = ["cache", "attentions"]
+    _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
     # the additive position bias has no place in these kernels
     _supports_flash_attn = False
