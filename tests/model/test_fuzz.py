@@ -64,7 +64,7 @@ def documented(call):
         with limit(SECONDS):
             return call()
     except (ValueError, StrictDataclassError) as error:
-        rules = r"\b(must|needs|holds|lacks|belong|contradicts|has not|did you mean|(select|use) one of|Validation error)\b"
+        rules = r"\b(must|needs|holds|lacks|belong|contradicts|has not|did you mean|(select|use) one of|Validation)\b"
         assert re.search(rules, str(error)), repr(error)
         return None
 

@@ -195,7 +195,8 @@ def convert_ofa(
         model = _make_model(weights, config)
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
-    sizes = {field: value for field, value in read_sizes(weights).items() if field != "backbone_config"}
+    sizes = read_sizes(weights)
+    trunk = sizes.pop("backbone_config")
     return {
         "source": str(source),
         "destination": str(target.absolute()),
@@ -203,7 +204,7 @@ def convert_ofa(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "encoder": "decomposed" if decompose else "joint",
-        "trunk_depths": list(config.backbone_config.depths),
+        "trunk_depths": trunk["depths"],
         **sizes,
     }
 

@@ -148,7 +148,7 @@ def _unpickle(file: Path, allow_pickle: bool) -> dict[str, Any]:
     """What `torch.save` wrote; nothing but tensors, plain containers, arguments and numbers unless allowed."""
     scalar = np.float64(0).__reduce__()[0]
     # Plain data without code of its own: fairseq's arguments, and the losses that numpy averaged.
-    harmless = [
+    harmless: list[Any] = [
         Namespace,
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
