@@ -24,6 +24,7 @@ from transformers import (
 from ._moved import MovedModules
 from .model.cache_mue import MuECache
 from .model.configuration_mue import MuEConfig
+from .model.criteria_mue import Criterion, register_criterion
 from .model.exit_options_mue import ExitOptions
 from .model.modeling_mue import MuEForConditionalGeneration, MuEModel, MuEPreTrainedModel
 from .model.pipeline_mue import MuEImageTextToTextPipeline, MuEImageToTextPipeline, register_pipelines
@@ -76,6 +77,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Criterion",
     "ExitOptions",
     "MuECache",
     "MuEConfig",
@@ -88,4 +90,5 @@ __all__ = [
     "MuEPreTrainedModel",
     "MuEProcessor",
     "MuETokenizer",
+    "register_criterion",
 ]

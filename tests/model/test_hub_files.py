@@ -63,6 +63,7 @@ class TestImportRule:
 class TestPublicApi:
     def test_names(self):
         assert mue_hf.__all__ == [
+            "Criterion",
             "ExitOptions",
             "MuECache",
             "MuEConfig",
@@ -75,6 +76,7 @@ class TestPublicApi:
             "MuEPreTrainedModel",
             "MuEProcessor",
             "MuETokenizer",
+            "register_criterion",
         ]
         assert all(hasattr(mue_hf, name) for name in mue_hf.__all__)
         assert mue_hf.__version__.count(".") == 2

@@ -215,10 +215,8 @@ class MuEModel(MuEPreTrainedModel):
         if output_exit_layers is None:
             output_exit_layers = options is not None
         options = options or ExitOptions()
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        wanted = {name: getattr(self.config, name) if value is None else value for name, value in wanted.items()}
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids,
@@ -229,8 +227,7 @@ class MuEModel(MuEPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 exit_options=options,
                 output_exit_layers=output_exit_layers,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
+                **wanted,
             )
         encoded = _checked(encoder_outputs)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -252,8 +249,7 @@ class MuEModel(MuEPreTrainedModel):
             active_rows=active_rows,
             policy=exit_policy,
             predict=predict or (lambda states: nn.functional.linear(states, self.shared.weight)),
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            **wanted,
         )
         return _joined(encoder_outputs, decoder_outputs, output_exit_layers)
 
@@ -449,13 +445,8 @@ class MuEForConditionalGeneration(PresetCheckMixin, MuEPreTrainedModel, MuEGener
         logits = self._logits(outputs.last_hidden_state[:, keep], emitted_ids)
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                shift_labels=labels,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
-            )
+            options = {"vocab_size": self.config.vocab_size, "num_items_in_batch": kwargs.get("num_items_in_batch")}
+            loss = self.loss_function(logits=logits, labels=labels, shift_labels=labels, **options)
         shared = {name: outputs[name] for name in outputs if name in MuESeq2SeqLMOutput.__dataclass_fields__}
         return MuESeq2SeqLMOutput(loss=loss, logits=logits, **shared)
 
