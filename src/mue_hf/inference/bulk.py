@@ -202,7 +202,7 @@ class _Work:
 
     def rehearse(self) -> None:
         """One grey image, so that what the model refuses is refused before work is done."""
-        texts = dict.fromkeys(TEXTS[self.task][:1], "a")
+        texts: dict[str, str | None] = dict.fromkeys(TEXTS[self.task][:1], "a")
         image = Image.new("RGB", (64, 64), "grey")
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0].numpy()
         with evaluating(self.model):
@@ -242,7 +242,7 @@ class _Work:
         shape, text_tokens = inputs["pixel_values"].shape[1:], inputs["attention_mask"].sum(1).tolist()
         records = []
         for index, (row, depths) in enumerate(zip(rows, read_depths(output), strict=True)):
-            facts = {
+            facts: dict[str, Any] = {
                 **vars(depths),
                 "decoder_exit_layers": list(depths.decoder_exit_layers),
                 "layers_skipped": layers_skipped(self.model.config, depths),

@@ -102,7 +102,7 @@ def ray_rows(
     shares = -(-left // share)
     # The bar of `bulk_to_file` is enough.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    options = {"num_cpus": actors, "include_dashboard": False} if address == "local" else {}
+    options: dict[str, Any] = {"num_cpus": actors, "include_dashboard": False} if address == "local" else {}
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
     try:
         numbers = ray.data.from_items([{"id": number} for number in range(shares)], override_num_blocks=shares)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from itertools import islice
 from threading import Thread
 from typing import Any
 
@@ -50,8 +51,8 @@ class Decoders:
         rows = iter(rows)
         ahead: deque[tuple[Row, Future]] = deque()
         while True:
-            while len(ahead) < batch_size + 2 * self.workers and (row := next(rows, None)) is not None:
-                ahead.append((row, self._submit(row)))
+            more = islice(rows, batch_size + 2 * self.workers - len(ahead))
+            ahead.extend((row, self._submit(row)) for row in more)
             if not ahead:
                 return
             row, future = ahead.popleft()
@@ -97,11 +98,10 @@ def _decode(image_processor: Any, image: Any) -> np.ndarray | str:
 def _pool(workers: int) -> ProcessPoolExecutor:
     # Forking a process that runs torch's threads may hang; a server that has only imported what workers need forks
     # them at once, where there is one.
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context("forkserver")
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
         context.set_forkserver_preload([__name__])
-    else:
-        context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker)
     try:
         pool.submit(os.getpid).result()

@@ -1,6 +1,6 @@
 """The depths that a call reached, and R: the share of layers that it skipped as the MuE paper counts it."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +57,8 @@ def expected_time_reduction(config: PreTrainedConfig, outputs: Iterable[Depths])
         output has no image).
     """
     encoder, decoder = config.encoder_layers, config.decoder_layers
-    ran: Counter[str] = Counter()
-    full: Counter[str] = Counter()
+    ran: defaultdict[str, float] = defaultdict(float)
+    full: defaultdict[str, float] = defaultdict(float)
     images = True
     for one in outputs:
         words, tokens = len(one.decoder_exit_layers), sum(one.decoder_exit_layers)

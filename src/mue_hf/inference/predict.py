@@ -166,12 +166,13 @@ def encode_texts(processor: MuEProcessor, task: str, rows: Sequence[Mapping[str,
     """The model's inputs for the texts of rows."""
     if task == "captioning":
         return processor(text=[CAPTION_PROMPT] * len(rows))
-    return processor(task=task, **{name: [row.get(name) for row in rows] for name in TEXTS[task]})
+    texts: dict[str, Any] = {name: [row.get(name) for row in rows] for name in TEXTS[task]}
+    return processor(task=task, **texts)
 
 
 def run_task(
     model: MuEForConditionalGeneration,
-    inputs: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
     options: Mapping[str, Any],
     answer_ids: Sequence[Sequence[int]] | None = None,
 ) -> Any:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
@@ -58,8 +59,8 @@ def compare(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Runs each call once to warm up and then `repeats` times in turns: results and median seconds by name."""
     results = {name: call() for name, call in calls.items()}
-    seconds = in_turns({name: lambda call=call: timed(call, device)[1] for name, call in calls.items()}, repeats)
-    return results, {name: median(times) for name, times in seconds.items()}
+    runs = in_turns({name: partial(timed, call, device) for name, call in calls.items()}, repeats)
+    return results, {name: median(seconds for _, seconds in rounds) for name, rounds in runs.items()}
 
 
 __all__ = ["compare", "in_turns", "synchronize", "timed"]
