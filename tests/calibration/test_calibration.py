@@ -23,7 +23,7 @@ from mue_hf.data.features import cache_trunk_features
 from mue_hf.data.scenes import SceneDataset
 from mue_hf.evaluation.measure import Meter
 from mue_hf.evaluation.rows import describe_rows
-from mue_hf.evaluation.signals import SignalRecorder, replay, without_decay
+from mue_hf.evaluation.signals import SignalRecorder, answer_tokens, replay, without_decay
 from mue_hf.evaluation.thresholds import candidate_thresholds
 from mue_hf.inference.predict import predict
 from mue_hf.metrics.rewards import CiderDReward
@@ -198,8 +198,8 @@ class TestCandidateThresholds:
         assert candidate_thresholds(torch.rand(9, 1), 3) == []
         cosines = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
         for per_layer in (False, True):
-            for level in candidate_thresholds(cosines, 3, per_layer=per_layer, min_layers=min_layers):
-                every = level if per_layer else [level] * 4
+            for one in candidate_thresholds(cosines, 3, per_layer=per_layer, min_layers=min_layers):
+                every = one if per_layer else [one] * 4
                 assert replay(cosines, every, min_layers).min() >= min_layers
 
     @pytest.mark.parametrize("per_layer", [False, True])
@@ -254,17 +254,17 @@ class TestSearch:
         runs = []
 
         def measure(options):
-            runs.append(options["level"])
-            return Outcome(np.full(200, losses[options["level"]]), 0.5, 0.5)
+            runs.append(options["setting"])
+            return Outcome(np.full(200, losses[options["setting"]]), 0.5, 0.5)
 
-        path = [Candidate({"level": level}, 0.5, 0.0) for level in losses]
+        path = [Candidate({"setting": setting}, 0.5, 0.0) for setting in losses]
         tested, certified = certify(path, measure, 0.1, 0.05, "hoeffding-bentkus")
         assert (runs, certified) == ([1, 2], 1)
         assert tested[0].bound == pytest.approx(smallest_budget(200))
 
     @pytest.mark.parametrize("method", ["hoeffding-bentkus", "betting"])
     def test_promise_holds_on_fresh_draws(self, method):
-        """An image changes its output under a level with a probability that belongs to the level; streams add up."""
+        """An image changes its output under a setting with a probability of its own; streams add up."""
         budget, delta = 0.1, 0.05
         # One of each stream alone is a hair above the budget, where certificates are easiest to get wrongly.
         true_risk = {"image": [0.0, 0.03, 0.08, 0.1001], "decoder": [0.02, 0.05, 0.1001, 0.3]}
@@ -274,13 +274,13 @@ class TestSearch:
             rng = np.random.default_rng(draw)
 
             def losses(options, images, rng=rng):
-                kept = math.prod(1 - true_risk[stream][level] for stream, level in options.items())
+                kept = math.prod(1 - true_risk[stream][setting] for stream, setting in options.items())
                 return (rng.random(images) > kept).astype(float)
 
             streams = [
                 [
-                    StreamExit({stream: level}, saving, losses({stream: level}, 100).mean())
-                    for level, saving in enumerate(savings)
+                    StreamExit({stream: setting}, saving, losses({stream: setting}, 100).mean())
+                    for setting, saving in enumerate(savings)
                 ]
                 for stream in true_risk
             ]
@@ -288,7 +288,7 @@ class TestSearch:
             tested, certified = certify(
                 path, lambda options, losses=losses: Outcome(losses(options, 300), 1, 1), budget, delta, method
             )
-            risks = [1 - math.prod(1 - true_risk[s][level] for s, level in one.options.items()) for one in tested]
+            risks = [1 - math.prod(1 - true_risk[s][setting] for s, setting in one.options.items()) for one in tested]
             wrong += any(risk > budget for risk in risks[:certified])
             some += certified > 0
             lucky += any(risk > budget >= one.loss for risk, one in zip(risks, tested, strict=True))
@@ -461,6 +461,40 @@ class TestCalibrate:
         data = replace(describe_rows(rows), rows=features)
         calibrate(model, processor, data, task, progress=False, **options)
         assert len(calls) > count + 3
+
+    def test_answers_are_decided_among_the_same_tokens_as_in_evaluation(
+        self, parts, checkpoint, statements, monkeypatch, tmp_path
+    ):
+        seen = []
+
+        class Watched(SignalRecorder):
+            def __init__(self, model, tokens=None):
+                seen.append(list(tokens))
+                super().__init__(model, tokens)
+
+        monkeypatch.setattr("mue_hf.calibration.runner.SignalRecorder", Watched)
+        monkeypatch.setattr("mue_hf.evaluation.run.SignalRecorder", Watched)
+        calibrated(parts, statements, "entailment", budget=0.9, num_thresholds=1)
+        arguments = ["--model", str(checkpoint), "--data", "scenes:1:1", "--output", str(tmp_path / "points.jsonl")]
+        arguments += ["--sweep", "similarity-decoder", "--thresholds-split", "dev", "--thresholds-rows", "2"]
+        assert cli.main(["evaluate", "entailment", *arguments, "--time-rows", "0"]) == 0
+        assert seen[0] == seen[1] == answer_tokens(parts[1])
+
+    def test_tokens_of_answers_are_those_of_branching_nodes(self, parts, monkeypatch):
+        _, processor = parts
+        first = [ids[1] for ids in processor.encode_answers(["yes", "no", "maybe"])]
+        assert answer_tokens(processor) == sorted(first)
+        # "no" ends where "not" goes on
+        monkeypatch.setattr(processor, "entailment_answers", {"a": "no", "b": "not"})
+        end = processor.encode_answers(["not"])[0][-1]
+        assert answer_tokens(processor) == sorted([end, processor.tokenizer.eos_token_id])
+
+    def test_old_name_of_num_thresholds(self, parts, scenes):
+        options = {"budget": 0.9, "candidates": 1, "criteria": "confidence"}
+        expected = calibrated(parts, scenes, "captioning", num_thresholds=1, **options)
+        with pytest.warns(FutureWarning, match="`levels` of `calibrate` is now `num_thresholds`"):
+            found = calibrated(parts, scenes, "captioning", levels=1, **options)
+        assert [one.options for one in found.tested] == [one.options for one in expected.tested]
 
     def test_nothing_is_promised_where_nothing_holds(self, parts, scenes, monkeypatch):
         everything = Outcome(np.ones(IMAGES), 0.5, 0.5)

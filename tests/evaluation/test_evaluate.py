@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,15 +17,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
 from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, cli
+from mue_hf.data.features import trunk_fingerprint
 from mue_hf.data.scenes import write_scenes
+from mue_hf.evaluation.arguments import EvaluationArguments
 from mue_hf.evaluation.depths import depth_by_position, extremes, similarity_curves, token_oracle
 from mue_hf.evaluation.measure import Meter
+from mue_hf.evaluation.plots import draw_plots
 from mue_hf.evaluation.rows import ControlledRows, describe_rows, donors, load_rows
+from mue_hf.evaluation.run import Evaluation
 from mue_hf.evaluation.settings import known_sweeps, make_settings
 from mue_hf.evaluation.signals import SignalRecorder
 from mue_hf.evaluation.store import read_records
-from mue_hf.evaluation.tables import describe_records
+from mue_hf.evaluation.tables import describe_records, make_table
 from mue_hf.inference.depths import expected_time_reduction
+from mue_hf.inference.loading import load_checkpoint
 from mue_hf.inference.predict import Prediction, predict
 
 FAST = ["--tokenizer", "plain", "--metrics", "bleu,cider", "--resamples", 20, "--time-rows", 0]
@@ -174,6 +180,10 @@ def test_points_of_a_sweep_are_what_their_names_say(evaluate, checkpoint, tmp_pa
     assert depths["similarity-decoder 2"] == depths["full depth"] == {"image": 3, "text": 3, "decoder": 4}
     assert depths["fixed decoder 2"] == {"image": 3, "text": 3, "decoder": 2}
     assert depths["first"] == {"image": 1, "text": 3, "decoder": 1}
+    file = tmp_path / "points.json"
+    file.write_text(json.dumps({"mine": {"text_exit_threshold": 2.0}}))
+    _, records, _ = evaluate("captioning", "--model", saved, "--sweep", file)
+    assert records[1]["depth"] == {"image": 3, "text": 3, "decoder": 4}
     # one point without a sweep takes what is saved
     _, records, _ = evaluate("captioning", "--model", saved, "--generate", "text_exit_layer=2")
     assert records[1]["depth"] == {"image": 1, "text": 2, "decoder": 1}
@@ -300,6 +310,45 @@ def test_plots_of_captions(evaluate, tmp_path):
     assert code == 0
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     assert names >= {"quality_time.png", "identical_time.png", "depth_position.png"}
+
+
+def test_records_of_version_0_1_make_tables_and_plots(tmp_path):
+    for path in sorted((Path(__file__).parents[2] / "model_cards").glob("*.evaluation.jsonl")):
+        records = read_records(path)
+        some = [one for one in records if (one["task"], one["images"]) == ("entailment", "own")]
+        # A point of the kind that it called random.
+        some.append(
+            some[-1] | {"key": "0", "name": "random like fixed 3", "criterion": "random", "random_like": "fixed 3"}
+        )
+        table = make_table(some)
+        assert "| balanced | 0." in table and "| random like fixed 3 |" in table
+        assert "mue-hf 0.1.0" in describe_records(some)
+        assert len(draw_plots(some, tmp_path / path.stem)) >= 4
+
+
+def test_options_of_version_0_1_are_taken_with_a_warning(evaluate):
+    old = ["--levels-split", "dev", "--levels-rows", 4, "--levels", 1, "--random", "similarity-decoder, level 1"]
+    new = ["--thresholds-split", "dev", "--thresholds-rows", 4, "--num-thresholds", 1]
+    new += ["--shuffled-depths", "similarity-decoder, thresholds 1"]
+    _, expected, quiet = evaluate("entailment", "--sweep", "similarity-decoder", *new)
+    code, records, warned = evaluate("entailment", "--sweep", "similarity-decoder", *old)
+    assert code == 0 and records == expected
+    assert records[-1]["name"] == "shuffled depths of similarity-decoder, thresholds 1"
+    assert " is now " not in quiet
+    for before, after in zip(old[::2], new[::2], strict=True):
+        assert f"mue-hf evaluate: {before} is now {after}" in warned
+
+
+def test_batch_norms_stay_folded(evaluate, checkpoint, tmp_path):
+    """The fingerprint of the weights is that from before folding; what is run and timed is folded."""
+    _, (record,), _ = evaluate("captioning")
+    assert record["weights"] == trunk_fingerprint(MuEForConditionalGeneration.from_pretrained(checkpoint))
+    model, processor = load_checkpoint(str(checkpoint))
+    assert model.get_encoder().folding is not None
+    arguments = {"metrics": ["bleu"], "tokenizer": "plain", "time_rows": 0, "output": tmp_path / "other.jsonl"}
+    evaluation = Evaluation(model, processor, EvaluationArguments("captioning", "scenes:1:3", **arguments))
+    assert [one["quality"] for one in evaluation.records()]
+    assert model.get_encoder().folding is not None
 
 
 def test_files_are_read(evaluate, tmp_path):

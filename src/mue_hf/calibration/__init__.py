@@ -1,8 +1,8 @@
 """Exit thresholds for a budget of changed outputs, with a guarantee, or for a budget of compute."""
 
+from .goal import OBJECTIVES, RISKS, SHARED_OPTIONS, calibrated_criteria
 from .presets import check_preset, write_preset
-from .procedure import OBJECTIVES, RISKS, Calibration, calibrate, calibrated_criteria
-from .runner import SHARED_OPTIONS
+from .procedure import Calibration, calibrate
 
 __all__ = [
     "OBJECTIVES",

@@ -1,7 +1,8 @@
 """Statistics of calibration: what a sample of losses in [0, 1] says about their mean, with a stated confidence.
 
 Losses are those of independent units (images), one number each. A p-value belongs to the hypothesis that the true mean
-is above the allowed risk: where it is at most delta, the risk is certified with confidence 1 - delta.
+is above the allowed risk: where it is at most delta, the risk is certified with confidence 1 - delta. All functions
+raise a ValueError where an argument is out of its range.
 """
 
 from collections.abc import Iterable
@@ -11,8 +12,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..metrics.intervals import rounded_up
-
-METHODS = ("hoeffding-bentkus", "betting")
 
 # Halvings of [0, 1] until the bound is known to double precision.
 BISECTIONS = 53
@@ -28,6 +27,35 @@ def binomial_tail(successes: int, trials: int, probability: float) -> float:
     return min(float(np.exp(np.logaddexp.reduce(terms))), 1.0)
 
 
+def _hoeffding_bentkus(losses: NDArray, risk: float, delta: float) -> float:
+    units = len(losses)
+    # The exact sum, so that rounding never lifts the count of a whole number of failures by one.
+    total = fsum(losses)
+    mean = total / units
+    if mean >= risk:
+        return 1.0
+    # Kullback-Leibler divergence of Bernoulli(mean) from Bernoulli(risk)
+    divergence = (mean * log(mean / risk) if mean else 0.0) + (1 - mean) * (log1p(-mean) - log1p(-risk))
+    hoeffding = float(np.exp(-units * divergence))
+    return min(hoeffding, e * binomial_tail(ceil(total), units, risk), 1.0)
+
+
+def _betting(losses: NDArray, risk: float, delta: float) -> float:
+    units = len(losses)
+    counts = np.arange(2, units + 2)
+    means = (0.5 + np.cumsum(losses)) / counts
+    variances = (0.25 + np.cumsum((losses - means) ** 2)) / counts
+    # Each bet knows only the losses before it.
+    known = np.concatenate([[0.25], variances[:-1]])
+    bets = np.minimum(1.0, np.sqrt(2 * log(1 / delta) / (units * known)))
+    # The best moment to stop may be any of them, the start included.
+    richest = max(0.0, float(np.max(np.cumsum(np.log1p(-bets * (losses - risk))))))
+    return float(np.exp(-richest))
+
+
+METHODS = {"hoeffding-bentkus": _hoeffding_bentkus, "betting": _betting}
+
+
 def risk_pvalue(losses: ArrayLike, risk: float, delta: float = 0.05, method: str = "hoeffding-bentkus") -> float:
     """P-value of the hypothesis that the mean loss is above `risk`.
 
@@ -35,7 +63,7 @@ def risk_pvalue(losses: ArrayLike, risk: float, delta: float = 0.05, method: str
 
     - "hoeffding-bentkus": the smaller one of Hoeffding's bound in its relative-entropy form and of Bentkus' bound, e
       times a binomial tail (Bates et al., arXiv 2101.02703, section 3.1; Angelopoulos et al., "Learn then Test", arXiv
-      2110.01052). It looks at the mean alone.
+      2110.01052). It depends on the mean alone.
     - "betting": the capital of a gambler who bets on losses below `risk` (Waudby-Smith and Ramdas, arXiv 2010.09686;
       with the bets of Bates et al., section 3.1). It gains from a small variance. It depends on the order of the
       losses, which must not depend on their values: shuffle them where files are sorted by difficulty.
@@ -43,47 +71,28 @@ def risk_pvalue(losses: ArrayLike, risk: float, delta: float = 0.05, method: str
     Args:
         losses (array [units]): one loss per independent unit, each in [0, 1].
         risk (`float`): the allowed mean loss, in (0, 1).
-        delta (`float`, defaults to 0.05): probability of a false certificate, in (0, 1). It sets the size of the bets;
-            "hoeffding-bentkus" does not depend on it.
+        delta (`float`, defaults to 0.05): probability of a false certificate, in (0, 1); the size of the bets.
         method (`str`, defaults to "hoeffding-bentkus"): one of the two.
 
     Returns:
         `float`: in [0, 1], never rising with `risk`.
-
-    Raises:
-        ValueError: if an argument is out of its range.
     """
-    losses = _checked_losses(losses)
     _check_probability("risk", risk)
-    _check_probability("delta", delta)
-    _check_method(method)
-    return _pvalue(losses, risk, delta, method)
+    losses, delta = _checked(losses, delta, method)
+    return METHODS[method](losses, risk, delta)
 
 
 def risk_upper_bound(losses: ArrayLike, delta: float = 0.05, method: str = "hoeffding-bentkus") -> float:
-    """The smallest risk that `losses` certify: the true mean is at or below it with probability 1 - `delta`.
-
-    Args:
-        losses (array [units]): one loss per independent unit, each in [0, 1].
-        delta (`float`, defaults to 0.05): probability that the bound is too small, in (0, 1).
-        method (`str`, defaults to "hoeffding-bentkus"): see [`risk_pvalue`].
-
-    Returns:
-        `float`: in (0, 1]; 1 where the losses exclude nothing.
-
-    Raises:
-        ValueError: if an argument is out of its range.
-    """
-    losses = _checked_losses(losses)
-    _check_probability("delta", delta)
-    _check_method(method)
+    """The smallest risk in (0, 1] that `losses` certify, 1 where they exclude nothing: the true mean is at or below it
+    with probability 1 - `delta`. The arguments are those of [`risk_pvalue`]."""
+    losses, delta = _checked(losses, delta, method)
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         # Rounding can end the halving early at 0 or 1, where there is nothing to test.
         if not 0.0 < middle < 1.0:
             break
-        if _pvalue(losses, middle, delta, method) <= delta:
+        if METHODS[method](losses, middle, delta) <= delta:
             high = middle
         else:
             low = middle
@@ -91,18 +100,8 @@ def risk_upper_bound(losses: ArrayLike, delta: float = 0.05, method: str = "hoef
 
 
 def smallest_budget(units: int, delta: float = 0.05, method: str = "hoeffding-bentkus") -> float:
-    """The smallest risk that `units` losses could certify, which takes that all of them are 0.
-
-    For "hoeffding-bentkus" it is 1 - delta ** (1 / units), about 3 / units at delta = 0.05.
-
-    Args:
-        units (`int`): size of the sample, at least 1.
-        delta (`float`, defaults to 0.05): probability of a false certificate, in (0, 1).
-        method (`str`, defaults to "hoeffding-bentkus"): see [`risk_pvalue`].
-
-    Raises:
-        ValueError: if an argument is out of its range.
-    """
+    """The smallest risk that so many losses could certify, which takes that all of them are 0; for "hoeffding-bentkus"
+    1 - delta ** (1 / units), about 3 / units at delta = 0.05."""
     if units < 1:
         raise ValueError(f"`units` must be at least 1, got {units}; an empty sample certifies nothing.")
     return risk_upper_bound(np.zeros(units), delta, method)
@@ -122,9 +121,6 @@ def fixed_sequence(pvalues: Iterable[float], delta: float = 0.05) -> int:
 
     Returns:
         `int`: how many candidates from the first on are certified.
-
-    Raises:
-        ValueError: if `delta` or a p-value is out of its range.
     """
     _check_probability("delta", delta)
     certified = 0
@@ -137,59 +133,22 @@ def fixed_sequence(pvalues: Iterable[float], delta: float = 0.05) -> int:
     return certified
 
 
-def _pvalue(losses: NDArray, risk: float, delta: float, method: str) -> float:
-    return _hoeffding_bentkus(losses, risk) if method == "hoeffding-bentkus" else _betting(losses, risk, delta)
-
-
-def _hoeffding_bentkus(losses: NDArray, risk: float) -> float:
-    units = len(losses)
-    # The exact sum, so that rounding never lifts the count of a whole number of failures by one.
-    total = fsum(losses)
-    mean = total / units
-    if mean >= risk:
-        return 1.0
-    hoeffding = float(np.exp(-units * _relative_entropy(mean, risk)))
-    return min(hoeffding, e * binomial_tail(ceil(total), units, risk), 1.0)
-
-
-def _relative_entropy(mean: float, risk: float) -> float:
-    """Kullback-Leibler divergence of Bernoulli(mean) from Bernoulli(risk), with mean < risk < 1."""
-    below = mean * log(mean / risk) if mean else 0.0
-    return below + (1 - mean) * (log1p(-mean) - log1p(-risk))
-
-
-def _betting(losses: NDArray, risk: float, delta: float) -> float:
-    units = len(losses)
-    counts = np.arange(2, units + 2)
-    means = (0.5 + np.cumsum(losses)) / counts
-    variances = (0.25 + np.cumsum((losses - means) ** 2)) / counts
-    # Each bet knows only the losses before it.
-    known = np.concatenate([[0.25], variances[:-1]])
-    bets = np.minimum(1.0, np.sqrt(2 * log(1 / delta) / (units * known)))
-    # The best moment to stop may be any of them, the start included.
-    richest = max(0.0, float(np.max(np.cumsum(np.log1p(-bets * (losses - risk))))))
-    return float(np.exp(-richest))
-
-
-def _checked_losses(losses: ArrayLike) -> NDArray:
+def _checked(losses: ArrayLike, delta: float, method: str) -> tuple[NDArray, float]:
     losses = np.asarray(losses, dtype=np.float64)
     if losses.ndim != 1 or not losses.size:
         raise ValueError(f"`losses` must be one number per unit, got shape {losses.shape}; average over each unit.")
     if not np.all((losses >= 0) & (losses <= 1)):
-        raise ValueError(
-            f"`losses` must be in [0, 1], got values from {losses.min()} to {losses.max()}; scale or clip them."
-        )
-    return losses
+        found = f"{losses.min()} to {losses.max()}"
+        raise ValueError(f"`losses` must be in [0, 1], got values from {found}; scale or clip them.")
+    _check_probability("delta", delta)
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}; choose one of them.")
+    return losses, delta
 
 
 def _check_probability(name: str, value: float) -> None:
     if not 0.0 < value < 1.0:
         raise ValueError(f"`{name}` must be above 0 and below 1, got {value}; choose such as 0.05.")
-
-
-def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}; choose one of them.")
 
 
 __all__ = [

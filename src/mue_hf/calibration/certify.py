@@ -26,16 +26,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Tested:
-    """
-    A candidate on the held-out split.
-
-    Args:
-        options (`dict`): its exit options.
-        loss (`float`): mean loss.
-        pvalue (`float`, *optional*): of the hypothesis that the true loss is above the budget; None without a budget.
-        bound (`float`): the upper bound of the true loss, had only this candidate been tested.
-        flops, seconds (`float`): shares of full depth.
-    """
+    """A candidate on the held-out split: exit options, mean loss, FLOPs and seconds as shares of full depth, the
+    p-value of the hypothesis that the true loss is above the budget (None without a budget), and the upper bound of
+    the true loss, had only this candidate been tested."""
 
     options: dict[str, Any]
     loss: float
@@ -52,15 +45,11 @@ def certify(
     delta: float,
     method: str,
 ) -> tuple[list[Tested], int]:
-    """
-    Runs candidates on the held-out split, from the first until one fails.
+    """Runs candidates, chosen without the held-out split, on it, from the first until one fails to keep `budget`.
 
     Args:
-        path (sequence of [`Candidate`]): chosen without the held-out split.
-        measure (`Callable`): exit options to the [`Outcome`] of real runs on it.
-        budget (`float`): allowed mean loss.
+        measure (`Callable`): exit options to the [`Outcome`] of real runs on the held-out split.
         delta (`float`): probability that any certificate is false.
-        method (`str`): see [`risk_pvalue`].
 
     Returns:
         `tuple[list[Tested], int]`: what was run, and how many of them, from the first, are certified.
@@ -103,8 +92,8 @@ def check_size(images: int, budget: float, delta: float, method: str) -> None:
     while smallest_budget(needed, delta, method) > budget:
         needed += max(1, needed // 50)
     raise ValueError(
-        f"`budget` must be at least {rounded_up(smallest)} for the {images} images that are left for the test at "
-        f"delta {delta}, got {budget}; allow that much, or take more images (the test needs about {needed})."
+        f"`budget` must be at least {rounded_up(smallest)} for the {images} images of the held-out split "
+        f"at delta {delta}, got {budget}; allow that much, or take more images (the test needs about {needed})."
     )
 
 

@@ -10,40 +10,27 @@ Every run leaves its outputs in a folder, if there is one for them: an interrupt
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from ..data.features import TrunkFeatureDataset, trunk_fingerprint
 from ..evaluation.rows import EvaluationData
-from ..evaluation.signals import Signals
 from ..evaluation.store import content_key
-from ..inference.predict import TASKS, Prediction
+from ..inference.predict import Prediction
 from ..metrics.rewards import CiderDReward
-from ..model.criteria_mue import CRITERIA
-from ..model.exit_options_mue import CONFIG_NAMES
-from ..model.generation_mue import weights_fingerprint
 from ..model.modeling_mue import MuEForConditionalGeneration
+from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
-from .bounds import METHODS
 from .certify import Outcome, Tested, certify, check_size, split_images, summarize
-from .runner import DEFAULTS, SHARED_OPTIONS, Runner, Split
+from .goal import SHARED_OPTIONS, Goal, check_options, check_search, check_share
+from .runner import DEFAULTS, Runner, Split
 from .search import Candidate, StreamExit, expected_risk, front, pareto_path, thinned, within
 from .thresholds import stream_candidates
-
-RISKS = ("disagreement", "metric")
-OBJECTIVES = ("flops", "time")
-
-
-def calibrated_criteria() -> list[str]:
-    """Names of the criteria that can be calibrated: all that have values to try."""
-    return [name for name, criterion in CRITERIA.items() if criterion.sweep_options]
 
 
 @dataclass(frozen=True)
@@ -143,87 +130,45 @@ def calibrate(
     if levels is not None:
         warnings.warn("`levels` of `calibrate` is now `num_thresholds`; pass that.", FutureWarning, stacklevel=2)
         num_thresholds = levels
-    options, criteria = dict(options or {}), [criteria] if isinstance(criteria, str) else list(criteria)
-    _check_shares(budget=budget, compute=compute, delta=delta, search_share=search_share)
-    _check_choices(risk, objective, method, criteria)
-    _check_counts(num_thresholds=num_thresholds, candidates=candidates, criteria=len(criteria), betas=len(betas))
-    if not all(0.0 < beta <= 1.0 for beta in betas):
-        raise ValueError(f"`betas` must be above 0 and at most 1, got {list(betas)}; 1 is no decay.")
-    _check_options(model, options)
-    _check_rows(data.fields, task, risk)
-    search_images, held_out_images = split_images([row["image_id"] for row in data.fields], search_share, seed)
+    criteria = [criteria] if isinstance(criteria, str) else list(criteria)
+    goal = Goal(task, risk, budget, compute, objective, delta, method)
+    check_share("search_share", search_share)
+    check_search(criteria, betas, num_thresholds=num_thresholds, candidates=candidates)
+    check_options(options or {}, bool(model.generation_config.do_sample))
+    goal.check_rows(data.fields)
+    images = split_images([row["image_id"] for row in data.fields], search_share, seed)
+    search, held_out = (Split.of(data, some) for some in images)
     if budget is not None:
-        check_size(len(held_out_images), budget, delta, method)
-    search, held_out = Split.of(data, search_images), Split.of(data, held_out_images)
-    reward = None
+        check_size(len(held_out.counts), budget, delta, method)
+    folder = None if folder is None else Path(folder)
+    runner = Runner(model, processor, data, goal, dict(options or {}), batch_size, prompt_type, folder)
     if risk == "metric" and task == "captioning":
         # of the search split: losses on the held-out split must not depend on each other's images
-        reward = CiderDReward([processor.encode_captions(row["references"]) for row in search.texts])
-    common = {} if folder is None else _common(model, processor, data, task, batch_size, prompt_type)
-    folder = None if folder is None else Path(folder)
-    runner = Runner(model, processor, task, risk, options, batch_size, prompt_type, reward, folder, common)
-    most_risk = 1.0 if budget is None else 2 * budget
-
+        runner.reward = CiderDReward([processor.encode_captions(row["references"]) for row in search.texts])
     with tqdm(unit="run", desc="recording", disable=not progress) as bar:
-        stream_exits = partial(stream_candidates, betas=betas, count=num_thresholds, per_layer=per_layer)
-        full, path = _search(runner, search, objective, criteria, stream_exits, bar)
-        affordable = path if compute is None else within(path, objective, compute)
-        path = thinned(affordable, most_risk, candidates)
-        bar.total = bar.n + 2 * len(path)
-        path = [_refined(runner, search, full, candidate, objective, bar) for candidate in path]
-        path = front(path) or path[:1]
+        exits = partial(stream_candidates, betas=betas, count=num_thresholds, per_layer=per_layer)
+        path = _search(runner, search, criteria, exits, candidates, bar)
         bar.set_description("testing")
-        full = runner.predictions(held_out, None)
-
-        def measure(exits: dict[str, Any]) -> Outcome:
-            bar.update()
-            return runner.outcome(held_out, full, exits)
-
-        if compute is not None:
-            # Chosen by the search split alone: the bound holds for it whatever comes out.
-            chosen = within(path, objective, compute)[0]
-            tested, certified = [summarize(chosen, measure(chosen.options), None, delta, method)], 1
-        elif budget is not None:
-            tested, certified = certify(thinned(path, most_risk, candidates), measure, budget, delta, method)
+        tested, certified = _test(runner, held_out, path, candidates, bar)
     if not certified:
         return Calibration(None, tested)
     best = min(tested[:certified], key=lambda one: one.flops if objective == "flops" else one.seconds)
-    goal = {"task": task, "risk": risk, "budget": budget, "compute": compute, "objective": objective}
-    goal |= {"delta": delta, "method": method, "n": len(held_out_images)}
-    return Calibration(_preset(runner, best, goal, data.fingerprint), tested)
-
-
-def _preset(runner: Runner, best: Tested, goal: Mapping[str, Any], data_fingerprint: str) -> dict[str, Any]:
-    """The preset of the best candidate: its exit options, and what they promise under which conditions."""
-    ran = runner.exits(best.options)
-    shared = {name: ran[name] for name in SHARED_OPTIONS if ran.get(name, DEFAULTS[name]) != DEFAULTS[name]}
-    notes = {
-        **goal,
-        "loss": best.loss,
-        "bound": best.bound,
-        "flops": best.flops,
-        "seconds": best.seconds,
-        "generation": runner.others,
-        "prompt_type": runner.prompt_type if runner.task == "entailment" else None,
-        "data_fingerprint": data_fingerprint,
-        "weights_fingerprint": weights_fingerprint(runner.model),
-        "version": version("mue-hf"),
-    }
-    return shared | best.options | {name: value for name, value in notes.items() if value not in (None, {})}
+    return Calibration(_preset(runner, best, len(held_out.counts)), tested)
 
 
 def _search(
     runner: Runner,
     split: Split,
-    objective: str,
     criteria: Sequence[str],
-    stream_exits: Callable[[Runner, Signals, str, str], list[dict[str, Any]]],
+    stream_exits: partial[list[dict[str, Any]]],
+    count: int,
     bar: tqdm,
-) -> tuple[list[Prediction], list[Candidate]]:
-    """The search split at full depth, and the path of candidates that it lets expect. `stream_exits` gives the options
-    to try for a criterion and a stream."""
+) -> list[Candidate]:
+    """At most `count` candidates from safest to fastest, from real runs on the search split. `stream_exits` gives the
+    options to try for a criterion and a stream."""
+    goal = runner.goal
     full, signals = runner.recorded(split)
-    if objective == "time":
+    if goal.objective == "time":
         # The recorded run was slowed by recording.
         full = runner.predictions(split, None)
     found = [[stream_exits(runner, signals, name, stream) for stream in runner.layers] for name in criteria]
@@ -234,7 +179,7 @@ def _search(
     bar.total = len(different)
     for key, exits in different.items():
         outcome = runner.outcome(split, full, exits)
-        tried[key] = StreamExit(exits, 1.0 - outcome.cost(objective), expected_risk(outcome.losses))
+        tried[key] = StreamExit(exits, 1.0 - outcome.cost(goal.objective), expected_risk(outcome.losses))
         bar.update()
     path = front(
         candidate
@@ -243,92 +188,56 @@ def _search(
     )
     if not path:
         raise ValueError(
-            f"`model` must have exits that save {objective}, got none on {len(split.counts)} images: stacks of one "
-            "layer have none, and `num_thresholds` or `exit_min_layers` may leave them out; raise or lower that."
+            f"`model` must have exits that save {goal.objective}, got none on {len(split.counts)} images: stacks of "
+            "one layer have none, and `num_thresholds` or `exit_min_layers` may leave them out; raise or lower that."
         )
-    return full, path
+    path = thinned(path if goal.compute is None else within(path, goal), goal.most_risk, count)
+    bar.total = bar.n + 2 * len(path)
+    path = [_refined(runner, split, full, candidate, bar) for candidate in path]
+    return front(path) or path[:1]
 
 
-def _common(
-    model: MuEForConditionalGeneration,
-    processor: MuEProcessor,
-    data: EvaluationData,
-    task: str,
-    batch_size: int,
-    prompt_type: str,
-) -> dict[str, Any]:
-    """What outputs and seconds of a run depend on, beside its rows and options."""
-    saved = model.generation_config.to_dict()
-    for name in ("transformers_version", "_from_model_config"):
-        saved.pop(name, None)
-    return {
-        "weights": trunk_fingerprint(model),
-        "data": data.fingerprint,
-        "task": task,
-        # Every run states its exits.
-        "generation": {name: value for name, value in saved.items() if "exit" not in name},
-        "images": processor.image_processor.to_dict(),
-        "features": isinstance(data.rows, TrunkFeatureDataset),
-        "prompt_type": prompt_type,
-        "batch_size": batch_size,
-        "device": str(model.device),
-        "threads": torch.get_num_threads(),
-        "version": version("mue-hf"),
-    }
-
-
-def _refined(
-    runner: Runner, split: Split, full: list[Prediction], candidate: Candidate, objective: str, bar: tqdm
-) -> Candidate:
+def _refined(runner: Runner, split: Split, full: list[Prediction], candidate: Candidate, bar: tqdm) -> Candidate:
     """The candidate with its cost, and its risk where that is greater than expected, from a real run on `split`."""
     outcome = runner.outcome(split, full, candidate.options)
     bar.update()
     risk = max(candidate.risk, expected_risk(outcome.losses))
-    return Candidate(candidate.options, outcome.cost(objective), risk)
+    return Candidate(candidate.options, outcome.cost(runner.goal.objective), risk)
 
 
-def _check_shares(budget: float | None, compute: float | None, **others: float) -> None:
-    if (budget is None) == (compute is None):
-        raise ValueError(f"`budget` or `compute` must be given, got {budget} and {compute}; set the other to None.")
-    for name, value in {"budget": budget, "compute": compute, **others}.items():
-        if value is not None and not 0.0 < value < 1.0:
-            raise ValueError(f"`{name}` must be above 0 and below 1, got {value}; choose such as 0.05.")
+def _test(runner: Runner, split: Split, path: Sequence[Candidate], count: int, bar: tqdm) -> tuple[list[Tested], int]:
+    """What was run on the held-out split, and how many of them, from the first, are certified."""
+    goal, full = runner.goal, runner.predictions(split, None)
+
+    def measure(exits: dict[str, Any]) -> Outcome:
+        bar.update()
+        return runner.outcome(split, full, exits)
+
+    if goal.budget is not None:
+        return certify(thinned(path, goal.most_risk, count), measure, goal.budget, goal.delta, goal.method)
+    # Chosen by the search split alone: the bound holds for it whatever comes out.
+    chosen = within(path, goal)[0]
+    return [summarize(chosen, measure(chosen.options), None, goal.delta, goal.method)], 1
 
 
-def _check_choices(risk: str, objective: str, method: str, criteria: Sequence[str]) -> None:
-    choices = [("risk", risk, RISKS), ("objective", objective, OBJECTIVES), ("method", method, METHODS)]
-    choices += [("criteria", criterion, calibrated_criteria()) for criterion in criteria]
-    for name, value, known in choices:
-        if value not in known:
-            raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}; choose one of them.")
+def _preset(runner: Runner, best: Tested, images: int) -> dict[str, Any]:
+    """The preset of the best candidate: its exit options, and what they promise under which conditions."""
+    ran = runner.exits(best.options)
+    shared = {name: ran[name] for name in SHARED_OPTIONS if ran.get(name, DEFAULTS[name]) != DEFAULTS[name]}
+    notes = {
+        **asdict(runner.goal),
+        "n": images,
+        "loss": best.loss,
+        "bound": best.bound,
+        "flops": best.flops,
+        "seconds": best.seconds,
+        "generation": runner.others,
+        "prompt_type": runner.prompt_type if runner.goal.task == "entailment" else None,
+        "data_fingerprint": runner.data.fingerprint,
+        "weights_fingerprint": weights_fingerprint(runner.model),
+        "version": version("mue-hf"),
+    }
+    return shared | best.options | {name: value for name, value in notes.items() if value not in (None, {})}
 
 
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {count}; pass more.")
-
-
-def _check_options(model: MuEForConditionalGeneration, options: Mapping[str, Any]) -> None:
-    foreign = sorted((options.keys() & CONFIG_NAMES) - set(SHARED_OPTIONS))
-    if foreign:
-        raise ValueError(
-            f"`options` may hold the exit options {list(SHARED_OPTIONS)} only, got {foreign}; calibration finds "
-            "thresholds, depths and decay itself: pass `criteria` and `betas`."
-        )
-    if options.get("do_sample", model.generation_config.do_sample):
-        raise ValueError("`do_sample` must be False, got True: sampled outputs differ from run to run; turn it off.")
-
-
-def _check_rows(fields: Sequence[Mapping[str, Any]], task: str, risk: str) -> None:
-    if task not in TASKS:
-        raise ValueError(f"`task` must be one of {list(TASKS)}, got {task!r}; choose one of them.")
-    images = len({row["image_id"] for row in fields})
-    if images < 2:
-        raise ValueError(f"`data` must hold at least two images, one to search and one to test, got {images}.")
-    needed = {"captioning": "references", "entailment": "label"}[task]
-    if risk == "metric" and not all(row.get(needed) for row in fields):
-        raise ValueError(f'`data` must have `{needed}` for `risk="metric"`, got some without; use "disagreement".')
-
-
-__all__ = ["OBJECTIVES", "RISKS", "Calibration", "calibrate", "calibrated_criteria"]
+__all__ = ["Calibration", "calibrate"]

@@ -2,16 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ..data.features import TrunkFeatureDataset
 from ..evaluation.measure import Meter
 from ..evaluation.rows import ChosenRows, EvaluationData
 from ..evaluation.signals import SignalRecorder, Signals, answer_tokens, stream_layers
-from ..evaluation.store import content_key, read_predictions, read_signals, write_predictions, write_signals
+from ..evaluation.store import (
+    conditions,
+    content_key,
+    read_predictions,
+    read_signals,
+    write_predictions,
+    write_signals,
+)
 from ..inference.flops import max_new_tokens
 from ..inference.predict import Prediction, predict
 from ..metrics.rewards import CiderDReward
@@ -20,9 +30,8 @@ from ..model.exit_options_mue import ExitOptions
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 from .certify import Outcome
+from .goal import SHARED_OPTIONS, Goal
 
-# Exit options that every candidate may share; the others are what calibration looks for.
-SHARED_OPTIONS = ("exit_decay_tau", "exit_kv", "exit_min_layers")
 # Saved options must not reach a run: a preset takes their place.
 DEFAULTS = {
     name: getattr(ExitOptions(), name)
@@ -51,19 +60,18 @@ class Split:
 
 @dataclass
 class Runner:
-    """Runs candidates for real and compares them with full depth; the fields are arguments of `calibrate`, and what
-    all runs have in common."""
+    """Runs candidates for real and compares them with full depth; the fields are arguments of [`calibrate`], and the
+    `reward` that is the metric of captions."""
 
     model: MuEForConditionalGeneration
     processor: MuEProcessor
-    task: str
-    risk: str
+    data: EvaluationData
+    goal: Goal
     options: dict[str, Any]
     batch_size: int
     prompt_type: str
-    reward: CiderDReward | None
-    folder: Path | None
-    common: dict[str, Any]
+    folder: Path | None = None
+    reward: CiderDReward | None = None
 
     def __post_init__(self) -> None:
         self.layers = stream_layers(self.model.config)
@@ -71,6 +79,18 @@ class Runner:
         self.shared = DEFAULTS | {name: value for name, value in self.options.items() if name in SHARED_OPTIONS}
         self.others = {name: value for name, value in self.options.items() if name not in SHARED_OPTIONS}
         self.num_steps = max_new_tokens(self.model, self.others)
+        self.common: dict[str, Any] = {}
+        if self.folder is not None:
+            # What outputs and seconds depend on, beside rows and options.
+            self.common = conditions(
+                self.model, self.processor, self.data.fingerprint, self.goal.task, self.prompt_type
+            ) | {
+                "features": isinstance(self.data.rows, TrunkFeatureDataset),
+                "batch_size": self.batch_size,
+                "device": str(self.model.device),
+                "threads": torch.get_num_threads(),
+                "version": version("mue-hf"),
+            }
 
     def exits(self, exits: Mapping[str, Any] | None) -> dict[str, Any]:
         """All exit options of a candidate, or of full depth for None."""
@@ -101,7 +121,7 @@ class Runner:
             found, signals = read_predictions(path), read_signals(path.with_suffix(".safetensors"))
             if found is not None and signals is not None:
                 return found, signals
-        tokens = answer_tokens(self.processor) if self.task == "entailment" else None
+        tokens = answer_tokens(self.processor) if self.goal.task == "entailment" else None
         with SignalRecorder(self.model, tokens) as recorder:
             full = self._run(split, options)
         if path is not None:
@@ -119,7 +139,7 @@ class Runner:
             self.model,
             self.processor,
             split.rows,
-            self.task,
+            self.goal.task,
             options,
             batch_size=self.batch_size,
             prompt_type=self.prompt_type,
@@ -137,12 +157,12 @@ class Runner:
 
     def flops(self, split: Split, predictions: list[Prediction], exits: Mapping[str, Any] | None) -> float:
         """Mean FLOPs of an output, its image's trunk included."""
-        meter = Meter(self.model, self.processor, self.task, split.texts, self.others, self.prompt_type)
+        meter = Meter(self.model, self.processor, self.goal.task, split.texts, self.others, self.prompt_type)
         return meter.flops(predictions, self.exits(exits))["mean"]
 
     def losses(self, split: Split, full: list[Prediction], found: list[Prediction]) -> list[float]:
         """The loss of every row."""
-        if self.risk == "disagreement":
+        if self.goal.risk == "disagreement":
             return [float(one.output != other.output) for one, other in zip(found, full, strict=True)]
         drops = np.subtract(self._quality(split, full), self._quality(split, found))
         return np.clip(drops, 0.0, 1.0).tolist()
@@ -155,4 +175,4 @@ class Runner:
         return [float(one.output == answers[row["label"]]) for one, row in zip(predictions, split.texts, strict=True)]
 
 
-__all__ = ["DEFAULTS", "SHARED_OPTIONS", "Runner", "Split"]
+__all__ = ["DEFAULTS", "Runner", "Split"]

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .goal import Goal
+
 
 @dataclass(frozen=True)
 class StreamExit:
@@ -74,14 +76,15 @@ def thinned(path: Sequence[Candidate], most_risk: float, count: int) -> list[Can
     return [path[i] for i in sorted(kept)]
 
 
-def within(path: Sequence[Candidate], objective: str, compute: float) -> list[Candidate]:
+def within(path: Sequence[Candidate], goal: Goal) -> list[Candidate]:
     """The candidates of a path whose cost is within `compute`."""
-    affordable = [candidate for candidate in path if candidate.cost <= compute]
+    affordable = [candidate for candidate in path if candidate.cost <= goal.compute]
     if not affordable:
         reached = min(candidate.cost for candidate in path)
         raise ValueError(
-            f"`compute` must be reachable, got {compute}, but the candidates reach {reached:.3g} of the {objective} "
-            "of full depth; allow more, raise `num_thresholds`, use `per_layer`, or try other `criteria`."
+            f"`compute` must be reachable, got {goal.compute}, but the candidates reach {reached:.3g} of the "
+            f"{goal.objective} of full depth; allow more, raise `num_thresholds`, use `per_layer`, or try other "
+            "`criteria`."
         )
     return affordable
 

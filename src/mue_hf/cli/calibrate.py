@@ -51,9 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="report, and write nothing")
     data = add_data_arguments(parser, "dev", "; time is then without the trunk", fewest=2)
     data.add_argument("--task", choices=TASKS, required=True)
-    data.add_argument(
-        "--search-share", type=float, default=0.3, metavar="S", help="share of the images in the search split (0.3)"
-    )
+    share = "share of the images in the search split (0.3)"
+    data.add_argument("--search-share", type=float, default=0.3, metavar="S", help=share)
     data.add_argument("--seed", type=int, default=0, metavar="N", help="of the splits (0)")
     goal = parser.add_argument_group("goal")
     either = goal.add_mutually_exclusive_group()
@@ -62,39 +61,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--delta", type=float, default=0.05, metavar="D", help="1 - confidence (0.05)")
     goal.add_argument("--risk", choices=RISKS, default="disagreement", help="changed outputs, or loss of the metric")
     goal.add_argument("--objective", choices=OBJECTIVES, default="flops", help="what is to be saved (flops)")
-    goal.add_argument("--method", choices=METHODS, default=METHODS[0], help=f"of the test ({METHODS[0]})")
+    goal.add_argument("--method", choices=METHODS, default="hoeffding-bentkus", help="of the test (hoeffding-bentkus)")
     settings = parser.add_argument_group("settings to try")
     criteria = calibrated_criteria()
-    alone = [name for name in criteria if not CRITERIA[name].in_encoder]
+    alone = ", ".join(name for name in criteria if not CRITERIA[name].in_encoder)
+    known = f"to choose from: {', '.join(criteria)} (similarity); with {alone} encoder streams exit by similarity"
     settings.add_argument(
-        "--criterion",
-        nargs="+",
-        choices=criteria,
-        default=["similarity"],
-        metavar="NAME",
-        help=f"criteria to choose from: {', '.join(criteria)} (similarity); {', '.join(alone)} are about the decoder, "
-        "which may also run in full",
+        "--criterion", nargs="+", choices=criteria, default=["similarity"], metavar="NAME", help=known
     )
     settings.add_argument("--per-layer", action="store_true", help="a threshold for each layer, of similarity")
-    settings.add_argument(
-        "--beta", type=float, nargs="+", default=[1.0], metavar="B", help="decays of the decoder's threshold (1)"
-    )
-    count = at_least(1)
-    settings.add_argument("--num-thresholds", type=count, default=5, metavar="N", help="candidates per stream (5)")
-    settings.add_argument("--levels", action=RenamedOption, dest="num_thresholds", type=count, help=argparse.SUPPRESS)
-    settings.add_argument("--candidates", type=count, default=8, metavar="N", help="combinations to test (8)")
+    decays = "decays of the decoder's threshold (1)"
+    settings.add_argument("--beta", type=float, nargs="+", default=[1.0], metavar="B", help=decays)
+    count = {"type": at_least(1), "metavar": "N"}
+    settings.add_argument("--num-thresholds", **count, default=5, help="candidate thresholds per stream (5)")
+    settings.add_argument("--levels", dest="num_thresholds", action=RenamedOption, **count, help=argparse.SUPPRESS)
+    settings.add_argument("--candidates", **count, default=8, help="combinations to test (8)")
     runs = parser.add_argument_group("runs")
     add_device_arguments(runs)
-    runs.add_argument("--batch-size", type=at_least(1), default=16, metavar="N", help="rows per call (16)")
+    runs.add_argument("--batch-size", **count, default=16, help="rows per call (16)")
     add_decoding_arguments(runs)
-    runs.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("runs/calibration"),
-        metavar="DIR",
-        help="folder where outputs of runs are kept, so that the same command goes on where it was interrupted "
-        "(runs/calibration)",
+    kept = (
+        "folder where outputs are kept, so that the same command goes on where it was interrupted (runs/calibration)"
     )
+    runs.add_argument("--runs", type=Path, default=Path("runs/calibration"), metavar="DIR", help=kept)
     shared = ", ".join(SHARED_OPTIONS)
     add_generate_argument(runs, f"any other option of generate, or one of {shared}; may be repeated")
 
@@ -127,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         `int`: 0, or 1 if nothing could be certified.
     """
     check_preset(args.model, args.preset)
-    rows = load_rows(args.task, args.data, args.split, limit=args.limit, **dict(args.data_option))
+    rows = load_rows(args.task, args.data, args.split, limit=args.limit, **dict(args.data_options))
     data = describe_rows(rows)
     model, processor = load_model(args)
     if args.features is not None:

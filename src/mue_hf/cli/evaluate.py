@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .options import (
     thresholds,
 )
 
+DEFAULT_METRICS = "bleu,meteor,rouge_l,cider"
 EXAMPLE = """examples:
   mue-hf evaluate captioning --model CHECKPOINT --data captions.jsonl --preset balanced --output runs/captions.jsonl
   mue-hf evaluate entailment --model CHECKPOINT --data scenes:0:1250 --sweep all --thresholds-split dev \\
@@ -74,18 +76,15 @@ def point_name(text: str) -> str:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, split: str, features: str, fewest: int = 1) -> Any:
-    """Declares what [`load_rows`] takes; returns the group."""
+    """Declares what says which rows are read, and how the decoder reads them; returns the group."""
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        required=True,
-        metavar="SOURCE",
-        help="JSONL, JSON, CSV or parquet file, folder, Hub id, or scenes:SEED:COUNT for generated scenes",
-    )
+    sources = "JSONL, JSON, CSV or parquet file, folder, Hub id, or scenes:SEED:COUNT for generated scenes"
+    data.add_argument("--data", required=True, metavar="SOURCE", help=sources)
     data.add_argument("--split", default=split, help=f"which rows; all for every one (default: {split})")
     data.add_argument("--limit", type=at_least(fewest), metavar="N", help="the first N rows alone")
     data.add_argument(
         "--data-option",
+        dest="data_options",
         type=setting,
         action="append",
         default=[],
@@ -103,7 +102,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, split: str, features: st
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what `mue-hf evaluate` takes."""
+    """Declares what `mue-hf evaluate` takes; most of it becomes the fields of [`EvaluationArguments`]."""
     parser.epilog = EXAMPLE
     parser.add_argument("task", choices=TASKS)
     add_model_arguments(parser)
@@ -111,44 +110,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_decoding_arguments(parser)
     data = add_data_arguments(parser, "test", "")
     data.add_argument("--kind-column", metavar="NAME", help="column with the kind of a statement, for figures by kind")
-    data.add_argument("--no-premise", action="store_true", help="entailment from image and hypothesis alone")
-    data.add_argument(
-        "--images",
-        choices=["own", "shuffled", "none"],
-        default="own",
-        help="control runs of entailment: every image in another one's place, or no images (default: own)",
-    )
+    without = "entailment from image and hypothesis alone"
+    data.add_argument("--no-premise", dest="premise", action="store_false", help=without)
+    images = "control runs of entailment: every image in another one's place, or no images (default: own)"
+    data.add_argument("--images", choices=["own", "shuffled", "none"], default="own", help=images)
     _add_setting_arguments(parser)
     scores = parser.add_argument_group("scores")
-    scores.add_argument(
-        "--metrics",
-        type=names,
-        default=["bleu", "meteor", "rouge_l", "cider"],
-        metavar="NAME,...",
-        help=f"of captions: {', '.join(METRICS)} (default: bleu,meteor,rouge_l,cider)",
-    )
-    scores.add_argument(
-        "--tokenizer", choices=TOKENIZERS, default="ptb", help="of captions (default: ptb, needs Java)"
-    )
+    known = f"of captions: {', '.join(METRICS)} (default: {DEFAULT_METRICS})"
+    scores.add_argument("--metrics", type=names, default=names(DEFAULT_METRICS), metavar="NAME,...", help=known)
+    words = "of captions (default: ptb, needs Java)"
+    scores.add_argument("--tokenizer", choices=TOKENIZERS, default="ptb", help=words)
     scores.add_argument("--resamples", type=at_least(1), default=1000, metavar="N", help="for intervals (1000)")
-    scores.add_argument(
-        "--against",
-        type=point_name,
-        default="full depth",
-        metavar="NAME",
-        help="point to take differences to (default: full depth)",
-    )
+    against = {"type": point_name, "default": "full depth", "metavar": "NAME"}
+    scores.add_argument("--against", **against, help="point to take differences to (default: full depth)")
     scores.add_argument("--time-rows", type=at_least(0), default=20, metavar="N", help="rows to time; 0: none (20)")
     scores.add_argument("--time-batch-size", type=at_least(1), default=1, metavar="N", help="default: 1")
     scores.add_argument("--time-repeats", type=at_least(1), default=5, metavar="N", help="default: 5")
     output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FILE.jsonl",
-        help="records are added to it; outputs by row go to a folder beside it",
-    )
+    added = "records are added to it; outputs by row go to a folder beside it"
+    output.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help=added)
     output.add_argument("--table", type=Path, metavar="FILE.md", help="write the table there too")
     output.add_argument("--plots", type=Path, metavar="DIR", help="draw plots there")
     output.add_argument("--json", action="store_true", help="records on stdout in place of the table")
@@ -160,63 +140,43 @@ def _add_setting_arguments(parser: argparse.ArgumentParser) -> None:
         "Thresholds and --generate options alone are one point; beside --sweep they hold for all of its points but\n"
         "fixed depths. A threshold is one number, or one per layer with commas between them.",
     )
-    exits.add_argument("--preset", action="append", default=[], metavar="NAME", help="may be repeated")
+    repeated = {"action": "append", "default": []}
+    exits.add_argument("--preset", dest="presets", **repeated, metavar="NAME", help="may be repeated")
     for stream in THRESHOLD_OPTIONS:
         note = ", for checkpoints with a joint one" if stream == "encoder" else ""
         exits.add_argument(f"--{stream}-threshold", type=thresholds, metavar="T", help=f"of the {stream}{note}")
     add_generate_argument(exits, "any other option of generate, exits or not, e.g. exit_kv=exact; may be repeated")
-    exits.add_argument(
-        "--sweep",
-        type=sweep,
-        action="append",
-        default=[],
-        metavar="CRITERION[=V,V,...]",
-        help=f"{', '.join(known_sweeps())}, all, or a .json file with an object of names and exit options; may be "
-        "repeated",
-    )
-    exits.add_argument(
-        "--thresholds-split",
-        metavar="SPLIT",
-        help="take the similarity thresholds from what the layers say on this split of the data, also one per layer",
-    )
-    count, rows = at_least(1), at_least(1)
-    exits.add_argument("--num-thresholds", type=count, default=6, metavar="N", help="how many of these (default: 6)")
-    exits.add_argument("--thresholds-rows", type=rows, default=200, metavar="N", help="rows for it (default: 200)")
-    exits.add_argument(
-        "--shuffled-depths",
-        type=point_name,
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a baseline: the depths of that point shuffled, one decoder depth per row; may be repeated",
-    )
-    old = {"help": argparse.SUPPRESS}
-    exits.add_argument("--levels-split", action=RenamedOption, dest="thresholds_split", **old)
-    exits.add_argument("--levels", action=RenamedOption, dest="num_thresholds", type=count, **old)
-    exits.add_argument("--levels-rows", action=RenamedOption, dest="thresholds_rows", type=rows, **old)
-    exits.add_argument("--random", action=RenamedList, dest="shuffled_depths", type=point_name, **old)
+    known = f"{', '.join(known_sweeps())}, all, or a .json file with an object of names and exit options; repeatable"
+    exits.add_argument("--sweep", type=sweep, **repeated, metavar="CRITERION[=V,V,...]", help=known)
+    split = "take the similarity thresholds from what the layers say on this split of the data, also one per layer"
+    exits.add_argument("--thresholds-split", metavar="SPLIT", help=split)
+    count = {"type": at_least(1), "metavar": "N"}
+    exits.add_argument("--num-thresholds", **count, default=6, help="how many of these (default: 6)")
+    exits.add_argument("--thresholds-rows", **count, default=200, help="rows for it (default: 200)")
+    shuffled = "a baseline: the depths of that point shuffled, one decoder depth per row; may be repeated"
+    exits.add_argument("--shuffled-depths", type=point_name, **repeated, metavar="NAME", help=shuffled)
+    old = {"action": RenamedOption, "help": argparse.SUPPRESS}
+    exits.add_argument("--levels-split", dest="thresholds_split", **old)
+    exits.add_argument("--levels", dest="num_thresholds", **count, **old)
+    exits.add_argument("--levels-rows", dest="thresholds_rows", **count, **old)
+    exits.add_argument("--random", dest="shuffled_depths", type=point_name, **old | {"action": RenamedList})
     exits.add_argument("--oracle", action="store_true", help="the token oracle; needs greedy decoding")
 
 
 def _arguments(args: argparse.Namespace) -> EvaluationArguments:
     given = {option: getattr(args, f"{stream}_threshold") for stream, option in THRESHOLD_OPTIONS.items()}
     exits = {option: value for option, value in given.items() if value is not None}
-    exits |= {name: value for name, value in args.generate if name in CONFIG_NAMES}
-    same = (
-        *("task", "data", "output", "split", "limit", "kind_column", "features", "images", "prompt_type"),
-        *("batch_size", "shuffled_depths", "thresholds_split", "num_thresholds", "thresholds_rows", "oracle"),
-        *("against", "metrics", "tokenizer", "resamples", "time_rows", "time_batch_size", "time_repeats"),
-    )
-    return EvaluationArguments(
-        **{name: getattr(args, name) for name in same},
-        data_options=dict(args.data_option),
-        premise=not args.no_premise,
-        decoding=decoding_options(args),
-        exits=exits,
-        presets=args.preset,
-        sweeps=[one for one in args.sweep if one[0] != "file"],
-        chosen={label: exits for name, file in args.sweep if name == "file" for label, exits in file.items()},
-    )
+    same = {
+        field.name: getattr(args, field.name) for field in fields(EvaluationArguments) if hasattr(args, field.name)
+    }
+    others = {
+        "data_options": dict(args.data_options),
+        "decoding": decoding_options(args),
+        "exits": exits | {name: value for name, value in args.generate if name in CONFIG_NAMES},
+        "sweeps": [one for one in args.sweep if one[0] != "file"],
+        "chosen": {label: exits for name, file in args.sweep if name == "file" for label, exits in file.items()},
+    }
+    return EvaluationArguments(**same | others)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,20 @@ from ..model.processing_mue import MuEProcessor
 SHARD = 256
 
 
+@contextmanager
+def unfolded(model: MuEForConditionalGeneration | MuEModel) -> Iterator[None]:
+    """The model's batch norms are inside as they were before they were folded."""
+    encoder = model.get_encoder()
+    folded = encoder.folding is not None
+    encoder.unfold_batch_norms()
+    yield
+    if folded:
+        encoder.fold_batch_norms()
+
+
 def trunk_fingerprint(trunk: PreTrainedModel) -> str:
-    """SHA-256 of the trunk's settings, weights and buffers: other weights, another fingerprint."""
+    """SHA-256 of the settings, weights and buffers of a trunk, or of a whole model: other weights, other fingerprint.
+    Folded batch norms are other weights, see [`unfolded`]."""
     settings = trunk.config.to_dict()
     # They say where the trunk came from, not what it computes.
     for name in ("_name_or_path", "transformers_version"):
@@ -147,21 +160,16 @@ def cache_trunk_features(
     run goes on from the last one. The trunk runs in evaluation mode, as a frozen one should in training.
 
     Args:
-        model ([`MuEForConditionalGeneration`] or [`MuEModel`]):
-            The model, on the device that is to compute.
-        processor ([`MuEProcessor`]):
-            Its image processor makes the pixels.
-        dataset (`datasets.Dataset` or `torch.utils.data.Dataset`):
-            Rows with an "image", such as those of [`load_captioning`]; not streamed.
-        folder (`str` or `os.PathLike`):
-            Where the features lie; made if it does not exist.
-        mirror (`bool`, *optional*, defaults to `False`):
-            Whether each access draws the image or its mirror image. Texts that say left or right are then wrong half
-            of the time.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
-            In which features are stored; the data set gives float32.
-        batch_size (`int`, *optional*, defaults to 16):
-            Images per call of the trunk.
+        model ([`MuEForConditionalGeneration`] or [`MuEModel`]): the model, on the device that is to compute.
+        processor ([`MuEProcessor`]): its image processor makes the pixels.
+        dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): rows with an "image", such as those of
+            [`load_captioning`]; not streamed.
+        folder (`str` or `os.PathLike`): where the features lie; made if it does not exist.
+        mirror (`bool`, *optional*, defaults to `False`): whether each access draws the image or its mirror image.
+            Texts that say left or right are then wrong half of the time.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): in which features are stored; the data set
+            gives float32.
+        batch_size (`int`, *optional*, defaults to 16): images per call of the trunk.
 
     Returns:
         [`TrunkFeatureDataset`], for [`MuEDataCollator`].
@@ -176,8 +184,10 @@ def cache_trunk_features(
             "load it without streaming."
         )
     trunk = model.get_encoder().embed_images
+    with unfolded(model):
+        fingerprint = trunk_fingerprint(trunk)
     settings = processor.image_processor.to_dict()
-    key = json.dumps([trunk_fingerprint(trunk), settings, str(dtype)], sort_keys=True, default=str)
+    key = json.dumps([fingerprint, settings, str(dtype)], sort_keys=True, default=str)
     folder = Path(folder) / sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -210,4 +220,4 @@ def cache_trunk_features(
     return TrunkFeatureDataset(rows, [[index[key] for key in keys] for keys in variants])
 
 
-__all__ = ["TrunkFeatureDataset", "cache_trunk_features", "image_digest", "trunk_fingerprint"]
+__all__ = ["TrunkFeatureDataset", "cache_trunk_features", "image_digest", "trunk_fingerprint", "unfolded"]

@@ -106,7 +106,7 @@ def token_oracle(full: Sequence[Prediction], signals: Signals) -> list[Predictio
     """
     The predictions at full depth, each token at the first layer from which the best token stays that of the last.
 
-    No criterion can leave earlier without another token, given the keys and values of all layers. It is read off
+    No criterion can exit earlier without another token, given the keys and values of all layers. It is read off
     `signals`, recorded while `full` was made without beams; nothing was skipped.
     """
     layers = signals.agreeing.shape[1]

@@ -202,7 +202,7 @@ class Meter:
         prompt = text_tokens - 1 if self.prompt_type == "prev_output" else 1
         length = prompt + max(map(len, branching))
         sizes |= {"text_tokens": text_tokens, "max_tokens": length, "beams": 1}
-        # A token that runs no layer leaves what all of them share.
+        # A token that runs no layer costs what all of them share.
         parts = caption_flops(config, [0], **sizes)
         memory = sizes["image_tokens"] + text_tokens
         parts["cross_keys"] += max(depths) * 2 * 2 * memory * config.d_model**2

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from itertools import product
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from ..files import write_whole
 from ..model.criteria_mue import CRITERIA
-from ..model.exit_options_mue import ExitOptions
 from .settings import sets_depths
 from .tables import main_score
 
@@ -121,35 +120,27 @@ def _values(records: Sequence[Mapping[str, Any]], x: Sequence[float], score: str
     return {name: sorted(points) for name, points in curves.items()}
 
 
-def pareto_front(points: Iterable[Point]) -> list[Point]:
-    """The points that no other one beats in both x and y, by x."""
+def pareto_front(curves: Mapping[str, Sequence[Point]]) -> list[Point]:
+    """The points that no other one beats in both x and y, by x; the oracle's cannot be reached."""
     front: list[Point] = []
+    points = (point for name, points in curves.items() if name != "oracle" for point in points)
     for point in sorted(points, reverse=True):
         if not front or point.y > front[-1].y:
             front.append(point)
     return front[::-1]
 
 
-def _front(curves: Mapping[str, Sequence[Point]]) -> list[Point]:
-    return pareto_front(point for name, points in curves.items() if name != "oracle" for point in points)
-
-
 def _most_telling(curves: Mapping[str, Sequence[Point]]) -> list[str]:
-    """The curves in the order in which they are drawn while there is room: named points, then one for each criterion
-    (its own, or else the one with most points on the Pareto front), then the others."""
-    front = _front(curves)
-    on_front = {name: sum(point in front for point in points) for name, points in curves.items() if name != "full"}
-    order = sorted(on_front, key=lambda name: (name not in NAMED, name not in CRITERIA, -on_front[name]))
-    first: dict[str, str] = {}
-    for name in order:
-        first.setdefault(_criterion(name), name)
-    others = {name for name in order if not _criterion(name) or first[_criterion(name)] != name}
-    return sorted(order, key=lambda name: (name not in NAMED, name in others, -on_front[name]))
+    """The curves in the order in which they are drawn while there is room: named points, then those of whole criteria,
+    then the others, each kind by how many of its points are on the Pareto front."""
+    front = pareto_front(curves)
+    counts = {name: sum(point in front for point in points) for name, points in curves.items() if name != "full"}
+    return sorted(counts, key=lambda name: (name not in NAMED, name not in CRITERIA, -counts[name]))
 
 
 def _points(axes: Any, curves: Mapping[str, Sequence[Point]], order: Sequence[str]) -> None:
     """A line for each of the first curves, and the Pareto front of all."""
-    front = _front(curves)
+    front = pareto_front(curves)
     axes.plot([one.x for one in front], [one.y for one in front], color="#dddddd", linewidth=5, zorder=1)
     labels = [("Pareto front", front[-1].x, front[-1].y, QUIET)]
     for name, color in zip(order, COLORS, strict=False):
@@ -170,14 +161,6 @@ def _points(axes: Any, curves: Mapping[str, Sequence[Point]], order: Sequence[st
     aside = [one for one in labels if one[1] > left + 0.8 * (right - left)]
     label_ends(axes, aside)
     _label_points(axes, [one for one in labels if one not in aside])
-
-
-def _criterion(curve: str) -> str:
-    """The criterion that a curve of records is about; "" where it is about none, such as shuffled depths."""
-    if curve in NAMED:
-        return curve
-    known = (name for name in CRITERIA if curve.replace("kv-", ExitOptions().exit_criterion).startswith(name))
-    return next(known, "")
 
 
 def _curves(axes: Any, curves: Mapping[str, Any]) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ..data.features import cache_trunk_features, trunk_fingerprint
+from ..data.features import cache_trunk_features
 from ..files import write_whole
 from ..inference.predict import Prediction, predict
 from ..metrics import caption_scores
 from ..model.exit_options_mue import CONFIG_NAMES, resolve_options
-from ..model.generation_mue import weights_fingerprint
 from ..model.modeling_mue import MuEForConditionalGeneration
+from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
 from .arguments import EvaluationArguments
 from .depths import shuffled_depths, similarity_curves, token_oracle
@@ -29,7 +29,7 @@ from .processes import Processes
 from .rows import ChosenRows, ControlledRows, EvaluationData, describe_rows, donors, load_rows
 from .settings import Setting, make_settings
 from .signals import SignalRecorder, Signals, answer_tokens
-from .store import append_record, content_key, read_predictions, read_records, write_predictions
+from .store import append_record, conditions, content_key, read_predictions, read_records, write_predictions
 from .thresholds import stream_thresholds
 
 NEVER = {"exit_criterion": "never"}
@@ -40,8 +40,8 @@ class Evaluation:
     One comparison of exit settings: model, data and what all of its points have in common.
 
     Args:
-        model ([`MuEForConditionalGeneration`]), processor ([`MuEProcessor`]): what is evaluated. With sweeps, exits
-            saved in `model.generation_config` are taken out of it, so that each point is what its name says.
+        model ([`MuEForConditionalGeneration`]), processor ([`MuEProcessor`]): what is evaluated. With sweeps or chosen
+            settings, exits saved in `model.generation_config` are taken out: each point is what its name says.
         arguments ([`EvaluationArguments`]): what is asked for.
         processes ([`Processes`], *optional*): those that share the work; this one alone by default.
 
@@ -60,7 +60,7 @@ class Evaluation:
         self.model, self.processor, self.args = model, processor, args
         self.processes = processes or Processes(0, 1, str(model.device))
         self.known = self.processes.share(lambda: read_records(args.output))
-        if args.sweeps:
+        if args.sweeps or args.chosen:
             _forget_saved_exits(model.generation_config)
         saved = model.generation_config.to_dict()
         beams = args.decoding.get("num_beams") or saved["num_beams"] or 1
@@ -81,15 +81,9 @@ class Evaluation:
         self.timed_rows, self.rows = self._rows(data)
         scores = {"metrics": args.metrics, "tokenizer": args.tokenizer, "resamples": args.resamples}
         self.meter = Meter(model, processor, args.task, data.fields, args.decoding, args.prompt_type, **scores)
-        unrelated = ("transformers_version", "_from_model_config")
-        self.common = {
-            "task": args.task,
-            "weights": trunk_fingerprint(model),
-            "data": data.fingerprint,
-            "decoding": {k: v for k, v in saved.items() if "exit" not in k and k not in unrelated}
-            | dict(args.decoding),
-            "processor": processor.image_processor.to_dict(),
-            "prompt_type": args.prompt_type,
+        self.common = conditions(model, processor, data.fingerprint, args.task, args.prompt_type)
+        self.common["decoding"] |= args.decoding
+        self.common |= {
             "premise": args.premise,
             "images": args.images,
             "dtype": str(model.dtype).removeprefix("torch."),

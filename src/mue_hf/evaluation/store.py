@@ -10,8 +10,11 @@ from typing import Any
 
 from safetensors.torch import load_file, save
 
+from ..data.features import trunk_fingerprint, unfolded
 from ..files import write_whole
 from ..inference.predict import Prediction
+from ..model.modeling_mue import MuEForConditionalGeneration
+from ..model.processing_mue import MuEProcessor
 from .signals import Signals
 
 # Names of the encoder's streams in a file of signals begin with it.
@@ -21,6 +24,25 @@ ENCODER = "encoder."
 def content_key(content: Any) -> str:
     """A short name for what JSON can hold: other content, another name."""
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def conditions(
+    model: MuEForConditionalGeneration, processor: MuEProcessor, data: str, task: str, prompt_type: str
+) -> dict[str, Any]:
+    """What outputs depend on beside the options of their call, in words and fingerprints; `data` is that of the rows.
+    Exits that are saved with the model are left out: every run states its own."""
+    with unfolded(model):
+        weights = trunk_fingerprint(model)
+    others = ("transformers_version", "_from_model_config")
+    saved = model.generation_config.to_dict().items()
+    return {
+        "task": task,
+        "weights": weights,
+        "data": data,
+        "decoding": {name: value for name, value in saved if "exit" not in name and name not in others},
+        "processor": processor.image_processor.to_dict(),
+        "prompt_type": prompt_type,
+    }
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -91,6 +113,7 @@ def read_signals(path: Path) -> Signals | None:
 
 __all__ = [
     "append_record",
+    "conditions",
     "content_key",
     "read_predictions",
     "read_records",

@@ -14,46 +14,33 @@ def make_table(records: Sequence[Mapping[str, Any]]) -> str:
     """The points as a table in markdown, scores with 95 % intervals."""
     score = main_score(records[0])
     others = [name for name in records[0]["quality"] if name.startswith(("bleu_4", "meteor", "rouge", "spice"))]
-    head = [
-        "point",
-        score,
-        f"difference to {records[0]['against']}",
-        *others,
-        "identical",
-        "layers image / text / token",
-        "R mean / sum / without text",
-        "FLOPs skipped (without trunk)",
-        "speed-up",
-        "tokens",
-    ]
-    lines = [head, ["---"] * len(head)]
-    for record in records:
-        quality, depth, skipped, flops, taken = (
-            record[name] for name in ("quality", "depth", "layers_skipped", "flops", "time")
-        )
-        low, high = record["intervals"][score]
-        same_low, same_high = record["identical_interval"]
-        reductions = " / ".join(
-            "-" if skipped[name] is None else f"{skipped[name]:.1%}" for name in ("mean", "sum", "without_text")
-        )
-        speed = "-"
-        if taken:
-            speed = "{:.2f} [{:.2f}, {:.2f}]".format(taken["speedup"], *taken["speedup_interval"])
-        lines.append(
-            [
-                record["name"],
-                f"{quality[score]:.3f} [{low:.3f}, {high:.3f}]",
-                "{:+.3f} [{:+.3f}, {:+.3f}]".format(record["difference"]["mean"], *record["difference"]["interval"]),
-                *(f"{quality[name]:.3f}" for name in others),
-                f"{record['identical']:.3f} [{same_low:.3f}, {same_high:.3f}]",
-                f"{depth['image']:.2f} / {depth['text']:.2f} / {depth['decoder']:.2f}",
-                reductions,
-                f"{flops['skipped']:.1%} ({flops['skipped_without_trunk']:.1%})",
-                speed,
-                f"{record['length']['tokens']:.1f}",
-            ]
-        )
+    rows = [_cells(record, score, others, records[0]["against"]) for record in records]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cells(record: Mapping[str, Any], score: str, others: Sequence[str], against: str) -> dict[str, str]:
+    """A row of the table, by column."""
+    quality, depth, flops, time = (record[name] for name in ("quality", "depth", "flops", "time"))
+    skipped = [record["layers_skipped"][name] for name in ("mean", "sum", "without_text")]
+    change = record["difference"]
+    return {
+        "point": record["name"],
+        score: _with_interval(quality[score], record["intervals"][score]),
+        f"difference to {against}": _with_interval(change["mean"], change["interval"], "+.3f"),
+        **{name: f"{quality[name]:.3f}" for name in others},
+        "identical": _with_interval(record["identical"], record["identical_interval"]),
+        "layers image / text / token": f"{depth['image']:.2f} / {depth['text']:.2f} / {depth['decoder']:.2f}",
+        "R mean / sum / without text": " / ".join("-" if share is None else f"{share:.1%}" for share in skipped),
+        "FLOPs skipped (without trunk)": f"{flops['skipped']:.1%} ({flops['skipped_without_trunk']:.1%})",
+        "speed-up": _with_interval(time["speedup"], time["speedup_interval"], ".2f") if time else "-",
+        "tokens": f"{record['length']['tokens']:.1f}",
+    }
+
+
+def _with_interval(value: float, interval: Sequence[float], form: str = ".3f") -> str:
+    low, high = interval
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def describe_environment(record: Mapping[str, Any]) -> tuple[str, str]:

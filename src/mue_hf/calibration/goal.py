@@ -1,0 +1,106 @@
+"""What a calibration is to reach, and whether its arguments and data allow that."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..inference.predict import TASKS
+from ..model.criteria_mue import CRITERIA
+from ..model.exit_options_mue import CONFIG_NAMES
+from .bounds import METHODS
+
+RISKS = ("disagreement", "metric")
+OBJECTIVES = ("flops", "time")
+# Exit options that every candidate may share; the others are what calibration finds.
+SHARED_OPTIONS = ("exit_decay_tau", "exit_kv", "exit_min_layers")
+
+
+def calibrated_criteria() -> list[str]:
+    """Names of the criteria that can be calibrated: all that have values to try."""
+    return [name for name, criterion in CRITERIA.items() if criterion.sweep_options]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is promised and what is saved; the fields are arguments of [`calibrate`], checked."""
+
+    task: str
+    risk: str
+    budget: float | None
+    compute: float | None
+    objective: str
+    delta: float
+    method: str
+
+    def __post_init__(self) -> None:
+        if (self.budget is None) == (self.compute is None):
+            given = f"{self.budget} and {self.compute}"
+            raise ValueError(f"`budget` or `compute` must be given, got {given}; set the other to None.")
+        for name in ("budget", "compute", "delta"):
+            check_share(name, getattr(self, name))
+        check_choice("task", self.task, TASKS)
+        check_choice("risk", self.risk, RISKS)
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("method", self.method, METHODS)
+
+    @property
+    def most_risk(self) -> float:
+        """The greatest expected risk with which a candidate is worth a run."""
+        return 1.0 if self.budget is None else 2 * self.budget
+
+    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Raises a ValueError unless there are two images, and labels or references if the risk needs them."""
+        images = len({row["image_id"] for row in rows})
+        if images < 2:
+            raise ValueError(f"`data` must hold at least two images, one to search and one to test, got {images}.")
+        needed = "references" if self.task == "captioning" else "label"
+        if self.risk == "metric" and not all(row.get(needed) for row in rows):
+            raise ValueError(f'`data` must have `{needed}` for `risk="metric"`, got some without; use "disagreement".')
+
+
+def check_share(name: str, value: float | None) -> None:
+    """Raises a ValueError unless `value` is None or in (0, 1)."""
+    if value is not None and not 0.0 < value < 1.0:
+        raise ValueError(f"`{name}` must be above 0 and below 1, got {value}; choose such as 0.05.")
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises a ValueError unless `value` is one of `known`."""
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}; choose one of them.")
+
+
+def check_search(criteria: Sequence[str], betas: Sequence[float], **counts: int) -> None:
+    """Raises a ValueError unless there is something to try."""
+    for name, count in {**counts, "criteria": len(criteria), "betas": len(betas)}.items():
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {count}; pass more.")
+    for criterion in criteria:
+        check_choice("criteria", criterion, calibrated_criteria())
+    if not all(0.0 < beta <= 1.0 for beta in betas):
+        raise ValueError(f"`betas` must be above 0 and at most 1, got {list(betas)}; 1 is no decay.")
+
+
+def check_options(options: Mapping[str, Any], samples: bool) -> None:
+    """Raises a ValueError for options of `generate` that are what calibration finds, or that sample outputs, which a
+    model does by itself if it `samples`."""
+    foreign = sorted((options.keys() & CONFIG_NAMES) - set(SHARED_OPTIONS))
+    if foreign:
+        raise ValueError(
+            f"`options` may hold the exit options {list(SHARED_OPTIONS)} only, got {foreign}; calibration finds "
+            "thresholds, depths and decay itself: pass `criteria` and `betas`."
+        )
+    if options.get("do_sample", samples):
+        raise ValueError("`do_sample` must be False, got True: sampled outputs differ from run to run; turn it off.")
+
+
+__all__ = [
+    "OBJECTIVES",
+    "RISKS",
+    "SHARED_OPTIONS",
+    "Goal",
+    "calibrated_criteria",
+    "check_options",
+    "check_search",
+    "check_share",
+]
