@@ -210,7 +210,6 @@ class TestJava:
         def fail(*_: object) -> None:
             raise subprocess.CalledProcessError(1, "java")
 
-        monkeypatch.setattr(scorers, "require_spice", lambda: None)
         monkeypatch.setattr(scorers, "Spice", lambda: SimpleNamespace(compute_score=fail))
         with pytest.raises(RuntimeError, match="exit status 1; .* Java 8"):
             scorers.spice(CAPTIONS, REFERENCES, np.empty((0, 4)))
@@ -218,7 +217,6 @@ class TestJava:
     def test_spice_takes_the_f_score_of_each_image(self, monkeypatch):
         f_scores = [0.1, 0.2, 0.3, 0.6]
         result = (None, [{"All": {"f": value}, "Object": {"f": 1.0}} for value in f_scores])
-        monkeypatch.setattr(scorers, "require_spice", lambda: None)
         monkeypatch.setattr(scorers, "Spice", lambda: SimpleNamespace(compute_score=lambda *_: result))
         score = scorers.spice(CAPTIONS, REFERENCES, np.eye(4) * 4)["spice"]
         assert score.value == pytest.approx(0.3)

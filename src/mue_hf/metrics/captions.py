@@ -1,14 +1,13 @@
 """BLEU, METEOR, ROUGE-L, CIDEr-D and SPICE of captions, as the field reports them."""
 
-import inspect
 import re
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 from typing import Any
 
-import numpy as np
 from transformers import EvalPrediction
 
-from .generated import generated_ids
+from .generated import check_options, generated_ids
 from .intervals import check_resampling, flat_intervals, percentile_interval, resampling_weights
 
 METRICS = ("bleu", "meteor", "rouge_l", "cider", "spice")
@@ -36,14 +35,12 @@ def caption_scores(
             and jars that do not come with pycocoevalcap). CIDEr is CIDEr-D, whose document frequencies are those of
             `references`: it depends on the other images of the set, and is 0 for a set of one image.
         tokenizer (`str`, defaults to "ptb"): "ptb" is the one of published scores and needs Java. "plain" takes
-            lower-case runs of letters and digits, inner hyphens and apostrophes included; "pretokenized" takes the
-            captions as they are, words between spaces. The names of their scores end with "_plain" and
-            "_pretokenized".
+            lower-case runs of letters and digits, inner hyphens and apostrophes included; "pretokenized" words between
+            spaces. The names of their scores end with "_plain" and "_pretokenized".
         per_image (`bool`, defaults to False): also return each image's scores.
-        resamples (`int`, defaults to 0): draws of images for bootstrap intervals; 0 for none. BLEU and METEOR are
-            computed anew from each draw's summed statistics, the others are means over images.
+        resamples, seed (`int`, default to 0): draws of images for bootstrap intervals (0 for none), and their seed.
+            BLEU and METEOR are computed anew from each draw's summed statistics, the others are means over images.
         confidence (`float`, defaults to 0.95): share of the draws inside an interval.
-        seed (`int`, defaults to 0): of the draws.
 
     Returns:
         `dict`: "bleu_1" to "bleu_4", "meteor", "rouge_l", "cider", "spice" to `float` (CIDEr is 10 for a perfect
@@ -60,9 +57,8 @@ def caption_scores(
         from . import scorers
         from .java import ptb_tokenize, require_java, require_spice
     except ImportError as error:
-        raise ImportError(
-            "Caption scores need pycocoevalcap, which is not installed: pip install 'mue-hf[eval]'"
-        ) from error
+        missing = "Caption scores need pycocoevalcap, which is not installed: pip install 'mue-hf[eval]'"
+        raise ImportError(missing) from error
     _check(predictions, references, metrics, tokenizer)
     check_resampling(resamples, confidence)
     # Before the fast metrics have run for nothing.
@@ -72,33 +68,30 @@ def caption_scores(
         require_spice()
 
     # All kinds of white space, so that no character inside a caption ends its line.
-    texts = [" ".join(text.split()) for candidates in references for text in candidates]
-    texts += [" ".join(text.split()) for text in predictions]
+    texts = [" ".join(text.split()) for text in (*chain.from_iterable(references), *predictions)]
     if tokenizer == "ptb":
         texts = ptb_tokenize(texts)
     elif tokenizer == "plain":
         texts = [" ".join(PLAIN_WORD.findall(text.lower())) for text in texts]
-    ends = np.cumsum([len(candidates) for candidates in references])
-    references = [texts[end - len(old) : end] for old, end in zip(references, ends, strict=True)]
-    predictions = texts[ends[-1] :]
+    remaining = iter(texts)
+    references = [list(islice(remaining, len(candidates))) for candidates in references]
+    predictions = list(remaining)
     if wordless := [i for i, candidates in enumerate(references) if not any(candidates)]:
         raise ValueError(
             f"`references[{wordless[0]}]` must hold words, got none after tokenization; leave the image out."
         )
 
     weights = resampling_weights(len(predictions), resamples, seed)
-    scores: dict[str, scorers.Score] = {}
-    for name in METRICS:
-        if name in metrics:
-            scores |= getattr(scorers, name)(predictions, references, weights)
     label = "" if tokenizer == "ptb" else f"_{tokenizer}"
-    result: dict[str, Any] = {name + label: float(score.value) for name, score in scores.items()}
+    scores: dict[str, scorers.Score] = {}
+    for metric in (metric for metric in METRICS if metric in metrics):
+        found = getattr(scorers, metric)(predictions, references, weights)
+        scores |= {name + label: score for name, score in found.items()}
+    result: dict[str, Any] = {name: float(score.value) for name, score in scores.items()}
     if per_image:
-        result["per_image"] = {name + label: score.per_image.tolist() for name, score in scores.items()}
+        result["per_image"] = {name: score.per_image.tolist() for name, score in scores.items()}
     if resamples:
-        result["intervals"] = {
-            name + label: percentile_interval(score.resampled, confidence) for name, score in scores.items()
-        }
+        result["intervals"] = {name: percentile_interval(one.resampled, confidence) for name, one in scores.items()}
     return result
 
 
@@ -110,18 +103,13 @@ def caption_metrics(
     Args:
         processor (`MuEProcessor`): turns generated ids into captions.
         references (sequence [images] of sequences of `str`): of the evaluation set, in its order.
-        options: of [`caption_scores`], but for `per_image`.
+        options: of [`caption_scores`], but for `per_image`; TypeError for others.
 
     Returns:
         `Callable`: from `EvalPrediction` with `predictions` [images, tokens] to scores; with `resamples` also the ends
         of their intervals, "<score>_low" and "<score>_high".
-
-    Raises:
-        TypeError: for other options.
     """
-    known = inspect.signature(caption_scores).parameters.keys() - {"predictions", "references", "per_image"}
-    if unknown := sorted(options.keys() - known):
-        raise TypeError(f"`caption_metrics` takes the options {sorted(known)}, got {unknown}.")
+    check_options("caption_metrics", caption_scores, options, {"predictions", "references", "per_image"})
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         ids = generated_ids(prediction, processor)

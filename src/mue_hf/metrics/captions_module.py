@@ -8,13 +8,6 @@ from datasets import Features, Value
 
 from mue_hf.metrics.captions import caption_scores
 
-DESCRIPTION = "BLEU-1 to 4, METEOR, ROUGE-L, CIDEr-D and SPICE of captions, through pycocoevalcap."
-INPUTS = """
-Args:
-    predictions: one caption per image.
-    references: a list of references per image.
-    options: those of `mue_hf.metrics.caption_scores`, which says what is returned.
-"""
 CITATION = """@article{chen2015microsoft,
   title={Microsoft {COCO} Captions: Data Collection and Evaluation Server},
   author={Chen, Xinlei and others},
@@ -24,13 +17,13 @@ CITATION = """@article{chen2015microsoft,
 
 
 class MuECaptions(evaluate.Metric):
-    """`caption_scores` behind evaluate's interface."""
+    """[`caption_scores`] behind evaluate's interface; its options are arguments of `compute`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=DESCRIPTION,
+            description="BLEU-1 to 4, METEOR, ROUGE-L, CIDEr-D and SPICE of captions, through pycocoevalcap.",
             citation=CITATION,
-            inputs_description=INPUTS,
+            inputs_description="A caption and a list of references per image, and the options of `caption_scores`.",
             features=Features({"predictions": Value("string"), "references": [Value("string")]}),
         )
 

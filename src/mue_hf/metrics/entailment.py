@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import EvalPrediction
 
-from .generated import generated_ids, without_masks
+from .generated import check_options, generated_ids, without_masks
 from .intervals import check_resampling, flat_intervals, group_sums, percentile_interval, resampling_weights
 
 
@@ -31,9 +31,8 @@ def entailment_scores(
             together. Without it each pair has its own.
         labels (sequence of `str`, *optional*): the classes. Without it those that occur in `references`.
         per_image (`bool`, defaults to False): also return each image's share of right answers.
-        resamples (`int`, defaults to 0): draws of images for bootstrap intervals; 0 for none.
+        resamples, seed (`int`, default to 0): draws of images for bootstrap intervals (0 for none), and their seed.
         confidence (`float`, defaults to 0.95): share of the draws inside an interval.
-        seed (`int`, defaults to 0): of the draws.
 
     Returns:
         `dict`: "accuracy" and, for each label, "recall_<label>", "precision_<label>", "f1_<label>" to `float` (0 where
@@ -86,31 +85,23 @@ def _share(part: NDArray, whole: NDArray) -> NDArray:
     return part / np.maximum(whole, 1)
 
 
-def entailment_metrics(
-    processor: Any,
-    *,
-    image_ids: Sequence[Hashable] | None = None,
-    resamples: int = 0,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Callable[[EvalPrediction], dict[str, float]]:
+def entailment_metrics(processor: Any, **options: Any) -> Callable[[EvalPrediction], dict[str, float]]:
     """`compute_metrics` of a trainer with `predict_with_generate=True`.
 
     Args:
         processor (`MuEProcessor`): turns ids into texts, and its `entailment_answers` texts into classes.
-        image_ids (sequence [pairs], *optional*): as in [`entailment_scores`], of the evaluation set in its order.
-        resamples (`int`, defaults to 0): draws of images for bootstrap intervals; 0 for none.
-        confidence (`float`, defaults to 0.95): share of the draws inside an interval.
-        seed (`int`, defaults to 0): of the draws.
+        options: `image_ids` (of the evaluation set in its order), `resamples`, `confidence` and `seed` of
+            [`entailment_scores`]; TypeError for others.
 
     Returns:
-        `Callable`: from `EvalPrediction` to the scores of [`entailment_scores`], with `resamples` also the ends of
-        their intervals, "<score>_low" and "<score>_high". Its `predictions` [pairs, tokens] are
-        generated ids, which may begin with the decoder prompt; its `label_ids` [pairs, tokens] hold the answers, -100
-        elsewhere.
+        `Callable`: from `EvalPrediction` to scores, with `resamples` also the ends of their intervals, "<score>_low"
+        and "<score>_high". Its `predictions` [pairs, tokens] are generated ids, which may begin with the decoder
+        prompt; its `label_ids` [pairs, tokens] hold the answers, -100 elsewhere.
     """
+    check_options(
+        "entailment_metrics", entailment_scores, options, {"predictions", "references", "per_image", "labels"}
+    )
     classes = {answer: label for label, answer in processor.entailment_answers.items()}
-    options: dict[str, Any] = {"image_ids": image_ids, "resamples": resamples, "confidence": confidence, "seed": seed}
 
     def named(ids: NDArray) -> list[str]:
         texts = processor.post_process_captions(ids)

@@ -8,23 +8,15 @@ from datasets import Features, Value
 
 from mue_hf.metrics.entailment import entailment_scores
 
-DESCRIPTION = "Accuracy of entailment answers, by class and with intervals over images."
-INPUTS = """
-Args:
-    predictions: one answer per pair.
-    references: the true label of each pair.
-    options: those of `mue_hf.metrics.entailment_scores`, which says what is returned.
-"""
-
 
 class MuEEntailment(evaluate.Metric):
-    """`entailment_scores` behind evaluate's interface."""
+    """[`entailment_scores`] behind evaluate's interface; its options are arguments of `compute`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=DESCRIPTION,
+            description="Accuracy of entailment answers, by class and with intervals over images.",
             citation="",
-            inputs_description=INPUTS,
+            inputs_description="An answer and the true label of each pair, and the options of `entailment_scores`.",
             features=Features({"predictions": Value("string"), "references": Value("string")}),
         )
 

@@ -1,5 +1,7 @@
-"""Token ids out of what a trainer hands to `compute_metrics`."""
+"""What the `compute_metrics` of a trainer share: token ids out of what they are given, and a check of options."""
 
+import inspect
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -9,16 +11,11 @@ from transformers import EvalPrediction
 
 def without_masks(ids: ArrayLike, processor: Any) -> NDArray:
     """`ids` [samples, tokens] with padding where the trainer or the collator has put -100."""
-    ids = np.asarray(ids)
-    return np.where(ids < 0, processor.tokenizer.pad_token_id, ids)
+    return np.where(np.asarray(ids) < 0, processor.tokenizer.pad_token_id, ids)
 
 
 def generated_ids(prediction: EvalPrediction, processor: Any) -> NDArray:
-    """The generated ids [samples, tokens] of `prediction`.
-
-    Raises:
-        ValueError: if the trainer has not generated.
-    """
+    """The generated ids [samples, tokens] of `prediction`; ValueError if the trainer has not generated."""
     ids = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     if np.ndim(ids) != 2:
         raise ValueError(
@@ -28,4 +25,11 @@ def generated_ids(prediction: EvalPrediction, processor: Any) -> NDArray:
     return without_masks(ids, processor)
 
 
-__all__ = ["generated_ids", "without_masks"]
+def check_options(name: str, scores: Callable, options: Mapping[str, Any], others: Set[str]) -> None:
+    """Raises TypeError for `options` of the function `name` that are no arguments of `scores`, or some of `others`."""
+    known = inspect.signature(scores).parameters.keys() - others
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"`{name}` takes the options {sorted(known)}, got {unknown}.")
+
+
+__all__ = ["check_options", "generated_ids", "without_masks"]

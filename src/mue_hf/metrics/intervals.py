@@ -9,11 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def resampling_weights(units: int, resamples: int, seed: int) -> NDArray:
-    """How often each of `units` images occurs in each of `resamples` draws with replacement.
-
-    Returns:
-        float array [resamples, units]; equal for equal arguments, so that two systems are compared on the same draws.
-    """
+    """How often each of `units` images occurs in each draw with replacement, as floats [resamples, units]; equal for
+    equal arguments, so that two systems are compared on the same draws."""
     counts = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=resamples)
     return counts.astype(np.float64)
 
@@ -26,9 +23,10 @@ def percentile_interval(resampled: ArrayLike, confidence: float) -> tuple[float,
 
 def flat_intervals(scores: dict[str, Any]) -> dict[str, Any]:
     """Scores for a log, which holds numbers alone: the ends of an interval as "<score>_low" and "<score>_high"."""
-    intervals = scores.pop("intervals", {})
-    ends = {name: {"low": low, "high": high} for name, (low, high) in intervals.items()}
-    return scores | {f"{name}_{end}": value for name, both in ends.items() for end, value in both.items()}
+    flat = {name: value for name, value in scores.items() if name != "intervals"}
+    for name, (low, high) in scores.get("intervals", {}).items():
+        flat |= {f"{name}_low": low, f"{name}_high": high}
+    return flat
 
 
 def group_sums(values: NDArray, groups: Sequence[Hashable] | None) -> NDArray:
@@ -55,19 +53,15 @@ def bootstrap_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Interval of the mean of `values`, by the percentile bootstrap over images.
+    """Both ends of an interval of the mean of `values`, by the percentile bootstrap over images.
 
     For the difference of two systems on the same images pass the differences of their scores.
 
     Args:
         values (array [outputs]): a score per output, such as the CIDEr of a caption or whether an answer is right.
         image_ids (sequence [outputs], *optional*): the image of each output. Without it each has its own.
-        resamples (`int`, defaults to 1000): draws of as many images as there are.
+        resamples, seed (`int`): how many draws of as many images as there are, and their seed.
         confidence (`float`, defaults to 0.95): share of the draws inside.
-        seed (`int`, defaults to 0): of the draws.
-
-    Returns:
-        `tuple[float, float]`: both ends.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -98,11 +92,4 @@ def rounded_up(value: float) -> float:
     return ceil(round(value * 10**digits, 6)) / 10**digits
 
 
-__all__ = [
-    "bootstrap_interval",
-    "check_resampling",
-    "group_sums",
-    "percentile_interval",
-    "resampling_weights",
-    "rounded_up",
-]
+__all__ = ["bootstrap_interval", "percentile_interval", "resampling_weights", "rounded_up"]

@@ -1,4 +1,4 @@
-"""The Java programs of caption scores, run so that none is left behind: PTB tokenizer, METEOR, SPICE's needs."""
+"""Java programs behind caption scores: PTB tokenizer, METEOR, SPICE's needs."""
 
 import shutil
 import subprocess
@@ -25,11 +25,7 @@ def scorer_folder(name: str) -> Path:
 
 
 def require_java(purpose: str) -> str:
-    """Path of the `java` program.
-
-    Raises:
-        RuntimeError: where there is none, saying what to install.
-    """
+    """Path of the `java` program; RuntimeError where there is none, saying what to install."""
     java = shutil.which("java")
     if java is None:
         raise RuntimeError(
@@ -42,11 +38,8 @@ def require_java(purpose: str) -> str:
 
 
 def require_spice() -> None:
-    """Checks that SPICE can start; its own code would try to download what is missing.
-
-    Raises:
-        RuntimeError: where Java or jars are missing, saying which and where they belong.
-    """
+    """Raises RuntimeError where SPICE lacks Java or jars, saying where they belong; its own code would try to
+    download them."""
     require_java("SPICE")
     folder = scorer_folder("spice") / "lib"
     if missing := [name for name in SPICE_JARS if not (folder / name).is_file()]:
@@ -57,17 +50,8 @@ def require_spice() -> None:
 
 
 def ptb_tokenize(texts: Sequence[str]) -> list[str]:
-    """Words of each text as COCO's caption evaluation makes them: lower case, without punctuation.
-
-    Args:
-        texts (sequence of `str`): one line each.
-
-    Returns:
-        `list[str]`: words joined by spaces, one line per text.
-
-    Raises:
-        RuntimeError: if Java is missing or fails.
-    """
+    """The words of each text (of one line), joined by spaces, as COCO's caption evaluation makes them: lower case,
+    without punctuation; RuntimeError if Java is missing or fails."""
     java = require_java("The PTB tokenizer")
     command = [java, *JAVA_OPTIONS, "-cp", STANFORD_CORENLP_3_4_1_JAR, "edu.stanford.nlp.process.PTBTokenizer"]
     # Texts go through standard input: pycocoevalcap's class writes them beside its code, where users may not write.
@@ -89,10 +73,7 @@ def ptb_tokenize(texts: Sequence[str]) -> list[str]:
 
 class Meteor:
     """METEOR 1.5 of pycocoevalcap as a context manager: its program ends with the block, whatever happens inside.
-
-    Raises:
-        RuntimeError: if Java is missing or the program fails.
-    """
+    RuntimeError if Java is missing or the program fails."""
 
     def __enter__(self) -> "Meteor":
         java = require_java("METEOR")
@@ -115,18 +96,14 @@ class Meteor:
         self._errors.close()
 
     def statistics(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray:
-        """Counts of METEOR's matches between each prediction and its best reference.
-
-        Returns:
-            float array [images, statistics]: rows can be summed, which makes the statistics of a corpus.
-        """
+        """Counts of METEOR's matches between each prediction and its best reference, as floats [images, statistics];
+        the sum of rows is the statistics of a corpus."""
         rows = []
         for prediction, candidates in tqdm(
             zip(predictions, references, strict=True), "METEOR", len(predictions), leave=False, disable=None
         ):
             # The separator of METEOR's own protocol.
-            parts = [text.replace("|||", " ") for text in (*candidates, prediction)]
-            self._write("SCORE", parts)
+            self._write("SCORE", [text.replace("|||", " ") for text in (*candidates, prediction)])
             rows.append([float(number) for number in self._read().split()])
         return np.array(rows)
 
@@ -155,4 +132,4 @@ class Meteor:
         return RuntimeError(f"METEOR ended early (exit status {status}): {self._errors.read().decode().strip()}")
 
 
-__all__ = ["Meteor", "ptb_tokenize", "require_java", "require_spice", "scorer_folder"]
+__all__ = ["Meteor", "ptb_tokenize", "require_java", "require_spice"]

@@ -16,7 +16,8 @@ class CiderDReward:
 
     Captions are token ids as the model writes them, the end token included, so that captions do not learn to break
     off. Values therefore differ from published CIDEr, which counts PTB words; on the same tokens and frequencies they
-    are those of pycocoevalcap's scorer.
+    are those of pycocoevalcap's scorer. A call with captions and the references of each gives their scores, from 0 to
+    10 (a caption like every reference).
 
     Args:
         references (sequence of sequences of token ids): the references of every training image, from
@@ -41,22 +42,17 @@ class CiderDReward:
     def __call__(
         self, captions: Sequence[Sequence[int]], references: Sequence[Sequence[Sequence[int]]]
     ) -> list[float]:
-        """Scores of captions against the references of their images, from 0 to 10 (a caption like every reference)."""
-        return [self._score(caption, truths) for caption, truths in zip(captions, references, strict=True)]
-
-    def _score(self, caption: Sequence[int], references: Sequence[Sequence[int]]) -> float:
-        guess = self._vectors(caption)
-        return 10.0 * sum(_similarity(guess, self._vectors(truth)) for truth in references) / len(references)
+        scores = []
+        for caption, truths in zip(captions, references, strict=True):
+            guess = self._vectors(caption)
+            scores.append(10.0 * sum(_similarity(guess, self._vectors(truth)) for truth in truths) / len(truths))
+        return scores
 
     def _vectors(self, caption: Sequence[int]) -> _Vectors:
-        counts = _counts(caption)
-        weights = [
-            {
-                gram: count * (self.log_images - math.log(max(1, self.frequencies[gram])))
-                for gram, count in grams.items()
-            }
-            for grams in counts
-        ]
+        counts, weights = _counts(caption), []
+        for grams in counts:
+            rarity = {gram: self.log_images - math.log(max(1, self.frequencies[gram])) for gram in grams}
+            weights.append({gram: count * rarity[gram] for gram, count in grams.items()})
         # the scorer of the field takes the number of word pairs for the length
         return weights, sum(counts[1].values())
 

@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.spice.spice import Spice
 
-from .java import Meteor, require_spice
+from .java import Meteor
 
 # BLEU-1 to BLEU-4.
 ORDERS = 4
@@ -43,14 +43,11 @@ def _bleu_statistics(counts: dict) -> list[int]:
 
 
 def bleu_of(statistics: NDArray) -> NDArray:
-    """BLEU-1 to 4 from summed counts, with pycocoevalcap's guards against division by zero.
+    """BLEU-1 to 4 [corpora, 4] from summed counts, with pycocoevalcap's guards against division by zero.
 
     Args:
         statistics (float array [corpora, 10]): words, words of the closest references, n-grams for n = 1..4, and how
             many of these are in a reference.
-
-    Returns:
-        float array [corpora, 4].
     """
     lengths, closest = statistics[:, :1], statistics[:, 1:2]
     guesses, correct = np.split(statistics[:, 2:], 2, axis=1)
@@ -72,21 +69,18 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]], weig
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]], weights: NDArray) -> dict[str, Score]:
     """Mean ROUGE-L of the images."""
-    _, per_image = Rouge().compute_score(*_by_image(predictions, references))
-    return {"rouge_l": _mean_score(per_image, weights)}
+    return {"rouge_l": _mean_score(_per_image(Rouge(), predictions, references), weights)}
 
 
 def cider(predictions: Sequence[str], references: Sequence[Sequence[str]], weights: NDArray) -> dict[str, Score]:
     """Mean CIDEr-D of the images, with document frequencies of all references, in resampled corpora too."""
-    _, per_image = Cider().compute_score(*_by_image(predictions, references))
-    return {"cider": _mean_score(per_image, weights)}
+    return {"cider": _mean_score(_per_image(Cider(), predictions, references), weights)}
 
 
 def spice(predictions: Sequence[str], references: Sequence[Sequence[str]], weights: NDArray) -> dict[str, Score]:
     """Mean SPICE of the images."""
-    require_spice()
     try:
-        _, categories = Spice().compute_score(*_by_image(predictions, references))
+        categories = _per_image(Spice(), predictions, references)
     except subprocess.CalledProcessError as error:
         raise RuntimeError(
             f"SPICE ended with exit status {error.returncode}; its messages are above. It was made for Java 8, with "
@@ -95,15 +89,14 @@ def spice(predictions: Sequence[str], references: Sequence[Sequence[str]], weigh
     return {"spice": _mean_score(np.array([image["All"]["f"] for image in categories]), weights)}
 
 
-def _by_image(
-    predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """What pycocoevalcap takes: references and predictions by image."""
-    return dict(enumerate(map(list, references))), {i: [text] for i, text in enumerate(predictions)}
+def _per_image(scorer: Any, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Any:
+    """What one of pycocoevalcap's scorers says of each image."""
+    truths = dict(enumerate(map(list, references)))
+    return scorer.compute_score(truths, {i: [text] for i, text in enumerate(predictions)})[1]
 
 
 def _mean_score(per_image: NDArray, weights: NDArray) -> Score:
     return Score(float(np.mean(per_image)), per_image, weights @ per_image / len(per_image))
 
 
-__all__ = ["ORDERS", "Score", "bleu", "bleu_of", "cider", "meteor", "rouge_l", "spice"]
+__all__ = ["Score", "bleu", "bleu_of", "cider", "meteor", "rouge_l", "spice"]
