@@ -85,13 +85,18 @@ def build_page(
         tab = gr.State("caption")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                photo = _photo_input(photos)
+                photo = gr.Image(
+                    label="Photo", type="pil", image_mode=None, sources=["upload", "clipboard"], height=280
+                )
+                if photos:
+                    gr.Examples([[str(path)] for path in photos], photo, label="or pick one", elem_id="photos")
                 preset, sliders = _exit_inputs(model)
             with gr.Column(scale=5, min_width=480), gr.Tabs():
                 with gr.Tab("Caption") as caption_tab:
                     captioned = _caption_outputs()
                 with gr.Tab("Entailment") as entailment_tab:
                     hypothesis, judged = _entailment_outputs()
+        private = {"api_visibility": "private"}
         work = {
             "fn": _Worker(model, processor, repeats, list(sliders), captioned, judged).refresh,
             "inputs": [tab, photo, hypothesis, preset, *sliders.values()],
@@ -101,27 +106,14 @@ def build_page(
             "concurrency_id": "model",
             "concurrency_limit": 1,
             "show_progress": "minimal",
-            "api_visibility": "private",
+            **private,
         }
         gr.on([photo.change, hypothesis.submit, *(slider.input for slider in sliders.values())], **work)
-        preset.input(
-            lambda name: list(slider_values(model, name).values()),
-            preset,
-            list(sliders.values()),
-            api_visibility="private",
-        ).then(**work)
+        places = list(sliders.values())
+        preset.input(lambda name: list(slider_values(model, name).values()), preset, places, **private).then(**work)
         for name, selected in (("caption", caption_tab), ("entailment", entailment_tab)):
-            selected.select(partial(str, name), None, tab, api_visibility="private").then(**work)
+            selected.select(partial(str, name), None, tab, **private).then(**work)
     return page
-
-
-def _photo_input(photos: Sequence[str | Path]) -> Any:
-    import gradio as gr
-
-    photo = gr.Image(label="Photo", type="pil", image_mode=None, sources=["upload", "clipboard"], height=280)
-    if photos:
-        gr.Examples([[str(path)] for path in photos], photo, label="or pick one", elem_id="photos")
-    return photo
 
 
 def _exit_inputs(model: MuEForConditionalGeneration) -> tuple[Any, dict[str, Any]]:
@@ -211,11 +203,8 @@ class _Worker:
     def judge(self, photo: Any, hypothesis: str, exits: dict[str, Any]) -> list[Any]:
         record = judge_statement(self.model, self.processor, photo, hypothesis, exits, self.repeats)
         answers = [("answer", depth) for depth in record["answer_exit_layers"]]
-        return [
-            record["probabilities"],
-            record["full_depth_probabilities"],
-            *self._html(record, exits, answers),
-        ]
+        probabilities = [record["probabilities"], record["full_depth_probabilities"]]
+        return [*probabilities, *self._html(record, exits, answers)]
 
     def _html(
         self, record: Mapping[str, Any], exits: Mapping[str, Any], decoded: Sequence[tuple[str, int]]

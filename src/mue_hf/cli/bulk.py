@@ -20,28 +20,14 @@ BULK_BATCH = 16
 
 
 def run_bulk(
-    args: argparse.Namespace,
-    source: Source,
-    task: str,
-    answers: Sequence[str] | None = None,
-    **columns: Any,
+    args: argparse.Namespace, source: Source, task: str, answers: Sequence[str] | None = None, **columns: Any
 ) -> int:
-    """
-    Writes the results of a source's rows to `--out`, with a bar and a summary, or as JSON lines to stdout.
+    """Writes the results of a source's rows to `--out`, with a bar and a summary, or as JSON lines to stdout.
 
-    Args:
-        args: of [`add_model_arguments`], [`add_exit_arguments`] and [`add_bulk_arguments`], and "out", "json" and
-            "batch_size".
-        source ([`Source`]): the rows.
-        task, answers: arguments of [`bulk_rows`].
-        columns: arguments of [`Source.rows`] besides those in `args`.
+    `task` and `answers` are arguments of [`bulk_rows`], `columns` those of [`Source.rows`] that `args` lacks.
 
     Returns:
         `int`: 0, or 1 if some rows could not be used.
-
-    Raises:
-        `ValueError`: a column that is to be kept is named as one that results have, or whatever is refused before a
-            row is read.
     """
     own = {"row", "image", "error", "caption" if task == "captioning" else "answer", *COLUMNS}
     if taken := [name for name in args.keep if name in own]:

@@ -43,27 +43,24 @@ class Captioner:
         ways = {"exits": self.options | self.exits, "full": self.options | {"exit_criterion": "never"}}
         calls = {way: partial(run_task, self.model, inputs, options) for way, options in ways.items()}
         outputs, seconds = compare(calls, self.repeats, self.model.device)
-        captions, full_captions = (
-            self.processor.post_process_image_text_to_text(outputs[way].sequences) for way in ways
-        )
-        columns = zip(
-            captions,
-            full_captions,
-            inputs["attention_mask"].sum(1).tolist(),
-            read_depths(outputs["exits"]),
-            new_tokens(outputs["exits"]),
-            strict=True,
-        )
+        texts = [self.processor.post_process_image_text_to_text(outputs[way].sequences) for way in ways]
+        text_tokens, run = inputs["attention_mask"].sum(1).tolist(), outputs["exits"]
+        columns = zip(*texts, text_tokens, read_depths(run), new_tokens(run), strict=True)
         return [
             {
                 "caption": caption,
                 "full_depth_caption": full_caption,
-                **self.record(inputs["pixel_values"].shape[1:], text_tokens, depths, token_ids),
+                **self.record(inputs["pixel_values"].shape[1:], tokens, depths, token_ids),
                 "seconds": seconds["exits"] / len(images),
                 "full_depth_seconds": seconds["full"] / len(images),
-                **self.conditions(len(images)),
+                "exits": self.exits,
+                "batch_size": len(images),
+                "device": str(self.model.device),
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
             }
-            for caption, full_caption, text_tokens, depths, token_ids in columns
+            for caption, full_caption, tokens, depths, token_ids in columns
         ]
 
     def record(
@@ -87,17 +84,6 @@ class Captioner:
             "flops_skipped_without_trunk": 1 - (ran_total - trunk) / (full_total - trunk),
             "flops": ran,
             "full_depth_flops": full,
-        }
-
-    def conditions(self, batch_size: int) -> dict[str, Any]:
-        """What the seconds were measured on."""
-        return {
-            "exits": self.exits,
-            "batch_size": batch_size,
-            "device": str(self.model.device),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
         }
 
 
