@@ -296,7 +296,7 @@ class MuEProcessor(ProcessorMixin):
             - **pixel_values** [images, 3, height, width], in [-1, 1]: one image if a single one was given.
             - **patch_mask** [samples], False for a sample without image; only where some sample lacks one.
             - **decoder_input_ids**, **decoder_attention_mask** [samples, prompt tokens], for entailment: `<s>` and the
-              text without `</s>`, which the answer follows, padded on the left.
+                text without `</s>`, which the answer follows, padded on the left.
 
         Raises:
             ValueError: for unreadable images, empty texts, lists of different lengths, arguments that the task does
