@@ -108,6 +108,7 @@ class MuECacheLayer:
         filled (`LongTensor` [rows]): how many leading positions of each row have them.
         cross_keys, cross_values (`Tensor` [images, heads, source, head dim]): of the encoder's output.
         ready (`BoolTensor` [images]): which images have them.
+        complete (`bool`): whether all have.
     """
 
     is_compileable: ClassVar[bool] = False
@@ -119,6 +120,7 @@ class MuECacheLayer:
     cross_keys: Tensor | None = None
     cross_values: Tensor | None = None
     ready: Tensor | None = None
+    complete: bool = False
 
 
 class MuECache(Cache):
@@ -221,11 +223,13 @@ class MuECache(Cache):
         """Cross-attention keys and values [all images, heads, source, head dim] of a layer, made for an image when one
         of its rows first gets there."""
         layer, count = self.layers[layer_idx], states.shape[0]
+        if layer.complete:
+            return layer.cross_keys, layer.cross_values
+        if images is None and layer.ready is None:
+            layer.cross_keys, layer.cross_values = (x.contiguous() for x in project(states))
+            layer.complete = True
+            return layer.cross_keys, layer.cross_values
         if layer.ready is None:
-            if images is None:
-                layer.cross_keys, layer.cross_values = (x.contiguous() for x in project(states))
-                layer.ready = torch.ones(count, dtype=torch.bool)
-                return layer.cross_keys, layer.cross_values
             layer.ready = torch.zeros(count, dtype=torch.bool)
         wanted = torch.arange(count) if images is None else images
         missing = wanted[~layer.ready[wanted]]
@@ -236,6 +240,7 @@ class MuECache(Cache):
                 layer.cross_values = values.new_zeros(count, *values.shape[1:])
             layer.cross_keys[missing], layer.cross_values[missing] = keys, values
             layer.ready[missing] = True
+            layer.complete = bool(layer.ready.all())
         return layer.cross_keys, layer.cross_values
 
     # --- tokens that skipped layers --------------------------------------------------------------------------------

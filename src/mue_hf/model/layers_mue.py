@@ -142,9 +142,9 @@ class MuECrossAttention(MuEAttention):
         return self.out_proj(output), view.unfold_weights(weights)
 
 
-def drop_path(states: Tensor, rate: float, training: bool) -> Tensor:
+def drop_path(states: Tensor, rate: float) -> Tensor:
     """Stochastic depth: zeroes whole samples of a residual branch [batch, ...] with probability `rate`."""
-    if rate == 0.0 or not training:
+    if rate == 0.0:
         return states
     keep = states.new_empty(states.shape[0], *[1] * (states.dim() - 1)).bernoulli_(1.0 - rate)
     return states * keep / (1.0 - rate)
@@ -168,12 +168,14 @@ class _MuELayer(GradientCheckpointingLayer):
         self.final_layer_norm = nn.LayerNorm(config.d_model)
 
     def residual(self, states: Tensor, branch: Tensor) -> Tensor:
-        branch = nn.functional.dropout(branch, self.dropout, self.training)
-        return states + drop_path(branch, self.drop_path_rate, self.training)
+        if self.training:
+            branch = drop_path(nn.functional.dropout(branch, self.dropout), self.drop_path_rate)
+        return states + branch
 
     def feed_forward(self, states: Tensor) -> Tensor:
         hidden = self.activation_fn(self.fc1(self.final_layer_norm(states)))
-        hidden = nn.functional.dropout(hidden, self.activation_dropout, self.training)
+        if self.training:
+            hidden = nn.functional.dropout(hidden, self.activation_dropout)
         return self.residual(states, self.fc2(self.ffn_layer_norm(hidden)))
 
 
