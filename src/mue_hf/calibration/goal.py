@@ -41,7 +41,7 @@ class Goal:
         check_choice("task", self.task, TASKS)
         check_choice("risk", self.risk, RISKS)
         check_choice("objective", self.objective, OBJECTIVES)
-        check_choice("method", self.method, METHODS)
+        check_choice("method", self.method, list(METHODS))
 
     @property
     def most_risk(self) -> float:

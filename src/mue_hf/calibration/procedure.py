@@ -191,7 +191,7 @@ def _search(
             f"`model` must have exits that save {goal.objective}, got none on {len(split.counts)} images: stacks of "
             "one layer have none, and `num_thresholds` or `exit_min_layers` may leave them out; raise or lower that."
         )
-    path = thinned(path if goal.compute is None else within(path, goal), goal.most_risk, count)
+    path = thinned(within(path, goal), goal.most_risk, count)
     bar.total = bar.n + 2 * len(path)
     path = [_refined(runner, split, full, candidate, bar) for candidate in path]
     return front(path) or path[:1]

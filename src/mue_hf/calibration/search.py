@@ -77,8 +77,8 @@ def thinned(path: Sequence[Candidate], most_risk: float, count: int) -> list[Can
 
 
 def within(path: Sequence[Candidate], goal: Goal) -> list[Candidate]:
-    """The candidates of a path whose cost is within `compute`."""
-    affordable = [candidate for candidate in path if candidate.cost <= goal.compute]
+    """The candidates of a path whose cost is within `compute`, if there is such a goal."""
+    affordable = [candidate for candidate in path if goal.compute is None or candidate.cost <= goal.compute]
     if not affordable:
         reached = min(candidate.cost for candidate in path)
         raise ValueError(

@@ -33,16 +33,16 @@ def stream_candidates(
         return [named | {option: depth} for depth in criterion.sweep(layers) if depth >= min_layers]
     found = []
     for beta in betas if stream == "decoder" and "exit_decay_beta" in criterion.options else (1.0,):
-        if criterion is Similarity:
-            cosines, agreeing = signals.encoder.get(stream), None
+        if criterion is not Similarity:
+            values = _spread(criterion.sweep(layers), count)
+        else:
+            cosines, agreeing = signals.encoder.get(stream, signals.decoder), None
             if stream == "decoder":
                 # Answers are decided at step 0, whatever N is.
                 decay = (signals.steps, runner.num_steps, beta, runner.shared["exit_decay_tau"])
-                cosines, agreeing = without_decay(signals.decoder, *decay), signals.agreeing
+                cosines, agreeing = without_decay(cosines, *decay), signals.agreeing
             places = {"agreeing": agreeing, "per_layer": per_layer, "min_layers": min_layers}
             values = candidate_thresholds(cosines, count, **places)
-        else:
-            values = _spread(criterion.sweep(layers), count)
         decayed = {} if beta == 1.0 else {"exit_decay_beta": beta}
         found += [named | {option: value} | decayed for value in values]
     return found

@@ -4,6 +4,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings.add_argument("--per-layer", action="store_true", help="a threshold for each layer, of similarity")
     decays = "decays of the decoder's threshold (1)"
     settings.add_argument("--beta", type=float, nargs="+", default=[1.0], metavar="B", help=decays)
-    count = {"type": at_least(1), "metavar": "N"}
+    count: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
     settings.add_argument("--num-thresholds", **count, default=5, help="candidate thresholds per stream (5)")
     settings.add_argument("--levels", dest="num_thresholds", action=RenamedOption, **count, help=argparse.SUPPRESS)
     settings.add_argument("--candidates", **count, default=8, help="combinations to test (8)")
@@ -138,11 +139,12 @@ def run(args: argparse.Namespace) -> int:
         folder=args.runs,
         **{name: getattr(args, name) for name in same},
     )
-    write = calibration.preset is not None and not args.dry_run
-    if write:
-        write_preset(args.model, args.preset, calibration.preset)
-    tqdm.write(_show(calibration, args.preset, write))
-    return 0 if calibration.preset is not None else 1
+    preset, written = calibration.preset, False
+    if preset is not None and not args.dry_run:
+        write_preset(args.model, args.preset, preset)
+        written = True
+    tqdm.write(_show(calibration, args.preset, written))
+    return 0 if preset is not None else 1
 
 
 __all__ = ["add_arguments", "run"]

@@ -121,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words = "of captions (default: ptb, needs Java)"
     scores.add_argument("--tokenizer", choices=TOKENIZERS, default="ptb", help=words)
     scores.add_argument("--resamples", type=at_least(1), default=1000, metavar="N", help="for intervals (1000)")
-    against = {"type": point_name, "default": "full depth", "metavar": "NAME"}
+    against: dict[str, Any] = {"type": point_name, "default": "full depth", "metavar": "NAME"}
     scores.add_argument("--against", **against, help="point to take differences to (default: full depth)")
     scores.add_argument("--time-rows", type=at_least(0), default=20, metavar="N", help="rows to time; 0: none (20)")
     scores.add_argument("--time-batch-size", type=at_least(1), default=1, metavar="N", help="default: 1")
@@ -140,7 +140,7 @@ def _add_setting_arguments(parser: argparse.ArgumentParser) -> None:
         "Thresholds and --generate options alone are one point; beside --sweep they hold for all of its points but\n"
         "fixed depths. A threshold is one number, or one per layer with commas between them.",
     )
-    repeated = {"action": "append", "default": []}
+    repeated: dict[str, Any] = {"action": "append", "default": []}
     exits.add_argument("--preset", dest="presets", **repeated, metavar="NAME", help="may be repeated")
     for stream in THRESHOLD_OPTIONS:
         note = ", for checkpoints with a joint one" if stream == "encoder" else ""
@@ -150,12 +150,12 @@ def _add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     exits.add_argument("--sweep", type=sweep, **repeated, metavar="CRITERION[=V,V,...]", help=known)
     split = "take the similarity thresholds from what the layers say on this split of the data, also one per layer"
     exits.add_argument("--thresholds-split", metavar="SPLIT", help=split)
-    count = {"type": at_least(1), "metavar": "N"}
+    count: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
     exits.add_argument("--num-thresholds", **count, default=6, help="how many of these (default: 6)")
     exits.add_argument("--thresholds-rows", **count, default=200, help="rows for it (default: 200)")
     shuffled = "a baseline: the depths of that point shuffled, one decoder depth per row; may be repeated"
     exits.add_argument("--shuffled-depths", type=point_name, **repeated, metavar="NAME", help=shuffled)
-    old = {"action": RenamedOption, "help": argparse.SUPPRESS}
+    old: dict[str, Any] = {"action": RenamedOption, "help": argparse.SUPPRESS}
     exits.add_argument("--levels-split", dest="thresholds_split", **old)
     exits.add_argument("--levels", dest="num_thresholds", **count, **old)
     exits.add_argument("--levels-rows", dest="thresholds_rows", **count, **old)

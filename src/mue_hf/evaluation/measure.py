@@ -21,6 +21,7 @@ from ..inference.predict import Prediction, predict
 from ..inference.timing import in_turns
 from ..metrics import bootstrap_interval, caption_scores, entailment_scores
 from ..metrics.intervals import percentile_interval, resampling_weights
+from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 from .depths import depth_by_position, depth_counts, extremes, mean_depths
 from .signals import branching_nodes
@@ -43,7 +44,7 @@ class Meter:
         resamples (`int`): draws of images for the intervals.
     """
 
-    model: PreTrainedModel
+    model: MuEForConditionalGeneration
     processor: MuEProcessor
     task: str
     fields: Sequence[Mapping[str, Any]]
@@ -93,13 +94,7 @@ class Meter:
     def quality(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """The scores of the task with their "intervals"."""
         if self.task == "captioning":
-            return caption_scores(
-                [one.output for one in predictions],
-                [row["references"] for row in self.fields],
-                metrics=self.metrics,
-                tokenizer=self.tokenizer,
-                resamples=self.resamples,
-            )
+            return self._caption_scores(predictions, metrics=self.metrics, resamples=self.resamples)
         return self._accuracy(predictions, self.fields)
 
     def difference(self, predictions: Sequence[Prediction], against: Sequence[Prediction]) -> dict[str, Any]:
@@ -108,28 +103,23 @@ class Meter:
         name, ours = self._row_scores(predictions)
         _, theirs = self._row_scores(against)
         differences = [one - other for one, other in zip(ours, theirs, strict=True)]
-        image_ids = [one.image_id for one in predictions]
-        return {
-            "score": name,
-            "mean": fmean(differences),
-            "interval": bootstrap_interval(differences, image_ids, resamples=self.resamples),
-        }
+        interval = bootstrap_interval(differences, [one.image_id for one in predictions], resamples=self.resamples)
+        return {"score": name, "mean": fmean(differences), "interval": interval}
 
     def _row_scores(self, predictions: Sequence[Prediction]) -> tuple[str, list[float]]:
         if self.task == "entailment":
             answers = self.processor.entailment_answers
             pairs = zip(predictions, self.fields, strict=True)
             return "accuracy", [float(one.output == answers[row["label"]]) for one, row in pairs]
-        scores = caption_scores(
-            [one.output for one in predictions],
-            [row["references"] for row in self.fields],
-            metrics=["cider" if "cider" in self.metrics else self.metrics[0]],
-            tokenizer=self.tokenizer,
-            per_image=True,
-        )["per_image"]
+        metric = "cider" if "cider" in self.metrics else self.metrics[0]
+        scores = self._caption_scores(predictions, metrics=[metric], per_image=True)["per_image"]
         # Of BLEU the last is BLEU-4.
         name = list(scores)[-1]
         return name, scores[name]
+
+    def _caption_scores(self, predictions: Sequence[Prediction], **options: Any) -> dict[str, Any]:
+        references = [row["references"] for row in self.fields]
+        return caption_scores([one.output for one in predictions], references, tokenizer=self.tokenizer, **options)
 
     def _accuracy(self, predictions: Sequence[Prediction], fields: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         classes = {answer: label for label, answer in self.processor.entailment_answers.items()}

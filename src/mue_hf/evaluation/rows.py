@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -28,7 +28,7 @@ class ControlledRows(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         row = dict(self.rows[index])
         if not self.premise:
             row["premise"] = None
@@ -45,7 +45,7 @@ class ControlledRows(Sequence):
 class EvaluationData:
     """Rows to evaluate: `rows` with images, `fields` without, and the `fingerprint` of both."""
 
-    rows: Sequence[Mapping[str, Any]]
+    rows: Any
     fields: list[dict[str, Any]]
     fingerprint: str
 
@@ -103,12 +103,11 @@ def _load_scenes(
         )
     try:
         _, seed, count = source.split(":")
-        seed, count = int(seed), int(count)
+        draw = partial(_scenes, task, int(seed), int(count), split, limit)
     except ValueError as error:
         raise ValueError(
             f"`source` must be scenes:SEED:COUNT with two integers, got {source!r}; try scenes:0:1250."
         ) from error
-    draw = partial(_scenes, task, seed, count, split, limit)
     if not streaming:
         return list(draw())
     features = CAPTIONING_FEATURES if task == "captioning" else ENTAILMENT_FEATURES | {"kind": Value("string")}
@@ -116,10 +115,11 @@ def _load_scenes(
 
 
 def _scenes(task: str, seed: int, count: int, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
-    captions = task == "captioning"
-    scenes = SceneDataset(count, seed, split, captions=captions, **{"statements": 0} if captions else {})
+    scenes = SceneDataset(
+        count, seed, split, captions=task == "captioning", statements=0 if task == "captioning" else 8
+    )
     drawn = (scenes[index] for index in range(count))
-    return islice(drawn if captions else chain.from_iterable(map(_statements, drawn)), limit)
+    return islice(drawn if task == "captioning" else chain.from_iterable(map(_statements, drawn)), limit)
 
 
 def _statements(scene: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -176,7 +176,7 @@ class ChosenRows(Sequence):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         return self.rows[self.indices[index]]
 
 

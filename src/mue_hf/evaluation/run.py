@@ -79,7 +79,7 @@ class Evaluation:
             _try_scores(args.metrics, args.tokenizer)
         data = describe_rows(self._load(args.split, args.limit))
         self.timed_rows, self.rows = self._rows(data)
-        scores = {"metrics": args.metrics, "tokenizer": args.tokenizer, "resamples": args.resamples}
+        scores: dict[str, Any] = {"metrics": args.metrics, "tokenizer": args.tokenizer, "resamples": args.resamples}
         self.meter = Meter(model, processor, args.task, data.fields, args.decoding, args.prompt_type, **scores)
         self.common = conditions(model, processor, data.fingerprint, args.task, args.prompt_type)
         self.common["decoding"] |= args.decoding
@@ -123,7 +123,7 @@ class Evaluation:
         chosen = donors([row["image_id"] for row in data.fields]) if args.images == "shuffled" else None
         if args.features is not None:
             # In float32 nothing but the batch of the trunk differs from running it.
-            options = {"dtype": torch.float32, "batch_size": args.batch_size}
+            options: dict[str, Any] = {"dtype": torch.float32, "batch_size": args.batch_size}
             with self.processes.main_first():
                 rows = cache_trunk_features(self.model, self.processor, rows, args.features, **options)
         return [ControlledRows(some, args.premise, chosen, args.images != "none") for some in (data.rows, rows)]
@@ -174,7 +174,7 @@ class Evaluation:
             predictions = self._predict(self.rows, point.exits)
         else:
             reference = self.outputs(next(one for one in self.settings if one.name == point.shuffled))
-            by_row = {}
+            by_row: dict[int, Prediction] = {}
             for indices, exits in shuffled_depths(reference, self.model.config.modality_decomposition):
                 by_row |= dict(zip(indices, self._predict(ChosenRows(self.rows, indices), exits), strict=True))
             predictions = [by_row[index] for index in range(len(reference))]
@@ -229,7 +229,7 @@ class Evaluation:
         figures = self.meter.figures(predictions, point.exits if runs else NEVER, full, against)
         if args.time_rows and runs:
             count = min(args.time_rows, len(self.timed_rows))
-            options = {"batch_size": args.time_batch_size, "repeats": args.time_repeats}
+            options: dict[str, Any] = {"batch_size": args.time_batch_size, "repeats": args.time_repeats}
             timed = self.meter.time(list(_evenly(self.timed_rows, count)), point.exits, **options)
         return {
             # Unlike "weights" it stays the same where the configuration gets a new field.

@@ -13,11 +13,11 @@ from .signals import stream_layers
 
 @dataclass(frozen=True)
 class Sweep:
-    """A curve of settings: the `criterion` that varies, which of the `streams` that it is for ("all", "encoder" or
-    "decoder"), and the policy `exit_kv`."""
+    """A curve of settings: the `criterion` that varies, in the encoder, the decoder or both (`parts`), and the policy
+    `exit_kv`."""
 
     criterion: type[Criterion]
-    streams: str = "all"
+    parts: tuple[str, ...]
     exit_kv: str | None = None
 
     @property
@@ -32,14 +32,14 @@ def known_sweeps() -> dict[str, Sweep]:
     sweeps = {}
     for name, criterion in CRITERIA.items():
         if criterion.sweep_options:
-            sweeps[name] = Sweep(criterion)
+            parts = ("encoder", "decoder") if criterion.in_encoder else ("decoder",)
+            sweeps[name] = Sweep(criterion, parts)
             if criterion.in_encoder and not sets_depths(criterion):
-                sweeps |= {f"{name}-{part}": Sweep(criterion, part) for part in ("encoder", "decoder")}
+                sweeps |= {f"{name}-{part}": Sweep(criterion, (part,)) for part in parts}
     default = ExitOptions()
-    for policy in KV_POLICIES:
-        if policy != default.exit_kv:
-            sweeps[f"kv-{policy}"] = Sweep(CRITERIA[default.exit_criterion], "decoder", policy)
-    return sweeps
+    similarity = CRITERIA[default.exit_criterion]
+    others = [policy for policy in KV_POLICIES if policy != default.exit_kv]
+    return sweeps | {f"kv-{policy}": Sweep(similarity, ("decoder",), policy) for policy in others}
 
 
 def sets_depths(criterion: type[Criterion]) -> bool:
@@ -125,14 +125,14 @@ def _sweep(
         exits["exit_criterion"] = criterion.name
     if sweep.exit_kv is not None:
         exits["exit_kv"] = sweep.exit_kv
-    options = {
-        stream: criterion.sweep_options[stream]
-        for stream in layers
-        if (stream == "decoder" or criterion.in_encoder)
-        and sweep.streams in ("all", "decoder" if stream == "decoder" else "encoder")
-    }
     # Encoder thresholds that are given stay as they are.
-    options = {stream: option for stream, option in options.items() if stream == "decoder" or option not in base}
+    options = {
+        stream: option
+        for stream, option in criterion.sweep_options.items()
+        if stream in layers
+        and ("decoder" if stream == "decoder" else "encoder") in sweep.parts
+        and (stream == "decoder" or option not in base)
+    }
     if not options:
         return []
     if thresholds is None or values or criterion is not Similarity:

@@ -114,7 +114,7 @@ class SignalRecorder:
             torch.cat(self.samples),
         )
 
-    def _record_encoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _record_encoder(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         mask, states = output.attention_mask, output.hidden_states
         parts = {"encoder": slice(None)}
         if "encoder" not in self.encoder:
@@ -134,7 +134,7 @@ class SignalRecorder:
         self.first_sample, self.num_samples = self.num_samples, self.num_samples + mask.shape[0]
         self.step = 0
 
-    def _record_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _record_decoder(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         states, depths = output.hidden_states, output.decoder_exit_layers
         count, tokens = states[0].shape[:2]
         if self.step == 0:
