@@ -24,7 +24,7 @@ from mue_hf.data import (
     load_entailment,
     reader,
 )
-from mue_hf.data.features import cache_trunk_features, image_digest, trunk_fingerprint
+from mue_hf.data.features import cache_trunk_features, image_digest, trunk_fingerprint, unfolded
 from mue_hf.data.scenes import SceneDataset
 from mue_hf.evaluation.rows import load_rows, row_fields
 from mue_hf.model.processing_mue import CAPTION_PROMPT, MuEImageProcessorPil, MuEProcessor
@@ -616,6 +616,15 @@ class TestFeatureCache:
         next(model.model.encoder.embed_images.buffers()).data += 1
         cache_trunk_features(model, processor, dataset, tmp_path / "features")
         assert len(list((tmp_path / "features").iterdir())) == 3 and len(computed) == 6
+
+    def test_an_error_leaves_batch_norms_folded(self, processor):
+        model = tiny(processor).eval()
+        model.fold_batch_norms()
+        folded = trunk_fingerprint(model.model.encoder.embed_images)
+        with pytest.raises(KeyboardInterrupt), unfolded(model):
+            assert trunk_fingerprint(model.model.encoder.embed_images) != folded
+            raise KeyboardInterrupt
+        assert trunk_fingerprint(model.model.encoder.embed_images) == folded
 
     def test_scenes(self, tmp_path, processor):
         cached = cache_trunk_features(tiny(processor), processor, SceneDataset(2, statements=1), tmp_path)

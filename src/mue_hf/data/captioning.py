@@ -1,8 +1,6 @@
 """Captioning data: images with their captions, from the Hub, folders, JSONL, JSON, CSV or parquet."""
 
-from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -20,16 +18,8 @@ def load_captioning(
     source: str | PathLike,
     split: str | None = "train",
     *,
-    image_column: str | None = None,
     caption_column: str | Sequence[str] | None = None,
-    id_column: str | None = None,
-    split_column: str | None = None,
-    image_root: str | PathLike | None = None,
-    keep_columns: Sequence[str] = (),
-    streaming: bool = False,
-    skip_bad: bool = False,
-    skipped: Counter | None = None,
-    **load_options: Any,
+    **options: Any,
 ) -> Dataset | IterableDataset:
     """
     Images with their captions, one row per image, checked.
@@ -38,12 +28,12 @@ def load_captioning(
         source (`str` or `os.PathLike`): a JSONL, JSON, CSV or parquet file, whose images are paths relative to it or
             embedded; a folder, such as an `imagefolder` with metadata.jsonl; or a dataset of the Hub.
         split (`str`, *optional*, defaults to `"train"`): which rows; "a+b" for both, None for all.
-        image_column (`str`, *optional*): column of the images or their paths, or a path made from columns such as
-            "{filepath}/{filename}". Default: the first that exists of "image", "file_name", "{filepath}/{filename}",
-            "filename", "{Flickr30K_ID}.jpg".
         caption_column (`str` or sequence of `str`, *optional*): column or columns with a caption, a list of captions,
             or a list of `{"raw": caption}` as in COCO Karpathy. Default: the first that exists of "references",
             "captions", "sentences", "caption", "text". Rows of the same image are joined, unless streamed.
+        image_column (`str`, *optional*): column of the images or their paths, or a path made from columns such as
+            "{filepath}/{filename}". Default: the first that exists of "image", "file_name", "{filepath}/{filename}",
+            "filename", "{Flickr30K_ID}.jpg".
         id_column (`str`, *optional*): column that identifies the image. Default: "image_id" if there is one, else the
             image's path, else the row's number.
         split_column (`str`, *optional*): column with each row's split. Default: "split" for files; none for folders
@@ -55,8 +45,8 @@ def load_captioning(
         skip_bad (`bool`, *optional*, defaults to `False`): whether bad captions and rows are left out and counted in a
             warning.
         skipped (`Counter`, *optional*): where to add how many are bad, by reason.
-        load_options (*optional*): further arguments of `datasets.load_dataset`: `name`, `revision`, `field="images"`
-            for Karpathy's JSON.
+        options (*optional*): further arguments of `datasets.load_dataset`: `name`, `revision`, `field="images"` for
+            Karpathy's JSON.
 
     Returns:
         `Dataset`, or `IterableDataset` if streamed: "image", "image_id", "references" (list of `str`, as written), and
@@ -66,27 +56,26 @@ def load_captioning(
         ValueError: if the source or the split does not exist, a line of a JSONL file is no JSON object, a column is
             missing, or rows are bad: an image that is missing or not an image, a caption without words, no caption.
     """
-    options = (image_column, id_column, split_column, image_root, keep_columns, streaming, skip_bad, skipped)
-    reader = Reader(source, split, *options, load_options)
+    reader = Reader(source, split, **options)
     columns = [caption_column] if caption_column is None or isinstance(caption_column, str) else caption_column
     columns = [reader.column("caption_column", name, CAPTION_COLUMNS) for name in columns]
-    return reader.read(columns, partial(_captions, columns), CAPTIONING_FEATURES, gather=True)
 
-
-def _captions(columns: Sequence[str], row: dict[str, Any], fault: Fault) -> dict[str, Any] | None:
-    captions = []
-    for name in columns:
-        value = row[name]
-        for caption in value if isinstance(value, list) else [value]:
-            caption = caption.get("raw") if isinstance(caption, dict) else caption
-            if has_words(caption):
-                captions.append(caption)
-            else:
-                fault("caption without words", f"{name} holds {caption!r}")
-    if not captions:
+    def captions(row: dict[str, Any], fault: Fault) -> dict[str, Any] | None:
+        good = []
+        for name in columns:
+            value = row[name]
+            for caption in value if isinstance(value, list) else [value]:
+                caption = caption.get("raw") if isinstance(caption, dict) else caption
+                if has_words(caption):
+                    good.append(caption)
+                else:
+                    fault("caption without words", f"{name} holds {caption!r}")
+        if good:
+            return {"references": good}
         fault("no caption", f"{list(columns)} hold none")
         return None
-    return {"references": captions}
+
+    return reader.read(columns, captions, CAPTIONING_FEATURES, gather=True)
 
 
 class CaptionPairs(TorchDataset):

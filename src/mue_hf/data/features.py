@@ -28,18 +28,19 @@ SHARD = 256
 
 @contextmanager
 def unfolded(model: MuEForConditionalGeneration | MuEModel) -> Iterator[None]:
-    """The model's batch norms are inside as they were before they were folded."""
+    """Inside the block the model's batch norms are unfolded; folded ones are folded again at its end."""
     encoder = model.get_encoder()
     folded = encoder.folding is not None
     encoder.unfold_batch_norms()
-    yield
-    if folded:
-        encoder.fold_batch_norms()
+    try:
+        yield
+    finally:
+        if folded:
+            encoder.fold_batch_norms()
 
 
 def trunk_fingerprint(trunk: PreTrainedModel) -> str:
-    """SHA-256 of the settings, weights and buffers of a trunk, or of a whole model: other weights, other fingerprint.
-    Folded batch norms are other weights, see [`unfolded`]."""
+    """SHA-256 of settings, weights and buffers of a trunk or a whole model, [`unfolded`]: folded ones have others."""
     settings = trunk.config.to_dict()
     # They say where the trunk came from, not what it computes.
     for name in ("_name_or_path", "transformers_version"):
@@ -56,10 +57,7 @@ def image_digest(image: Any) -> str:
 
     Args:
         image (`PIL.Image.Image`, `str`, `os.PathLike` or `dict`): an image, a path, or what `datasets` stores,
-            `{"bytes": ..., "path": ...}`.
-
-    Raises:
-        ValueError: if it is of another type.
+            `{"bytes": ..., "path": ...}`; ValueError for others.
     """
     if isinstance(image, PilImage.Image):
         return sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
@@ -74,9 +72,10 @@ def image_digest(image: Any) -> str:
 
 class TrunkFeatureDataset(Dataset):
     """
-    The rows of a data set with "image_features" [channels, rows, columns] (float32) in place of "image".
+    Rows with "image_features" [channels, rows, columns] (float32) in place of "image", from [`cache_trunk_features`].
 
-    Made by [`cache_trunk_features`]. The features are memory-mapped; each worker process opens them for itself.
+    Features are memory-mapped; each worker process opens them for itself. Of an image and its mirror image one is
+    drawn at each access.
 
     Args:
         rows (sequence of `dict`): the data set without images.
@@ -91,14 +90,13 @@ class TrunkFeatureDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # With its mirror image, one of the two is drawn.
         options = self.places[index]
-        path, row = options[int(torch.randint(len(options), ()))] if len(options) > 1 else options[0]
+        path, place = options[int(torch.randint(len(options), ()))] if len(options) > 1 else options[0]
         if path not in self._shards:
             with safe_open(path, "pt") as shard:
                 self._shards[path] = shard.get_tensor("features")
-        row_ = {name: value for name, value in self.rows[index].items() if name != "image"}
-        return row_ | {"image_features": self._shards[path][row].float()}
+        row = {name: value for name, value in self.rows[index].items() if name != "image"}
+        return row | {"image_features": self._shards[path][place].float()}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_shards": {}}
@@ -118,19 +116,8 @@ def _read_index(folder: Path) -> dict[str, tuple[Path, int]]:
     return index
 
 
-def _write_shard(folder: Path, keys: list[str], features: Tensor) -> None:
-    with whole_file(folder / f"{sha256(json.dumps(keys).encode()).hexdigest()[:16]}.safetensors") as part:
-        save_file({"features": features}, part, metadata={"keys": json.dumps(keys)})
-
-
 @torch.inference_mode()
-def _compute(
-    model: MuEForConditionalGeneration | MuEModel,
-    processor: MuEProcessor,
-    images: list[Any],
-    mirror: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def _compute(model: Any, processor: MuEProcessor, images: list[Any], mirror: bool, dtype: torch.dtype) -> Tensor:
     """Features [images * (1 + mirror), channels, rows, columns], each image followed by its mirror image."""
     weight = next(model.parameters())
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(weight.device, weight.dtype)
@@ -160,15 +147,13 @@ def cache_trunk_features(
     run goes on from the last one. The trunk runs in evaluation mode, as a frozen one should in training.
 
     Args:
-        model ([`MuEForConditionalGeneration`] or [`MuEModel`]): the model, on the device that is to compute.
-        processor ([`MuEProcessor`]): its image processor makes the pixels.
+        model, processor: what computes, on the model's device, and whose image processor makes the pixels.
         dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): rows with an "image", such as those of
             [`load_captioning`]; not streamed.
         folder (`str` or `os.PathLike`): where the features lie; made if it does not exist.
         mirror (`bool`, *optional*, defaults to `False`): whether each access draws the image or its mirror image.
             Texts that say left or right are then wrong half of the time.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): in which features are stored; the data set
-            gives float32.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): of features on disk; rows have float32.
         batch_size (`int`, *optional*, defaults to 16): images per call of the trunk.
 
     Returns:
@@ -186,9 +171,8 @@ def cache_trunk_features(
     trunk = model.get_encoder().embed_images
     with unfolded(model):
         fingerprint = trunk_fingerprint(trunk)
-    settings = processor.image_processor.to_dict()
-    key = json.dumps([fingerprint, settings, str(dtype)], sort_keys=True, default=str)
-    folder = Path(folder) / sha256(key.encode()).hexdigest()[:16]
+    key = [fingerprint, processor.image_processor.to_dict(), str(dtype)]
+    folder = Path(folder) / _short_hash(json.dumps(key, sort_keys=True, default=str))
     folder.mkdir(parents=True, exist_ok=True)
 
     images: Any = dataset
@@ -213,11 +197,17 @@ def cache_trunk_features(
                     batch = shard[first : first + batch_size]
                     parts.append(_compute(model, processor, [dataset[i]["image"] for i in batch], mirror, dtype))
                     progress.update(len(batch))
-                _write_shard(folder, [key for i in shard for key in variants[i]], torch.cat(parts))
+                keys = json.dumps([key for i in shard for key in variants[i]])
+                with whole_file(folder / f"{_short_hash(keys)}.safetensors") as part:
+                    save_file({"features": torch.cat(parts)}, part, metadata={"keys": keys})
     finally:
         trunk.train(training)
     index = _read_index(folder)
     return TrunkFeatureDataset(rows, [[index[key] for key in keys] for keys in variants])
+
+
+def _short_hash(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:16]
 
 
 __all__ = ["TrunkFeatureDataset", "cache_trunk_features", "image_digest", "trunk_fingerprint", "unfolded"]
