@@ -321,7 +321,7 @@ def small_peers(monkeypatch):
         config = BlipConfig(vision_config=sizes | {"image_size": image_size}, text_config=sizes | {"vocab_size": 99})
         config.text_config.update({"bos_token_id": 90, "sep_token_id": 91, "eos_token_id": 91, "pad_token_id": 0})
         ids = torch.tensor([[90, 91]])
-        return BlipForConditionalGeneration(config), (image_size // 16) ** 2 + 1, {"input_ids": ids}
+        return BlipForConditionalGeneration(config), (image_size // 16) ** 2 + 1, ids
 
     monkeypatch.setattr(peers, "PEERS", {"small": (build, 16, 48)})
 

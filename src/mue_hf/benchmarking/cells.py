@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ..inference.timing import in_turns, timed
+from ..inference.timing import in_turns
 from ..metrics.intervals import percentile_interval
-from .probes import component_seconds, count_flops, encoder_clock, peak_bytes
+from .probes import Stopwatch, component_seconds, count_flops, peak_bytes
 from .variants import Variant
 
 # Passes for the components of one variant end after this many seconds.
@@ -25,16 +26,12 @@ def measure_cell(
     max_seconds: float | None = None,
     advance: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
-    """
-    Times the variants of a cell.
-
-    Each variant is run once to warm up, and once to count operations, memory and layers. Then the variants take turns
-    (see [`in_turns`]). Last come the passes with a clock at every component.
+    """Times the variants of a cell: each is run once to warm up, and once to count operations, memory and layers; then
+    they take turns (see [`in_turns`]); last come the passes with a clock at every component.
 
     Args:
         variants: those named "lossless" and "stock" are what the others are compared with.
-        decoding (`dict`): options of `generate` that all share, `return_dict_in_generate` and `max_new_tokens` among
-            them.
+        decoding (`dict`): options of `generate` that all share, `return_dict_in_generate` and `max_new_tokens` too.
         repeats (`int`): rounds.
         max_seconds (`float`, *optional*): no further round begins after this time, but for the first three.
         advance (`Callable`): called after each run of a variant, at most `repeats` + 3 times for each.
@@ -51,21 +48,24 @@ def measure_cell(
         figures[variant.name], sequences[variant.name] = examine(variant, decoding)
         advance()
 
-    def run(variant: Variant) -> tuple[float, float]:
-        seconds = whole_and_encoder_seconds(variant, decoding)
+    def clocked(variant: Variant) -> tuple[float, float]:
+        """Seconds of a run and, of these, of its encoder with the trunk."""
+        watch = Stopwatch(variant.model.device)
+        seconds = watch.time(partial(variant.run, decoding), watch.hooks(variant.encoder, "encoder"))
         advance()
-        return seconds
+        return sum(seconds.values()), seconds["encoder"]
 
-    before = load_average()
-    turns = {variant.name: lambda variant=variant: run(variant) for variant in variants}
+    load = [load_average()]
+    turns = {variant.name: partial(clocked, variant) for variant in variants}
     runs = in_turns(turns, repeats, max_seconds=max_seconds)
-    load = [before, load_average()]
+    load.append(load_average())
     for variant in variants:
-        figures[variant.name] |= summary(runs[variant.name])
-        figures[variant.name]["components"] = components(variant, decoding)
+        figures[variant.name] |= summary(runs[variant.name]) | {"components": components(variant, decoding)}
         advance()
     for name, one in figures.items():
-        _compare(one, figures, sequences, name)
+        one |= comparison(one, figures)
+        if one["layers"] is not None and "lossless" in figures:
+            one["identical"] = (sequences[name] == sequences["lossless"]).all(dim=1).double().mean().item()
     return {"rounds": len(runs[variants[0].name]), "load_average": load, "variants": figures}
 
 
@@ -75,33 +75,18 @@ def load_average() -> float | None:
 
 
 def examine(variant: Variant, decoding: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """
-    One run of a variant.
-
-    Returns:
-        `tuple[dict, Tensor]`: "flops" of the whole run, "decode_peak_bytes", "layers" (mean layers of a sample or
-        token for each stream, "of" what there is, and their "ratio"; None for a peer); and the new tokens.
-    """
-    device = variant.model.device
-    (output, flops), peak = peak_bytes(
-        lambda: count_flops(lambda: variant.run(decoding)), device, after=encoder_of(variant)
-    )
-    layers = None
-    if variant.model.config.model_type == "mue":
-        layers = _layers(variant, output, decoding)
+    """ "flops" of one run of a variant, "decode_peak_bytes" and "layers" (see [`mean_layers`]); and the new tokens."""
+    counted = partial(count_flops, partial(variant.run, decoding))
+    (output, flops), peak = peak_bytes(counted, variant.model.device, after=variant.encoder)
     new_tokens = output.sequences[:, -decoding["max_new_tokens"] :]
-    return {"flops": flops, "decode_peak_bytes": peak, "layers": layers}, new_tokens
+    return {"flops": flops, "decode_peak_bytes": peak, "layers": mean_layers(variant, output, decoding)}, new_tokens
 
 
-def encoder_of(variant: Variant) -> Any:
-    """The module whose end is the beginning of the decode."""
-    # BLIP's vision model feeds a decoder, there is no encoder-decoder around them.
-    is_blip = variant.model.config.model_type == "blip"
-    return variant.model.vision_model if is_blip else variant.model.get_encoder()
-
-
-def _layers(variant: Variant, output: Any, decoding: Mapping[str, Any]) -> dict[str, Any]:
+def mean_layers(variant: Variant, output: Any, decoding: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Mean layers of a sample or token for each stream, "of" what there is, and their "ratio"; None for a peer."""
     config = variant.model.config
+    if config.model_type != "mue":
+        return None
     of = {"image": config.encoder_layers, "text": config.encoder_layers, "decoder": config.decoder_layers}
     mean = {name: float(layers) for name, layers in of.items()}
     if "executed_layers" in output:
@@ -115,25 +100,12 @@ def _layers(variant: Variant, output: Any, decoding: Mapping[str, Any]) -> dict[
     return {**mean, "of": of, "ratio": sum(mean.values()) / sum(of.values())}
 
 
-def whole_and_encoder_seconds(variant: Variant, decoding: Mapping[str, Any]) -> tuple[float, float]:
-    """Seconds of one run of a variant and, of these, of its encoder with the trunk."""
-    device = variant.model.device
-    with encoder_clock(encoder_of(variant), device) as encoder:
-        _, seconds = timed(lambda: variant.run(decoding), device)
-    return seconds, sum(encoder)
-
-
 def summary(runs: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """The "seconds" of runs (whole, encoder), their "p50", "p95" and "quartiles", and the median "encoder_seconds"."""
     whole, encoder = zip(*runs, strict=True)
     low, middle, high, most = np.quantile(whole, [0.25, 0.5, 0.75, 0.95]).tolist()
-    return {
-        "seconds": list(whole),
-        "p50": middle,
-        "p95": most,
-        "quartiles": [low, high],
-        "encoder_seconds": median(encoder),
-    }
+    spread = {"p50": middle, "p95": most, "quartiles": [low, high]}
+    return {"seconds": list(whole), **spread, "encoder_seconds": median(encoder)}
 
 
 def components(variant: Variant, decoding: Mapping[str, Any]) -> dict[str, float] | None:
@@ -142,7 +114,7 @@ def components(variant: Variant, decoding: Mapping[str, Any]) -> dict[str, float
         return None
     passes: list[dict[str, float]] = []
     while len(passes) < 3 and sum(sum(one.values()) for one in passes) < COMPONENT_SECONDS:
-        passes.append(component_seconds(variant.model, lambda: variant.run(decoding)))
+        passes.append(component_seconds(variant.model, partial(variant.run, decoding)))
     return {name: median(one[name] for one in passes) for name in passes[0]}
 
 
@@ -155,24 +127,19 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
     return {"value": value, "interval": percentile_interval(one / other, 0.95)}
 
 
-def _compare(
-    one: dict[str, Any], figures: Mapping[str, dict[str, Any]], sequences: Mapping[str, Tensor], name: str
-) -> None:
-    """Adds what a variant is beside full depth without exits ("lossless") and beside the stock reference."""
+def comparison(one: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a variant is beside full depth without exits ("lossless") and beside the stock reference."""
+    found: dict[str, Any] = {}
     if (stock := figures.get("stock")) is not None:
-        one["speedup_over_stock"] = ratio(stock["seconds"], one["seconds"])
-        one["encoder_passes"] = one["p50"] / stock["encoder_seconds"]
-    if (full := figures.get("lossless")) is None:
-        return
-    one["time_ratio"] = ratio(one["seconds"], full["seconds"])
-    one["flop_ratio"] = one["flops"] / full["flops"]
-    if one["layers"] is None:
-        return
-    same = (sequences[name] == sequences["lossless"]).all(dim=1)
-    one["identical"] = same.double().mean().item()
-    saved = 1 - one["flop_ratio"]
-    if one["layers"]["ratio"] < full["layers"]["ratio"] and saved > 0:
-        one["realised_saving"] = (1 - one["time_ratio"]["value"]) / saved
+        found["speedup_over_stock"] = ratio(stock["seconds"], one["seconds"])
+        found["encoder_passes"] = one["p50"] / stock["encoder_seconds"]
+    if (full := figures.get("lossless")) is not None:
+        found["time_ratio"] = ratio(one["seconds"], full["seconds"])
+        found["flop_ratio"] = one["flops"] / full["flops"]
+        saved = 1 - found["flop_ratio"]
+        if one["layers"] is not None and one["layers"]["ratio"] < full["layers"]["ratio"] and saved > 0:
+            found["realised_saving"] = (1 - found["time_ratio"]["value"]) / saved
+    return found
 
 
-__all__ = ["components", "encoder_of", "examine", "load_average", "measure_cell", "ratio", "summary"]
+__all__ = ["load_average", "measure_cell", "ratio", "summary"]

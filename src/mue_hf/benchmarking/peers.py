@@ -1,10 +1,7 @@
-"""Captioners of other families as transformers ships them, at their published shapes with random weights.
+"""Captioners of other families as transformers ships them, at their published shapes with random weights: what does a
+caption of as many image tokens and new tokens take elsewhere? Their captions are noise."""
 
-They answer one question: what does a caption of as many image tokens and new tokens take elsewhere? Their
-captions are noise.
-"""
-
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,44 +18,35 @@ from .variants import Variant
 
 # Tokens of Florence-2's sentence for a caption, and of an empty prompt's [BOS] [SEP] for BLIP.
 FLORENCE_PROMPT, BLIP_PROMPT = 8, 2
+# A model, its image tokens, and the input ids of one image.
+Built = tuple[PreTrainedModel, int, Tensor]
 
 
-def florence_2_base(image_size: int) -> tuple[PreTrainedModel, int, dict[str, Tensor]]:
-    """Florence-2-base: DaViT (stride 32) into a BART of six and six layers. Returns the model, its image tokens, and
-    the inputs of one image."""
+def florence_2_base(image_size: int) -> Built:
+    """Florence-2-base: DaViT (stride 32) into a BART of six and six layers."""
+    sizes = {"layers": 6, "ffn_dim": 3072, "attention_heads": 12}
+    stacks = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in sizes.items()}
     config = Florence2Config(
         vision_config={"model_type": "florence_vision", "projection_dim": 768},
-        text_config={
-            "model_type": "bart",
-            "vocab_size": 51290,
-            "d_model": 768,
-            "encoder_layers": 6,
-            "decoder_layers": 6,
-            "encoder_ffn_dim": 3072,
-            "decoder_ffn_dim": 3072,
-            "encoder_attention_heads": 12,
-            "decoder_attention_heads": 12,
-        },
+        text_config={"model_type": "bart", "vocab_size": 51290, "d_model": 768, **stacks},
         image_token_id=51289,
     )
-    model = Florence2ForConditionalGeneration(config)
     # One more token stands for the whole image.
     tokens = (image_size // 32) ** 2 + 1
     ids = torch.arange(4, 4 + tokens + FLORENCE_PROMPT).unsqueeze(0)
     ids[:, :tokens] = config.image_token_id
-    return model, tokens, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Florence2ForConditionalGeneration(config), tokens, ids
 
 
-def blip_base(image_size: int) -> tuple[PreTrainedModel, int, dict[str, Tensor]]:
-    """BLIP-base for captions: ViT-B/16 into a decoder of twelve layers. Returns what [`florence_2_base`] does."""
+def blip_base(image_size: int) -> Built:
+    """BLIP-base for captions: ViT-B/16 into a decoder of twelve layers."""
     config = BlipConfig(vision_config={"image_size": image_size})
-    model = BlipForConditionalGeneration(config)
     ids = torch.full((1, BLIP_PROMPT), config.text_config.bos_token_id)
-    return model, (image_size // 16) ** 2 + 1, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return BlipForConditionalGeneration(config), (image_size // 16) ** 2 + 1, ids
 
 
 # Name -> builder, its stride, and the size that it was published with.
-PEERS: dict[str, tuple[Callable[[int], tuple[PreTrainedModel, int, dict[str, Tensor]]], int, int]] = {
+PEERS: dict[str, tuple[Callable[[int], Built], int, int]] = {
     "florence-2-base": (florence_2_base, 32, 768),
     "blip-base": (blip_base, 16, 384),
 }
@@ -72,23 +60,23 @@ class Peer:
     Args:
         name (`str`): as it was asked for.
         model (`PreTrainedModel`): with random weights.
-        prompt (`dict`): its inputs for one image, without the image.
+        input_ids (`LongTensor` [1, tokens]): its prompt.
         image_size (`int`): pixels of both sides of the image that it is given.
         image_tokens (`int`): encoder tokens that come out.
     """
 
     name: str
     model: PreTrainedModel
-    prompt: Mapping[str, Tensor]
+    input_ids: Tensor
     image_size: int
     image_tokens: int
 
     def variant(self, pixel_values: Tensor) -> Variant:
         """Its variant on images [batch, 3, height, width], which are resized."""
-        batch, size = pixel_values.shape[0], (self.image_size, self.image_size)
-        inputs = {name: value.to(self.model.device).repeat(batch, 1) for name, value in self.prompt.items()}
-        resized = torch.nn.functional.interpolate(pixel_values, size, mode="bilinear")
-        return Variant(self.name, self.model, {"pixel_values": resized, **inputs})
+        ids = self.input_ids.to(self.model.device).repeat(len(pixel_values), 1)
+        resized = torch.nn.functional.interpolate(pixel_values, (self.image_size, self.image_size), mode="bilinear")
+        inputs = {"pixel_values": resized, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return Variant(self.name, self.model, inputs)
 
     def facts(self) -> dict[str, int]:
         """What the record says about it."""
@@ -101,8 +89,7 @@ def make_peer(spec: str, image_tokens: int, like: Tensor) -> Peer:
     Builds a peer.
 
     Args:
-        spec (`str`): a name of `PEERS` for an image size that gives as many image tokens, `NAME:PIXELS` for one of
-            that size, or `NAME:native` for the published one.
+        spec (`str`): NAME in `PEERS`, at an image size that gives as many image tokens; NAME:PIXELS, or NAME:native.
         image_tokens (`int`): image tokens of the model that it is compared with.
         like (`Tensor`): its device and dtype are the model's.
 
@@ -117,8 +104,8 @@ def make_peer(spec: str, image_tokens: int, like: Tensor) -> Peer:
         raise ValueError(f"`peers` {name}:SIZE must have a multiple of {stride} or 'native', got {size!r}.")
     pixels = {"": stride * round(image_tokens**0.5), "native": native}.get(size) or int(size)
     torch.manual_seed(0)
-    model, tokens, prompt = build(pixels)
-    return Peer(spec, model.to(like.device, like.dtype).eval(), prompt, pixels, tokens)
+    model, tokens, input_ids = build(pixels)
+    return Peer(spec, model.to(like.device, like.dtype).eval(), input_ids, pixels, tokens)
 
 
 __all__ = ["PEERS", "Peer", "make_peer"]

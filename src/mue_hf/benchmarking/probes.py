@@ -1,13 +1,10 @@
-"""What is measured while a variant runs, in passes of their own: operations, memory, seconds by component.
-
-Everything is done by hooks that are gone afterwards; the passes that are timed as a whole carry none but those of
-`encoder_clock`.
-"""
+"""What is measured while a variant runs, by hooks that are gone afterwards: operations, memory, seconds."""
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -37,19 +34,16 @@ def count_flops(run: Callable[[], T]) -> tuple[T, int]:
 @contextmanager
 def hooked(*handles: Any) -> Iterator[None]:
     """Removes the hooks at its end."""
-    with ExitStack() as stack:
-        for handle in handles:
-            stack.callback(handle.remove)
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def peak_bytes(run: Callable[[], T], device: torch.device, after: nn.Module | None = None) -> tuple[T, int]:
-    """
-    What `run` returns, and the most bytes that tensors took beyond what they took at its start, or, with `after`, at
-    the last end of that module.
-
-    On the CPU by the profiler's record of allocations, on CUDA by the allocator.
-    """
+    """What `run` returns, and the most bytes that tensors took beyond what they took at its start, or, with `after`,
+    at the last end of that module: on the CPU by the profiler's record of allocations, on CUDA by the allocator."""
     on_cuda, before = device.type == "cuda", 0
 
     def start(*_: Any) -> None:
@@ -69,9 +63,8 @@ def peak_bytes(run: Callable[[], T], device: torch.device, after: nn.Module | No
     if on_cuda:
         synchronize(device)
         return output, torch.cuda.max_memory_allocated(device) - before
-    events = record.profiler.kineto_results.events()
     taken = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == COUNTING_STARTS:
             taken = peak = 0
         elif event.name() == "[memory]":
@@ -80,44 +73,21 @@ def peak_bytes(run: Callable[[], T], device: torch.device, after: nn.Module | No
     return output, peak
 
 
-@contextmanager
-def encoder_clock(encoder: nn.Module, device: torch.device) -> Iterator[list[float]]:
-    """A list that receives the seconds of every pass of the encoder: two readings of the clock per `generate`."""
-    seconds: list[float] = []
-
-    def start(*_: Any) -> None:
-        synchronize(device)
-        seconds.append(-time.perf_counter())
-
-    def stop(*_: Any) -> None:
-        synchronize(device)
-        seconds[-1] += time.perf_counter()
-
-    with hooked(encoder.register_forward_pre_hook(start), encoder.register_forward_hook(stop)):
-        yield seconds
-
-
-class _Stopwatch:
-    """Seconds by name, each moment counted once: for the innermost name that has started."""
+class Stopwatch:
+    """Seconds by name, each moment counted once: for the innermost name that has started, or "bookkeeping"."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.names = device, ["bookkeeping"]
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.names = ["bookkeeping"]
-        self.last = self._now()
-        self.image_tokens = 0
-
-    def _now(self) -> float:
-        synchronize(self.device)
-        return time.perf_counter()
 
     def charge(self, name: str) -> None:
         """Books the time since the last reading on `name`."""
-        now = self._now()
+        synchronize(self.device)
+        now = time.perf_counter()
         self.seconds[name] += now - self.last
         self.last = now
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, *_: Any) -> None:
         # What the encoder does between its layers prepares the next one: the position bias of its stream.
         self.charge(name if self.names[-1] == "encoder" else self.names[-1])
         self.names.append(name)
@@ -125,17 +95,23 @@ class _Stopwatch:
     def stop(self, *_: Any) -> None:
         self.charge(self.names.pop())
 
-    def start_stream(self, _: nn.Module, inputs: tuple) -> None:
-        """Starts the stream of an encoder layer, told by its tokens."""
-        self.start("image_encoder" if inputs[0].shape[1] == self.image_tokens else "text_encoder")
+    def hooks(self, module: nn.Module, start: str | Callable[..., Any]) -> list[Any]:
+        """Handles of hooks that charge a module's seconds on a name, or on the one that a pre-hook starts."""
+        start = partial(self.start, start) if isinstance(start, str) else start
+        return [module.register_forward_pre_hook(start), module.register_forward_hook(self.stop)]
 
-    def note_image(self, _: nn.Module, __: tuple, projected: torch.Tensor) -> None:
-        self.image_tokens = projected.shape[1]
+    def time(self, run: Callable[[], Any], handles: Iterable[Any]) -> dict[str, float]:
+        """The seconds of one run by name; the hooks are removed."""
+        with hooked(*handles):
+            synchronize(self.device)
+            self.last = time.perf_counter()
+            run()
+            self.charge("bookkeeping")
+        return self.seconds
 
 
 def component_seconds(model: Any, run: Callable[[], Any]) -> dict[str, float]:
-    """
-    Seconds of one `run` of a model by component, from hooks at the modules.
+    """Seconds of one `run` of a model by component, from hooks at the modules.
 
     Args:
         model (`MuEForConditionalGeneration` or `StockModel`): what runs.
@@ -146,36 +122,33 @@ def component_seconds(model: Any, run: Callable[[], Any]) -> dict[str, float]:
         keys and values of the encoder's output), "decoder_layers", "head", and "bookkeeping": all the rest, such as
         position biases and the cache of the decoder, beam search and the decision to exit.
     """
-    stock, joint = isinstance(model, StockModel), not model.config.modality_decomposition
-    inner = model.model if stock else model
-    encoder = inner.get_encoder()
-    layers = model.layers if stock else inner.get_decoder().layers
-    named = {
-        "trunk": [encoder.embed_images],
-        "encoder": [encoder],
-        "cross_keys": [linear for layer in layers for linear in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)],
-        "decoder_layers": layers,
-        "head": [model.lm_head],
-    }
-    watch = _Stopwatch(inner.device)
-    handles = [encoder.image_proj.register_forward_hook(watch.note_image)]
-    for name, modules in named.items():
-        for module in modules:
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: watch.start(name)))
-            handles.append(module.register_forward_hook(watch.stop))
+    inner = model.model if isinstance(model, StockModel) else model
+    encoder, layers, joint = inner.get_encoder(), inner.get_decoder().layers, not inner.config.modality_decomposition
+    watch, image_tokens = Stopwatch(inner.device), 0
+
+    def note_image(_: nn.Module, __: tuple, projected: torch.Tensor) -> None:
+        nonlocal image_tokens
+        image_tokens = projected.shape[1]
+
+    def start_stream(_: nn.Module, inputs: tuple) -> None:
+        watch.start("image_encoder" if inputs[0].shape[1] == image_tokens else "text_encoder")
+
+    handles = [encoder.image_proj.register_forward_hook(note_image)]
+    for name, module in {"trunk": encoder.embed_images, "encoder": encoder, "head": model.lm_head}.items():
+        handles += watch.hooks(module, name)
+    for layer in layers:
+        handles += watch.hooks(layer, "decoder_layers")
+        handles += watch.hooks(layer.cross_attn.k_proj, "cross_keys")
+        handles += watch.hooks(layer.cross_attn.v_proj, "cross_keys")
     for layer in () if joint else encoder.layers:
-        handles.append(layer.register_forward_pre_hook(watch.start_stream))
-        handles.append(layer.register_forward_hook(watch.stop))
-    with hooked(*handles):
-        watch.charge("start")
-        run()
-        watch.charge("bookkeeping")
-    streams = ["encoder"] if joint else ["image_encoder", "text_encoder"]
+        handles += watch.hooks(layer, start_stream)
+    seconds = watch.time(run, handles)
     if not joint:
         # The encoder's own end joins the streams.
-        watch.seconds["image_encoder"] += watch.seconds["encoder"]
+        seconds["image_encoder"] += seconds["encoder"]
+    streams = ("encoder",) if joint else ("image_encoder", "text_encoder")
     names = ["trunk", *streams, "cross_keys", "decoder_layers", "head", "bookkeeping"]
-    return {name: watch.seconds[name] for name in names}
+    return {name: seconds[name] for name in names}
 
 
-__all__ = ["component_seconds", "count_flops", "encoder_clock", "hooked", "peak_bytes"]
+__all__ = ["Stopwatch", "component_seconds", "count_flops", "hooked", "peak_bytes"]

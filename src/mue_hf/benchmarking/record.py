@@ -21,8 +21,7 @@ def upgraded(record: Any) -> Any:
 
 
 class Record:
-    """
-    Cells by name, and the settings and the machine that all of them belong to.
+    """Cells by name, and the settings and the machine that all of them belong to.
 
     Args:
         path (`Path`): the file; what it holds already is kept.
@@ -40,18 +39,16 @@ class Record:
             return
         try:
             before = upgraded(json.loads(path.read_text(encoding="utf-8")))
-            cells = before["cells"]
+            self.content["cells"] = before["cells"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`output` {path} is no record of mue-hf bench; name another file.") from error
         for part in head:
             for name, ours in self.content[part].items():
-                theirs = before.get(part, {}).get(name)
-                if ours != theirs:
+                if ours != (theirs := before.get(part, {}).get(name)):
                     raise ValueError(
                         f"`output` {path} holds cells with {name} = {theirs!r}, this run has {ours!r}; name another "
                         "file, or delete this one."
                     )
-        self.content["cells"] = cells
 
     def __contains__(self, name: str) -> bool:
         return name in self.content["cells"]

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel
 
 from ..evaluation.measure import environment
 from ..inference.loading import check_device, load_checkpoint
@@ -27,30 +26,27 @@ from .variants import DEFAULT_VARIANTS, make_variants, variant_names
 
 @dataclass(frozen=True)
 class TimedModel:
-    """
-    A model that is timed: in evaluation mode, batch norms folded, no parameter with a gradient.
+    """A model that is timed, and what on.
 
     Args:
         name (`str`): what it is called in the record.
-        model (`MuEForConditionalGeneration`): the model.
+        model (`MuEForConditionalGeneration`): in evaluation mode, batch norms folded, no parameter with a gradient.
         make_inputs (`Callable`): batch size -> inputs of `generate`, on the CPU and in float32.
     """
 
     name: str
     model: PreTrainedModel
-    make_inputs: Callable[[int], Mapping[str, Tensor]]
+    make_inputs: Callable[[int], BatchFeature]
 
-    def inputs(self, batch: int) -> dict[str, Tensor]:
+    def inputs(self, batch: int) -> BatchFeature:
         """Inputs of `generate` for a batch, where the model is and in its dtype."""
-        made = {name: value.to(self.model.device) for name, value in self.make_inputs(batch).items()}
-        return made | {"pixel_values": made["pixel_values"].to(self.model.dtype)}
+        return self.make_inputs(batch).to(self.model.device, self.model.dtype)
 
 
 def random_model(
     size: str, image_size: int = 480, *, device: str = "cpu", dtype: str = "float32", threads: int | None = None
 ) -> TimedModel:
-    """
-    A model of OFA's shapes with random weights.
+    """A model of OFA's shapes with random weights.
 
     Args:
         size (`str`): one of `SIZES`.
@@ -76,16 +72,15 @@ def random_model(
     # As long as the captioning prompt.
     ids = torch.tensor([[0, *range(10, 16), 2]])
 
-    def inputs(batch: int) -> dict[str, Tensor]:
+    def inputs(batch: int) -> BatchFeature:
         images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch))
-        return {"input_ids": ids.repeat(batch, 1), "pixel_values": images}
+        return BatchFeature({"input_ids": ids.repeat(batch, 1), "pixel_values": images})
 
     return TimedModel(f"OFA-{size} shapes at {image_size} px, random weights", model, inputs)
 
 
 def checkpoint_model(name: str, images: Sequence[str] = (), **where: Any) -> TimedModel:
-    """
-    A checkpoint on photos, in turns, or on noise.
+    """A checkpoint on photos, in turns, or on noise.
 
     Args:
         name (`str`): a folder or a Hub id.
@@ -96,21 +91,16 @@ def checkpoint_model(name: str, images: Sequence[str] = (), **where: Any) -> Tim
     photos = [load_image(path) for path in images]
     size = processor.image_processor.size
 
-    def inputs(batch: int) -> dict[str, Tensor]:
-        noise = torch.Generator().manual_seed(batch)
-        shape = (size["height"], size["width"], 3)
-        some = list(islice(cycle(photos), batch)) or [
-            torch.randint(256, shape, generator=noise, dtype=torch.uint8).numpy() for _ in range(batch)
-        ]
-        made = processor(images=some, return_tensors="pt")
-        return {name: made[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    def inputs(batch: int) -> BatchFeature:
+        shape, noise = (batch, size["height"], size["width"], 3), torch.Generator().manual_seed(batch)
+        pixels = torch.randint(256, shape, generator=noise, dtype=torch.uint8).numpy()
+        return processor(images=list(islice(cycle(photos), batch)) or list(pixels))
 
     return TimedModel(f"{name} on {len(photos) or 'no'} photos", model.requires_grad_(False), inputs)
 
 
 class Bench:
-    """
-    Variants of a model and peers beside them, timed in cells: a batch size and a number of beams each.
+    """Variants of a model and peers beside them, timed in cells: a batch size and a number of beams each.
 
     Args:
         timed (`TimedModel`): the model.
@@ -156,17 +146,15 @@ class Bench:
             "exits": self.exits,
             "peers": {peer.name: peer.facts() for peer in self.peers},
         }
-        machine = {name: value for name, value in environment(model, 1).items() if name != "batch_size"}
-        machine["cores"] = os.cpu_count()
+        machine = environment(model, 1) | {"cores": os.cpu_count()}
+        del machine["batch_size"]
         self.record = Record(output, {"settings": settings, "environment": machine})
 
     def measure(
         self, batch_sizes: Sequence[int], beams: Sequence[int], *, repeats: int = 10, max_seconds: float | None = None
     ) -> dict[str, Any]:
-        """
-        Measures the cells of these batch sizes and beams that the record lacks, each in `repeats` rounds, of which
-        none but the first three begins after `max_seconds`; returns the record.
-        """
+        """Measures the cells of these batch sizes and beams that the record lacks, each in `repeats` rounds, of which
+        none but the first three begins after `max_seconds`; returns the record."""
         wanted = {f"batch {batch}, beam {count}": (batch, count) for batch, count in product(batch_sizes, beams)}
         missing = {name: sizes for name, sizes in wanted.items() if name not in self.record}
         runs = (len(self.variants) + len(self.exits) + len(self.peers)) * (repeats + 3)
@@ -181,10 +169,9 @@ class Bench:
         return self.record.content
 
     def _cell(self, batch: int, beams: int, limits: Mapping[str, Any]) -> dict[str, Any]:
-        inputs = self.timed.inputs(batch)
-        variants = make_variants(
-            self.variants, self.timed.model, inputs, self.exits, beams=beams, steps=self.tokens
-        ) + [peer.variant(inputs["pixel_values"]) for peer in self.peers]
+        inputs, sizes = self.timed.inputs(batch), {"beams": beams, "steps": self.tokens}
+        variants = make_variants(self.variants, self.timed.model, inputs, self.exits, **sizes)
+        variants += [peer.variant(inputs["pixel_values"]) for peer in self.peers]
         decoding = {
             "num_beams": beams,
             "max_new_tokens": self.tokens,

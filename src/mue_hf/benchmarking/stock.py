@@ -2,11 +2,13 @@
 
 The encoder's output is repeated for every beam, each row projects its own cross-attention keys and values into
 transformers' `EncoderDecoderCache`, which reorders them at every step, position biases are recomputed at every step,
-every row runs its prompt, products are torch's own `linear`, and the head covers the whole vocabulary. It is no straw
-man: a position bias is made once for all rows and for the new token alone, attention is the model's own, and so are
-the layers of the encoder.
+every row runs its prompt, products are torch's own `linear`, batch norms are not folded, and the head covers the whole
+vocabulary. It is no straw man: a position bias is made once for all rows and for the new token alone, and the layers
+are the model's own.
 """
 
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,8 +16,26 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
+from ..model.cache_mue import ImageView
 from ..model.encoder_mue import MuEEncoderOutput
-from ..model.layers_mue import MuEDecoderLayer, mask_value, position_scores, relative_bias, text_relative_index
+from ..model.layers_mue import (
+    MuELinear,
+    known_true,
+    mask_value,
+    position_scores,
+    relative_bias,
+    text_relative_index,
+)
+
+
+def unfolded_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model on the same weights, but for those of the trunk: its batch norms are not folded."""
+    trunk = model.get_encoder().embed_images
+    own = {id(tensor) for tensor in (*trunk.parameters(), *trunk.buffers())}
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copy = deepcopy(model, {key: tensor for key, tensor in tensors.items() if key not in own})
+    copy.unfold_batch_norms()
+    return copy
 
 
 class StockEncoder(nn.Module):
@@ -44,92 +64,44 @@ class StockEncoder(nn.Module):
         return encoder(inputs_embeds=embeds, attention_mask=attention_mask, image_features=features)
 
 
-class StockLinear(nn.Module):
-    """torch's own product with the weights of a linear layer."""
+class StockCache:
+    """transformers' cache as decoder layers write to it and read from it."""
 
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.linear = linear
+    def __init__(self, cache: Cache):
+        self.cache = cache
 
-    def forward(self, states: Tensor) -> Tensor:
-        return nn.functional.linear(states, self.linear.weight, self.linear.bias)
+    def update_self(self, layer: int, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return self.cache.self_attention_cache.update(keys, values, layer)
 
-
-class StockAttention(nn.Module):
-    """Attention of a decoder layer by torch's own products."""
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        self.attention = attention
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            StockLinear(linear)
-            for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
-        )
-
-    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """States [rows, tokens, d] -> keys and values [rows, heads, tokens, head dim]."""
-        split = self.attention.split_heads
-        return split(self.k_proj(states)), split(self.v_proj(states))
-
-    def forward(self, states: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        query = self.attention.split_heads(self.q_proj(states))
-        return self.out_proj(self.attention.attend(query, keys, values, bias)[0])
-
-
-class StockDecoderLayer(nn.Module):
-    """A decoder layer on transformers' cache.
-
-    Args:
-        layer (`MuEDecoderLayer`): whose weights it runs.
-        index (`int`): its place in the stack.
-    """
-
-    def __init__(self, layer: MuEDecoderLayer, index: int):
-        super().__init__()
-        self.layer, self.index = layer, index
-        self.self_attn, self.cross_attn = StockAttention(layer.self_attn), StockAttention(layer.cross_attn)
-        self.fc1, self.fc2 = StockLinear(layer.fc1), StockLinear(layer.fc2)
-
-    def forward(
-        self, states: Tensor, encoder_states: Tensor, self_bias: Tensor, cross_bias: Tensor, cache: Cache
-    ) -> Tensor:
-        """States [rows, tokens, d] over encoder states [rows, source, d] -> states."""
-        layer = self.layer
-        normed = layer.self_attn_layer_norm(states)
-        keys, values = cache.self_attention_cache.update(*self.self_attn.keys_values(normed), self.index)
-        states = states + layer.self_attn_mid_layer_norm(self.self_attn(normed, keys, values, self_bias))
-
-        cross = cache.cross_attention_cache
-        if cache.is_updated.get(self.index):
-            keys, values = cross.layers[self.index].keys, cross.layers[self.index].values
-        else:
-            keys, values = cross.update(*self.cross_attn.keys_values(encoder_states), self.index)
-            cache.is_updated[self.index] = True
-        output = self.cross_attn(layer.cross_attn_layer_norm(states), keys, values, cross_bias)
-        states = states + layer.cross_attn_mid_layer_norm(output)
-        hidden = layer.activation_fn(self.fc1(layer.final_layer_norm(states)))
-        return states + self.fc2(layer.ffn_layer_norm(hidden))
+    def cross(
+        self, layer: int, project: Callable[[Tensor], tuple[Tensor, Tensor]], states: Tensor, *_: Any
+    ) -> tuple[Tensor, Tensor]:
+        cross = self.cache.cross_attention_cache
+        if self.cache.is_updated.get(layer):
+            return cross.layers[layer].keys, cross.layers[layer].values
+        self.cache.is_updated[layer] = True
+        return cross.update(*project(states), layer)
 
 
 class StockModel(PreTrainedModel, GenerationMixin):
     """The weights of a `MuEForConditionalGeneration` behind transformers' own cache and generation loop, exits off.
 
     Args:
-        model (`MuEForConditionalGeneration`): its modules are used, not copied; a user of plain transformers would not
-            have its batch norms folded.
+        model (`MuEForConditionalGeneration`): its modules are copied, its weights but the trunk's are shared.
     """
 
     main_input_name = "input_ids"
     _supports_sdpa = True
 
     def __init__(self, model: PreTrainedModel):
+        model = unfolded_copy(model)
         super().__init__(model.config)
-        self.model = model
+        self.model, self.lm_head = model, model.lm_head
         self.generation_config = model.generation_config
         self.encoder = StockEncoder(model.get_encoder())
-        layers = model.get_decoder().layers
-        self.layers = nn.ModuleList([StockDecoderLayer(layer, index) for index, layer in enumerate(layers)])
-        self.lm_head = StockLinear(model.lm_head)
+        for module in (*model.get_decoder().layers.modules(), self.lm_head):
+            if isinstance(module, MuELinear):
+                module.__class__ = nn.Linear
         self.eval()
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
@@ -147,13 +119,14 @@ class StockModel(PreTrainedModel, GenerationMixin):
     ) -> Seq2SeqLMOutput:
         """One step of `generate`, which passes `encoder_outputs`, `cache` and the new `decoder_input_ids`."""
         decoder, config = self.model.get_decoder(), self.config
-        past, tokens = cache.get_seq_length(), decoder_input_ids.shape[1]
+        rows, tokens = decoder_input_ids.shape
+        past = cache.get_seq_length()
         states = decoder.layernorm_embedding(decoder.embed_tokens(decoder_input_ids))
 
-        heads, factor = config.decoder_attention_heads, config.attn_scale_factor
+        sizes = config.decoder_attention_heads, config.attn_scale_factor
         positions = decoder.pos_ln(decoder.embed_positions.weight[: past + tokens])
         new = positions[past:]
-        scores = position_scores(decoder.self_pos_q_linear, decoder.self_pos_k_linear, new, positions, heads, factor)
+        scores = position_scores(decoder.self_pos_q_linear, decoder.self_pos_k_linear, new, positions, *sizes)
         later = torch.ones(tokens, past + tokens, dtype=torch.bool, device=scores.device).triu(past + 1)
         scores = scores.masked_fill(later, mask_value(scores))
         index = text_relative_index(
@@ -161,16 +134,14 @@ class StockModel(PreTrainedModel, GenerationMixin):
         )[past:]
         # All rows have the same encoder positions.
         source = encoder_outputs.position_embeddings[0]
-        cross_bias = position_scores(
-            decoder.cross_pos_q_linear, decoder.cross_pos_k_linear, new, source, heads, factor
-        ).unsqueeze(0)
-        mask = encoder_outputs.attention_mask
-        if not bool(mask.all()):
-            cross_bias = cross_bias.masked_fill(~mask[:, None, None, :], mask_value(cross_bias))
-        for number, layer in enumerate(self.layers):
-            self_bias = (scores + relative_bias(decoder.token_rel_pos_table_list[number], index)).unsqueeze(0)
-            states = layer(states, encoder_outputs.last_hidden_state, self_bias, cross_bias, cache)
+        cross_bias = position_scores(decoder.cross_pos_q_linear, decoder.cross_pos_k_linear, new, source, *sizes)
+        mask, view = encoder_outputs.attention_mask, ImageView(None, rows, rows)
+        cross_bias = view.fold_bias(cross_bias, None if known_true(mask) else mask)
+        for layer, table in zip(decoder.layers, decoder.token_rel_pos_table_list, strict=True):
+            self_bias = (scores + relative_bias(table, index)).unsqueeze(0)
+            biases = self_bias, cross_bias
+            states = layer(states, encoder_outputs.last_hidden_state, *biases, None, view, StockCache(cache))
         return Seq2SeqLMOutput(logits=self.lm_head(decoder.layer_norm(states)), cache=cache)
 
 
-__all__ = ["StockModel"]
+__all__ = ["StockModel", "unfolded_copy"]

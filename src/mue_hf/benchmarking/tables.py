@@ -1,20 +1,14 @@
 """A record of `mue-hf bench` as Markdown tables and as a plot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..evaluation.plots import require_matplotlib, save_figure
 from .record import upgraded
 
-COMPONENTS = (
-    *("trunk", "encoder", "image_encoder", "text_encoder", "cross_keys", "decoder_layers", "head"),
-    "bookkeeping",
-)
-HEADER = (
-    *("variant", "s/image p50", "quartiles", "p95", "layers", "FLOPs", "time", "realised saving", "over stock"),
-    *("encoder passes", "decode MiB", "same"),
-)
 LEGEND = """\
 Seconds are of one call of `generate` divided by its images; all variants take turns in one process. Layers, FLOPs and
 time are shares of the variant "lossless" (the package as it is, no exits): mean layers of the three streams,
@@ -27,49 +21,42 @@ half, half of the layers everywhere; spread, another depth for each image, row a
 the same with all rows waiting for the deepest."""
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a table whose columns are the keys of the rows."""
+    cells: Iterable[Iterable[Any]] = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return [f"| {' | '.join(map(str, line))} |" for line in cells]
 
 
-def _with_interval(one: Mapping[str, Any] | None, unit: str = "") -> str:
-    if one is None:
-        return "-"
-    low, high = one["interval"]
-    return f"{one['value']:.2f}{unit} [{low:.2f}, {high:.2f}]"
+def ratio_cell(ratio: Mapping[str, Any] | None, unit: str = "") -> str:
+    """A ratio (see [`ratio`]) with its interval."""
+    return "-" if ratio is None else "{:.2f}{} [{:.2f}, {:.2f}]".format(ratio["value"], unit, *ratio["interval"])
 
 
-def _number(value: float | None, form: str) -> str:
+def _number(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _variant(name: str, one: Mapping[str, Any], batch: int) -> str:
-    low, high = (1 / batch * value for value in one["quartiles"])
-    layers = one["layers"] and one["layers"]["ratio"]
-    return _row(
-        [
-            name,
-            f"{one['p50'] / batch:.3f}",
-            f"{low:.3f} - {high:.3f}",
-            f"{one['p95'] / batch:.3f}",
-            _number(layers, ".2f"),
-            _number(one.get("flop_ratio"), ".2f"),
-            _with_interval(one.get("time_ratio")),
-            _number(one.get("realised_saving"), ".2f"),
-            _with_interval(one.get("speedup_over_stock"), "x"),
-            _number(one.get("encoder_passes"), ".2f"),
-            f"{one['decode_peak_bytes'] / 2**20:.1f}",
-            _number(one.get("identical"), ".2f"),
-        ]
-    )
+def _variant(name: str, one: Mapping[str, Any], batch: int) -> dict[str, str]:
+    low, high = (value / batch for value in one["quartiles"])
+    return {
+        "variant": name,
+        "s/image p50": f"{one['p50'] / batch:.3f}",
+        "quartiles": f"{low:.3f} - {high:.3f}",
+        "p95": f"{one['p95'] / batch:.3f}",
+        "layers": _number(one["layers"] and one["layers"]["ratio"]),
+        "FLOPs": _number(one.get("flop_ratio")),
+        "time": ratio_cell(one.get("time_ratio")),
+        "realised saving": _number(one.get("realised_saving")),
+        "over stock": ratio_cell(one.get("speedup_over_stock"), "x"),
+        "encoder passes": _number(one.get("encoder_passes")),
+        "decode MiB": f"{one['decode_peak_bytes'] / 2**20:.1f}",
+        "same": _number(one.get("identical")),
+    }
 
 
-def _components(cell: Mapping[str, Any]) -> list[str]:
-    timed = {name: one["components"] for name, one in cell["variants"].items() if one["components"]}
-    names = [name for name in COMPONENTS if any(name in seconds for seconds in timed.values())]
-    lines = [_row(["ms per image", *(name.replace("_", " ") for name in names)]), "|---" * (len(names) + 1) + "|"]
-    for variant, seconds in timed.items():
-        lines.append(_row([variant, *(f"{1000 * seconds.get(name, 0) / cell['batch_size']:.1f}" for name in names)]))
-    return lines
+def _components(name: str, seconds: Mapping[str, float], batch: int) -> dict[str, str]:
+    cells = {component.replace("_", " "): f"{1000 * taken / batch:.1f}" for component, taken in seconds.items()}
+    return {"ms per image": name} | cells
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -87,16 +74,11 @@ def markdown(record: Mapping[str, Any]) -> str:
     for peer, facts in settings["peers"].items():
         lines += ["", f"{peer}: random weights, {facts['image_size']} px, {facts['image_tokens']} image tokens."]
     for cell in record["cells"].values():
-        load = " and ".join(_number(value, ".1f") for value in cell["load_average"])
-        lines += [
-            "",
-            f"Batch {cell['batch_size']}, beam {cell['beams']} ({cell['rounds']} rounds, load average {load}):",
-            "",
-            _row(HEADER),
-            "|---" * len(HEADER) + "|",
-        ]
-        lines += [_variant(name, one, cell["batch_size"]) for name, one in cell["variants"].items()]
-        lines += ["", *_components(cell)]
+        batch, load = cell["batch_size"], " and ".join(_number(value, ".1f") for value in cell["load_average"])
+        figures = cell["variants"].items()
+        timed = [_components(name, seconds, batch) for name, one in figures if (seconds := one["components"])]
+        lines += ["", f"Batch {batch}, beam {cell['beams']} ({cell['rounds']} rounds, load average {load}):", ""]
+        lines += [*markdown_table([_variant(name, one, batch) for name, one in figures]), "", *markdown_table(timed)]
     return "\n".join(lines) + "\n"
 
 
@@ -112,17 +94,15 @@ def draw_plot(record: Mapping[str, Any], folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(
-        title="What exits save", xlabel="FLOPs, share of lossless", ylabel="time, share of lossless"
-    )
+    labels = {"xlabel": "FLOPs, share of lossless", "ylabel": "time, share of lossless"}
+    axes = figure.add_subplot(title="What exits save", **labels)
     axes.grid(alpha=0.3)
     axes.axline((1, 1), slope=1, linestyle=":", color="grey")
     for cell_name, cell in upgraded(record)["cells"].items():
         ours = {name: one for name, one in cell["variants"].items() if one["layers"] is not None}
         flops = [one["flop_ratio"] for one in ours.values()]
-        time = [one["time_ratio"]["value"] for one in ours.values()]
-        ends = zip(*(one["time_ratio"]["interval"] for one in ours.values()), strict=True)
-        errors = [[abs(at - end) for at, end in zip(time, some, strict=True)] for some in ends]
+        time, intervals = zip(*(one["time_ratio"].values() for one in ours.values()), strict=True)
+        errors = np.abs(np.array(intervals).T - time)
         axes.errorbar(flops, time, errors, fmt="o", markersize=4, elinewidth=0.6, label=cell_name)
         for name, x, y in zip(ours, flops, time, strict=True):
             axes.annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=6)
@@ -132,4 +112,4 @@ def draw_plot(record: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
-__all__ = ["LEGEND", "draw_plot", "markdown"]
+__all__ = ["draw_plot", "markdown", "markdown_table", "ratio_cell"]

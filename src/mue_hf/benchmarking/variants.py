@@ -1,19 +1,18 @@
 """The ways to generate that `mue-hf bench` times beside each other, and forced depths that differ between rows."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..model.criteria_mue import CRITERIA, THRESHOLD_OPTIONS, Criterion
 from ..model.exit_options_mue import ExitOptions
-from .stock import StockModel
+from .probes import hooked
+from .stock import StockModel, unfolded_copy
 
 # Those that are timed by default, in the order of the tables.
 DEFAULT_VARIANTS = ("stock", "plain", "lossless", "enabled", "half", "spread", "synchronised")
@@ -43,11 +42,8 @@ class DepthPattern:
 
     def synchronised(self) -> "DepthPattern":
         """What a batch runs whose rows all wait for the deepest of them, in each stream and at each step."""
-        return DepthPattern(
-            self.image.max().expand_as(self.image),
-            self.text,
-            self.decoder.amax(dim=1, keepdim=True).expand_as(self.decoder),
-        )
+        image, decoder = self.image.max(), self.decoder.amax(dim=1, keepdim=True)
+        return DepthPattern(image.expand_as(self.image), self.text, decoder.expand_as(self.decoder))
 
     def options(self, config: Any) -> dict[str, Any]:
         """The exit options that give it, but for the decoder, which the options know one depth for."""
@@ -71,70 +67,37 @@ def spread_pattern(config: Any, batch: int, beams: int, steps: int) -> DepthPatt
 
     def depths(places: Tensor, layers: int) -> Tensor:
         # A single layer is all there is.
-        choices = max(layers - 1, 1)
-        return 1 + (places + max(layers // 2 - 1, 0)) % choices
+        return 1 + (places + max(layers // 2 - 1, 0)) % max(layers - 1, 1)
 
-    samples, rows = torch.arange(batch), torch.arange(batch * beams)
-    return DepthPattern(
-        depths(samples, config.encoder_layers),
-        (config.encoder_layers + 1) // 2,
-        depths(rows + 2 * torch.arange(steps).unsqueeze(1), config.decoder_layers),
-    )
-
-
-@contextmanager
-def forced_depths(model: PreTrainedModel, pattern: DepthPattern) -> Iterator[None]:
-    """Within it, one `generate` call with a pattern's options runs the decoder at the depths of the pattern."""
-    depths = iter(pattern.decoder)
-
-    def set_policy(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, kwargs | {"policy": replace(kwargs["policy"], depth=next(depths))}
-
-    handle = model.get_decoder().register_forward_pre_hook(set_policy, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    places = torch.arange(batch * beams) + 2 * torch.arange(steps).unsqueeze(1)
+    image, decoder = depths(torch.arange(batch), config.encoder_layers), depths(places, config.decoder_layers)
+    return DepthPattern(image, (config.encoder_layers + 1) // 2, decoder)
 
 
 def unused_exits(config: Any, criterion: str) -> dict[str, Any]:
     """Exit options by which every stream computes the scores of a criterion (or of the default one, where the encoder
     does not follow it), and no row exits."""
     cls = CRITERIA[criterion]
-    options: dict[str, Any] = {"exit_criterion": criterion}
     # Whatever the checkpoint has saved.
-    options |= {
-        name: value for name, value in {"exit_decay_beta": 1.0, "exit_warmup": 0.0}.items() if name in cls.options
-    }
+    neutral = {"exit_decay_beta": 1.0, "exit_warmup": 0.0}
+    options = {"exit_criterion": criterion} | {name: neutral[name] for name in neutral if name in cls.options}
     for stream in ("image", "text", "decoder") if config.modality_decomposition else ("encoder", "decoder"):
         followed = cls if stream in cls.sweep_options else CRITERIA[DEFAULT_CRITERION]
-        name = followed.sweep_options[stream]
-        layers = config.decoder_layers if stream == "decoder" else config.encoder_layers
-        options[name] = _out_of_reach(followed, name, layers)
+        option = followed.sweep_options[stream]
+        if option in THRESHOLD_OPTIONS.values():
+            options[option] = _out_of_reach(followed)
+        else:
+            layers = config.decoder_layers if stream == "decoder" else config.encoder_layers
+            options[option] = next(iter(followed.sweep(layers)), 1)
     return options
 
 
-def _out_of_reach(criterion: type[Criterion], option: str, num_layers: int) -> Any:
-    if option not in THRESHOLD_OPTIONS.values():
-        return next(iter(criterion.sweep(num_layers)), 1)
+def _out_of_reach(criterion: type[Criterion]) -> float:
     infinity = math.inf if criterion.exits_above else -math.inf
     if criterion.bound is None:
         return math.copysign(torch.finfo(torch.float32).max, infinity)
     # At the bound nothing would be computed. In float32 or below this is the bound, which no score passes.
     return math.nextafter(criterion.bound, -infinity)
-
-
-def unfolded_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model with the same weights, which it shares but for those of the trunk: there batch norms are not
-    folded."""
-    own = {id(tensor) for tensor in _tensors(model.get_encoder().embed_images)}
-    copy = deepcopy(model, {id(tensor): tensor for tensor in _tensors(model) if id(tensor) not in own})
-    copy.unfold_batch_norms()
-    return copy
-
-
-def _tensors(module: torch.nn.Module) -> Iterable[Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 @dataclass(frozen=True)
@@ -156,10 +119,23 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     pattern: DepthPattern | None = None
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The module whose end is the beginning of the decode."""
+        # BLIP's vision model feeds a decoder, there is no encoder-decoder around them.
+        return self.model.vision_model if self.model.config.model_type == "blip" else self.model.get_encoder()
+
     def run(self, decoding: Mapping[str, Any]) -> Any:
         """The output of one `generate` call under the options that all variants share."""
-        # Forced depths of one call count its steps.
-        with nullcontext() if self.pattern is None else forced_depths(self.model, self.pattern):
+        handles = []
+        if self.pattern is not None:
+            depths = iter(self.pattern.decoder)
+
+            def force(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+                return args, kwargs | {"policy": replace(kwargs["policy"], depth=next(depths))}
+
+            handles.append(self.model.get_decoder().register_forward_pre_hook(force, with_kwargs=True))
+        with hooked(*handles):
             return self.model.generate(**self.inputs, **decoding, **self.options)
 
 
@@ -177,24 +153,18 @@ def make_variants(
 
     Args:
         names (iterable of `str`): among [`variant_names`].
-        model (`MuEForConditionalGeneration`): the model, with folded batch norms; "stock" and "plain" run without.
-        inputs (`dict`): inputs of its `generate`.
+        model (`MuEForConditionalGeneration`): with folded batch norms; "stock" and "plain" run without.
+        inputs (`dict`): of its `generate`.
         exits (`dict`): name -> exit options, for one more variant each.
         beams, steps (`int`): of `generate`; steps are new tokens.
     """
-    config, batch = model.config, inputs["input_ids"].shape[0]
-    off = {"exit_criterion": "never"}
-
-    spread = spread_pattern(config, batch, beams, steps)
-    patterns = {
-        "half": half_pattern(config, batch, beams, steps),
-        "spread": spread,
-        "synchronised": spread.synchronised(),
-    }
+    config, sizes = model.config, (inputs["input_ids"].shape[0], beams, steps)
+    off, spread = {"exit_criterion": "never"}, spread_pattern(config, *sizes)
+    patterns = {"half": half_pattern(config, *sizes), "spread": spread, "synchronised": spread.synchronised()}
 
     def make(name: str) -> Variant:
         if name == "stock":
-            return Variant(name, StockModel(unfolded_copy(model)), inputs)
+            return Variant(name, StockModel(model), inputs)
         if name == "plain":
             plain = unfolded_copy(model)
             plain.set_attn_implementation("eager")
@@ -210,15 +180,4 @@ def make_variants(
     return chosen + [Variant(name, model, inputs, options) for name, options in exits.items()]
 
 
-__all__ = [
-    "DEFAULT_VARIANTS",
-    "DepthPattern",
-    "Variant",
-    "forced_depths",
-    "half_pattern",
-    "make_variants",
-    "spread_pattern",
-    "unfolded_copy",
-    "unused_exits",
-    "variant_names",
-]
+__all__ = ["DEFAULT_VARIANTS", "Variant", "half_pattern", "make_variants", "spread_pattern", "variant_names"]

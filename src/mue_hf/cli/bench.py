@@ -26,13 +26,6 @@ captions, are what is timed, and thresholds mean nothing: force depths with the 
 has exactly --tokens tokens. Layers, FLOPs and time are different things; all three are reported."""
 
 
-class DroppedOption(argparse.Action):
-    """An option of an earlier version that does nothing any more, with a warning."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        print(f"{parser.prog}: {option_string} is ignored: exited rows leave the batch at once", file=sys.stderr)
-
-
 def add_model_arguments(parser: Any) -> None:
     """Declares what says which model runs on which images, and where: what [`load_timed_model`] reads."""
     which = parser.add_mutually_exclusive_group()
@@ -50,41 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser.add_argument_group("model"))
     what = parser.add_argument_group("what is timed")
     what.add_argument("--tokens", type=at_least(1), default=16, metavar="N", help="new tokens of each caption (16)")
-    what.add_argument(
-        "--batch-sizes", type=at_least(1), nargs="*", default=[1, 4, 16], metavar="B", help="none is allowed (1 4 16)"
-    )
-    what.add_argument("--beams", type=at_least(1), nargs="+", default=[1, 5], metavar="B", help="(1 5)")
-    variants: dict[str, Any] = {
-        "nargs": "+",
-        "choices": variant_names(),
-        "default": list(DEFAULT_VARIANTS),
-        "metavar": "NAME",
-    }
-    known = f"some of {', '.join(variant_names())} (the first {len(DEFAULT_VARIANTS)}); see the table's legend"
-    what.add_argument("--variants", **variants, help=known)
-    what.add_argument("--arms", dest="variants", action=RenamedOption, **variants, help=argparse.SUPPRESS)
+    sizes: dict[str, Any] = {"type": at_least(1), "metavar": "B"}
+    what.add_argument("--batch-sizes", nargs="*", default=[1, 4, 16], help="none is allowed (1 4 16)", **sizes)
+    what.add_argument("--beams", nargs="+", default=[1, 5], help="(1 5)", **sizes)
+    names = variant_names()
+    variants: dict[str, Any] = {"nargs": "+", "choices": names, "default": list(DEFAULT_VARIANTS), "metavar": "NAME"}
+    known = f"some of {', '.join(names)} (the first {len(DEFAULT_VARIANTS)}); see the table's legend"
+    what.add_argument("--variants", help=known, **variants)
+    what.add_argument("--arms", dest="variants", action=RenamedOption, help=argparse.SUPPRESS, **variants)
     what.add_argument("--preset", action="append", default=[], metavar="NAME", help="one more variant; repeatable")
-    what.add_argument(
-        "--exits",
-        type=setting,
-        action="append",
-        default=[],
-        metavar="NAME={...}",
-        help="one more variant, with these exit options in JSON; may be repeated",
-    )
-    what.add_argument(
-        "--peers",
-        nargs="+",
-        default=[],
-        metavar="PEER",
-        help=f"one more variant each: {', '.join(PEERS)}, random weights, as many image tokens; PEER:PX for another "
-        "size, PEER:native for the published one",
-    )
+    exits = "one more variant, with these exit options in JSON; may be repeated"
+    what.add_argument("--exits", type=setting, action="append", default=[], metavar="NAME={...}", help=exits)
+    peers = f"one more variant each: {', '.join(PEERS)}, random weights, as many image tokens"
+    peers += "; PEER:PX for another size, PEER:native for the published one"
+    what.add_argument("--peers", nargs="+", default=[], metavar="PEER", help=peers)
     what.add_argument("--repeats", type=at_least(1), default=10, metavar="N", help="rounds of each cell (10)")
-    what.add_argument(
-        "--max-seconds", type=float, metavar="S", help="a cell begins no further round after this time, but for three"
-    )
-    what.add_argument("--cost-model", action=DroppedOption, nargs=0, help=argparse.SUPPRESS)
+    seconds = "a cell begins no further round after this time, but for three"
+    what.add_argument("--max-seconds", type=float, metavar="S", help=seconds)
+    what.add_argument("--cost-model", action="store_true", help=argparse.SUPPRESS)
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, default=Path("mue-bench.json"), metavar="FILE", help="(mue-bench.json)")
     output.add_argument("--table", type=Path, metavar="FILE", help="the Markdown tables, which also go to stdout")
@@ -93,8 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_timed_model(args: argparse.Namespace) -> TimedModel:
-    """
-    The model that the arguments of [`add_model_arguments`] name.
+    """The model that the arguments of [`add_model_arguments`] name.
 
     Raises:
         ValueError: for arguments that contradict each other, and a device or an image size that cannot be.
@@ -111,6 +86,8 @@ def load_timed_model(args: argparse.Namespace) -> TimedModel:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, writes the record, and shows it."""
+    if args.cost_model:
+        print("mue-hf bench: --cost-model is ignored: exited rows leave the batch at once", file=sys.stderr)
     if args.plots is not None:
         require_matplotlib()
         if "lossless" not in args.variants:
@@ -127,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{name}={options!r}."
             )
         exits[name] = options
-    chosen = {"variants": args.variants, "exits": exits, "peers": args.peers, "tokens": args.tokens}
-    bench = Bench(load_timed_model(args), args.output, **chosen)
+    what = {"variants": args.variants, "exits": exits, "peers": args.peers, "tokens": args.tokens}
+    bench = Bench(load_timed_model(args), args.output, **what)
     record = bench.measure(args.batch_sizes, args.beams, repeats=args.repeats, max_seconds=args.max_seconds)
     table = markdown(record)
     if args.table is not None:
