@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from itertools import product
@@ -120,10 +120,9 @@ def _values(records: Sequence[Mapping[str, Any]], x: Sequence[float], score: str
     return {name: sorted(points) for name, points in curves.items()}
 
 
-def pareto_front(curves: Mapping[str, Sequence[Point]]) -> list[Point]:
-    """The points that no other one beats in both x and y, by x; the oracle's cannot be reached."""
+def pareto_front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other one beats in both x and y, by x."""
     front: list[Point] = []
-    points = (point for name, points in curves.items() if name != "oracle" for point in points)
     for point in sorted(points, reverse=True):
         if not front or point.y > front[-1].y:
             front.append(point)
@@ -132,15 +131,23 @@ def pareto_front(curves: Mapping[str, Sequence[Point]]) -> list[Point]:
 
 def _most_telling(curves: Mapping[str, Sequence[Point]]) -> list[str]:
     """The curves in the order in which they are drawn while there is room: named points, then those of whole criteria,
-    then the others, each kind by how many of its points are on the Pareto front."""
-    front = pareto_front(curves)
-    counts = {name: sum(point in front for point in points) for name, points in curves.items() if name != "full"}
-    return sorted(counts, key=lambda name: (name not in NAMED, name not in CRITERIA, -counts[name]))
+    then the others, each kind by the area below the curve."""
+    left = min(points[0].x for points in curves.values())
+    bottom = min(point.y for points in curves.values() for point in points)
+
+    def area(name: str) -> float:
+        front = pareto_front(curves[name])
+        starts = [left, *(point.x for point in front)]
+        return sum((point.x - start) * (point.y - bottom) for point, start in zip(front, starts, strict=False))
+
+    names = [name for name in curves if name != "full"]
+    return sorted(names, key=lambda name: (name not in NAMED, name not in CRITERIA, -area(name)))
 
 
 def _points(axes: Any, curves: Mapping[str, Sequence[Point]], order: Sequence[str]) -> None:
     """A line for each of the first curves, and the Pareto front of all."""
-    front = pareto_front(curves)
+    # What the oracle saves cannot be reached.
+    front = pareto_front(point for name, points in curves.items() if name != "oracle" for point in points)
     axes.plot([one.x for one in front], [one.y for one in front], color="#dddddd", linewidth=5, zorder=1)
     labels = [("Pareto front", front[-1].x, front[-1].y, QUIET)]
     for name, color in zip(order, COLORS, strict=False):
@@ -207,14 +214,15 @@ def _label_points(axes: Any, labels: Sequence[tuple[str, float, float, str]]) ->
     outline = [withStroke(linewidth=2, foreground="white")]
     # The layout is done, so that places are known.
     axes.figure.draw_without_rendering()
+    places = list(product((5, -5, 15, -15, 25, -25), ("left", "right")))
     taken: list[Any] = []
     for text, x, y, color in labels:
-        for up, side in product((5, -5, 15, -15, 25, -25), ("left", "right")):
+        for up, side in places:
             style = {"color": color, "ha": side, "va": "bottom" if up > 0 else "top", "path_effects": outline}
             offset = (5 if side == "left" else -5, up)
             label = axes.annotate(text, (x, y), offset, textcoords="offset points", fontsize=8, zorder=4, **style)
             box = label.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+            if (up, side) == places[-1] or not any(box.overlaps(other) for other in taken):
                 break
             label.remove()
         taken.append(box)
