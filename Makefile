@@ -86,7 +86,7 @@ $(REPRODUCED)/calibrated: $(REPRODUCED)/judging/report.json $(REPRODUCED)/scenes
 
 $(REPRODUCED)/table.md: $(REPRODUCED)/calibrated
 	$(BIN)/mue-hf evaluate entailment --model $(REPRODUCED)/judging --data $(REPRODUCED)/scenes/entailment.jsonl \
-		--kind-column kind --batch-size 64 --sweep all --levels-split dev --levels 4 --oracle --time-rows 10 \
+		--kind-column kind --batch-size 64 --sweep all --thresholds-split dev --num-thresholds 4 --oracle --time-rows 10 \
 		--threads $(THREADS) \
 		$$(grep -oE '"(quality|balanced)": [{]' $(REPRODUCED)/judging/generation_config.json | sed 's/"\(.*\)".*/--preset \1/') \
 		--output $(REPRODUCED)/points.jsonl --plots $(REPRODUCED)/plots --table $@
