@@ -2,7 +2,6 @@
 caption of as many image tokens and new tokens take elsewhere? Their captions are noise."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,24 +51,30 @@ PEERS: dict[str, tuple[Callable[[int], Built], int, int]] = {
 }
 
 
-@dataclass(frozen=True)
 class Peer:
-    """
-    A model of another family, built once.
+    """A model of another family with random weights, built once.
 
     Args:
-        name (`str`): as it was asked for.
-        model (`PreTrainedModel`): with random weights.
-        input_ids (`LongTensor` [1, tokens]): its prompt.
-        image_size (`int`): pixels of both sides of the image that it is given.
-        image_tokens (`int`): encoder tokens that come out.
+        spec (`str`): NAME in `PEERS`, at an image size that gives as many image tokens; NAME:PIXELS, or NAME:native.
+        image_tokens (`int`): image tokens of the model that it is compared with.
+        like (`Tensor`): its device and dtype are the model's.
+
+    Raises:
+        ValueError: for an unknown name or size.
     """
 
-    name: str
-    model: PreTrainedModel
-    input_ids: Tensor
-    image_size: int
-    image_tokens: int
+    def __init__(self, spec: str, image_tokens: int, like: Tensor):
+        name, _, size = spec.partition(":")
+        if name not in PEERS:
+            raise ValueError(f"`peers` must name some of {sorted(PEERS)}, got {name!r}.")
+        build, stride, native = PEERS[name]
+        if size not in ("", "native") and (not size.isdecimal() or int(size) < stride or int(size) % stride):
+            raise ValueError(f"`peers` {name}:SIZE must have a multiple of {stride} or 'native', got {size!r}.")
+        self.name = spec
+        self.image_size = {"": stride * round(image_tokens**0.5), "native": native}.get(size) or int(size)
+        torch.manual_seed(0)
+        model, self.image_tokens, self.input_ids = build(self.image_size)
+        self.model = model.to(like.device, like.dtype).eval()
 
     def variant(self, pixel_values: Tensor) -> Variant:
         """Its variant on images [batch, 3, height, width], which are resized."""
@@ -84,28 +89,4 @@ class Peer:
         return {"image_size": self.image_size, "image_tokens": self.image_tokens, "parameters": parameters}
 
 
-def make_peer(spec: str, image_tokens: int, like: Tensor) -> Peer:
-    """
-    Builds a peer.
-
-    Args:
-        spec (`str`): NAME in `PEERS`, at an image size that gives as many image tokens; NAME:PIXELS, or NAME:native.
-        image_tokens (`int`): image tokens of the model that it is compared with.
-        like (`Tensor`): its device and dtype are the model's.
-
-    Raises:
-        ValueError: for an unknown name or size.
-    """
-    name, _, size = spec.partition(":")
-    if name not in PEERS:
-        raise ValueError(f"`peers` must name some of {sorted(PEERS)}, got {name!r}.")
-    build, stride, native = PEERS[name]
-    if size not in ("", "native") and (not size.isdecimal() or int(size) < stride or int(size) % stride):
-        raise ValueError(f"`peers` {name}:SIZE must have a multiple of {stride} or 'native', got {size!r}.")
-    pixels = {"": stride * round(image_tokens**0.5), "native": native}.get(size) or int(size)
-    torch.manual_seed(0)
-    model, tokens, input_ids = build(pixels)
-    return Peer(spec, model.to(like.device, like.dtype).eval(), input_ids, pixels, tokens)
-
-
-__all__ = ["PEERS", "Peer", "make_peer"]
+__all__ = ["PEERS", "Peer"]

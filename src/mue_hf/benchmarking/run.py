@@ -19,7 +19,7 @@ from ..model.generation_mue import weights_fingerprint
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import load_image
 from .cells import measure_cell
-from .peers import make_peer
+from .peers import Peer
 from .record import Record
 from .variants import DEFAULT_VARIANTS, make_variants, variant_names
 
@@ -70,11 +70,12 @@ def random_model(
     model = model.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
     model.fold_batch_norms()
     # As long as the captioning prompt.
-    ids = torch.tensor([[0, *range(10, 16), 2]])
+    prompt = torch.tensor([[0, *range(10, 16), 2]])
 
     def inputs(batch: int) -> BatchFeature:
         images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch))
-        return BatchFeature({"input_ids": ids.repeat(batch, 1), "pixel_values": images})
+        ids = prompt.repeat(batch, 1)
+        return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images})
 
     return TimedModel(f"OFA-{size} shapes at {image_size} px, random weights", model, inputs)
 
@@ -107,7 +108,7 @@ class Bench:
         output (`Path`): file of the record. What it holds already is kept, if it was made under the same settings.
         variants (sequence of `str`): among [`variant_names`].
         exits (`dict`): name -> exit options, for one more variant each.
-        peers (sequence of `str`): see [`make_peer`].
+        peers (sequence of `str`): see [`Peer`].
         tokens (`int`): new tokens of each caption.
 
     Raises:
@@ -136,7 +137,7 @@ class Bench:
             resolve_options(options, {}, saved, model.config)
         with torch.no_grad():
             rows, columns = model.trunk_features(image).shape[2:]
-        self.peers = [make_peer(spec, rows * columns, image) for spec in peers]
+        self.peers = [Peer(spec, rows * columns, image) for spec in peers]
         settings = {
             "name": timed.name,
             "weights": weights_fingerprint(model),

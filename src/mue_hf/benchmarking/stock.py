@@ -18,14 +18,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from ..model.cache_mue import ImageView
 from ..model.encoder_mue import MuEEncoderOutput
-from ..model.layers_mue import (
-    MuELinear,
-    known_true,
-    mask_value,
-    position_scores,
-    relative_bias,
-    text_relative_index,
-)
+from ..model.layers_mue import MuELinear, known_true, mask_value, position_scores, relative_bias, text_relative_index
 
 
 def unfolded_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -39,7 +32,7 @@ def unfolded_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class StockEncoder(nn.Module):
-    """The model's encoder without exits, its trunk run layer by layer as it was trained."""
+    """The model's encoder without exits."""
 
     main_input_name = "input_ids"
 
@@ -47,21 +40,11 @@ class StockEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        **kwargs: Any,
-    ) -> MuEEncoderOutput:
-        """Takes what `generate` passes to an encoder; `kwargs` hold outputs that nobody asked for."""
-        encoder = self.encoder
-        if attention_mask is None:
-            attention_mask = input_ids != encoder.config.pad_token_id
-        features = encoder.embed_images(pixel_values).feature_maps[-1]
-        # Embedded tokens are not recognised as one prompt for all rows.
-        embeds = encoder.embed_tokens(input_ids)
-        return encoder(inputs_embeds=embeds, attention_mask=attention_mask, image_features=features)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, **_: Any) -> MuEEncoderOutput:
+        # All pixels at once; and embedded tokens, which are not recognised as one prompt for all rows.
+        features = self.encoder.embed_images(pixel_values).feature_maps[-1]
+        embeds = self.encoder.embed_tokens(input_ids)
+        return self.encoder(inputs_embeds=embeds, attention_mask=attention_mask, image_features=features)
 
 
 class StockCache:
