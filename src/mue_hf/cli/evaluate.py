@@ -16,19 +16,18 @@ from ..evaluation.tables import describe_records, make_table
 from ..files import write_whole
 from ..inference.predict import TASKS
 from ..metrics.captions import METRICS, TOKENIZERS
-from ..model.criteria_mue import THRESHOLD_OPTIONS
-from ..model.exit_options_mue import CONFIG_NAMES
 from .options import (
     RenamedOption,
     add_decoding_arguments,
     add_generate_argument,
     add_model_arguments,
+    add_threshold_arguments,
     at_least,
     decoding_options,
+    given_exits,
     load_model,
     names,
     setting,
-    thresholds,
 )
 
 DEFAULT_METRICS = "bleu,meteor,rouge_l,cider"
@@ -142,9 +141,7 @@ def _add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     )
     repeated: dict[str, Any] = {"action": "append", "default": []}
     exits.add_argument("--preset", dest="presets", **repeated, metavar="NAME", help="may be repeated")
-    for stream in THRESHOLD_OPTIONS:
-        note = ", for checkpoints with a joint one" if stream == "encoder" else ""
-        exits.add_argument(f"--{stream}-threshold", type=thresholds, metavar="T", help=f"of the {stream}{note}")
+    add_threshold_arguments(exits)
     add_generate_argument(exits, "any other option of generate, exits or not, e.g. exit_kv=exact; may be repeated")
     known = f"{', '.join(known_sweeps())}, all, or a .json file with an object of names and exit options; repeatable"
     exits.add_argument("--sweep", type=sweep, **repeated, metavar="CRITERION[=V,V,...]", help=known)
@@ -164,15 +161,13 @@ def _add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _arguments(args: argparse.Namespace) -> EvaluationArguments:
-    given = {option: getattr(args, f"{stream}_threshold") for stream, option in THRESHOLD_OPTIONS.items()}
-    exits = {option: value for option, value in given.items() if value is not None}
     same = {
         field.name: getattr(args, field.name) for field in fields(EvaluationArguments) if hasattr(args, field.name)
     }
     others = {
         "data_options": dict(args.data_options),
         "decoding": decoding_options(args),
-        "exits": exits | {name: value for name, value in args.generate if name in CONFIG_NAMES},
+        "exits": given_exits(args),
         "sweeps": [one for one in args.sweep if one[0] != "file"],
         "chosen": {label: exits for name, file in args.sweep if name == "file" for label, exits in file.items()},
     }

@@ -76,10 +76,15 @@ def add_exit_arguments(parser: argparse.ArgumentParser, note: str = "") -> None:
         "A threshold is one number, or one per layer with commas between them.",
     )
     exits.add_argument("--preset", metavar="NAME", help="exit settings by name, see exit_presets of the checkpoint")
+    add_threshold_arguments(exits)
+    add_generate_argument(exits, f"any other option{note}, e.g. exit_criterion=confidence; may be repeated")
+
+
+def add_threshold_arguments(parser: Any) -> None:
+    """A threshold for each stream; with `--generate`, what [`given_exits`] reads."""
     for stream in THRESHOLD_OPTIONS:
         joint = ", for checkpoints with a joint one" if stream == "encoder" else ""
-        exits.add_argument(f"--{stream}-threshold", type=thresholds, metavar="T", help=f"of the {stream}{joint}")
-    add_generate_argument(exits, f"any other option{note}, e.g. exit_criterion=confidence; may be repeated")
+        parser.add_argument(f"--{stream}-threshold", type=thresholds, metavar="T", help=f"of the {stream}{joint}")
 
 
 def add_generate_argument(parser: Any, note: str) -> None:
@@ -123,11 +128,16 @@ def load_model(args: argparse.Namespace) -> tuple[MuEForConditionalGeneration, M
     return load_checkpoint(args.model, device=args.device, dtype=args.dtype, threads=args.threads)
 
 
-def exit_options(args: argparse.Namespace, model: MuEForConditionalGeneration) -> dict[str, Any]:
-    """The exit options of `generate` that the arguments of [`add_exit_arguments`] ask for; says so if none."""
+def given_exits(args: argparse.Namespace) -> dict[str, Any]:
+    """The exit options that the arguments give one by one."""
     given = {option: getattr(args, f"{stream}_threshold") for stream, option in THRESHOLD_OPTIONS.items()}
     options = {option: value for option, value in given.items() if value is not None}
-    options |= {name: value for name, value in args.generate if name in CONFIG_NAMES}
+    return options | {name: value for name, value in args.generate if name in CONFIG_NAMES}
+
+
+def exit_options(args: argparse.Namespace, model: MuEForConditionalGeneration) -> dict[str, Any]:
+    """The exit options of `generate` that the arguments of [`add_exit_arguments`] ask for; says so if none."""
+    options = given_exits(args)
     if args.preset is not None:
         options["exit_preset"] = args.preset
     if not options and DEFAULT_PRESET in (getattr(model.generation_config, "exit_presets", None) or {}):
@@ -153,9 +163,11 @@ __all__ = [
     "add_exit_arguments",
     "add_generate_argument",
     "add_model_arguments",
+    "add_threshold_arguments",
     "at_least",
     "decoding_options",
     "exit_options",
+    "given_exits",
     "load_model",
     "names",
     "setting",
