@@ -38,10 +38,9 @@ class Goal:
             raise ValueError(f"`budget` or `compute` must be given, got {given}; set the other to None.")
         for name in ("budget", "compute", "delta"):
             check_share(name, getattr(self, name))
-        check_choice("task", self.task, TASKS)
-        check_choice("risk", self.risk, RISKS)
-        check_choice("objective", self.objective, OBJECTIVES)
-        check_choice("method", self.method, list(METHODS))
+        choices = {"task": TASKS, "risk": RISKS, "objective": OBJECTIVES, "method": METHODS}
+        for name, known in choices.items():
+            _check_choice(name, getattr(self, name), list(known))
 
     @property
     def most_risk(self) -> float:
@@ -59,13 +58,12 @@ class Goal:
 
 
 def check_share(name: str, value: float | None) -> None:
-    """Raises a ValueError unless `value` is None or in (0, 1)."""
+    """Raises a ValueError unless `value` is in (0, 1), or None."""
     if value is not None and not 0.0 < value < 1.0:
         raise ValueError(f"`{name}` must be above 0 and below 1, got {value}; choose such as 0.05.")
 
 
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Raises a ValueError unless `value` is one of `known`."""
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}; choose one of them.")
 
@@ -76,7 +74,7 @@ def check_search(criteria: Sequence[str], betas: Sequence[float], **counts: int)
         if count < 1:
             raise ValueError(f"`{name}` must be at least 1, got {count}; pass more.")
     for criterion in criteria:
-        check_choice("criteria", criterion, calibrated_criteria())
+        _check_choice("criteria", criterion, calibrated_criteria())
     if not all(0.0 < beta <= 1.0 for beta in betas):
         raise ValueError(f"`betas` must be above 0 and at most 1, got {list(betas)}; 1 is no decay.")
 

@@ -35,14 +35,8 @@ from .thresholds import stream_candidates
 
 @dataclass(frozen=True)
 class Calibration:
-    """
-    What calibration found.
-
-    Args:
-        preset (`dict`, *optional*): exit options for `exit_presets`, with what they promise; None if nothing could be
-            certified.
-        tested (`list[Tested]`): the candidates on the held-out split, in their order; the last one may have failed.
-    """
+    """What calibration found: the `preset`, exit options for `exit_presets` with what they promise (None if nothing
+    could be certified), and the candidates `tested` on the held-out split, of which the last may have failed."""
 
     preset: dict[str, Any] | None
     tested: list[Tested] = field(default_factory=list)
@@ -81,46 +75,36 @@ def calibrate(
     drawn as these were, under these options of `generate`, weights and dtype.
 
     Args:
-        model ([`MuEForConditionalGeneration`]): on its device, in the dtype that will be used.
-        processor ([`MuEProcessor`]): that of the model.
+        model ([`MuEForConditionalGeneration`]), processor ([`MuEProcessor`]): on their device, in the dtype that will
+            be used.
         data ([`EvaluationData`]): from [`describe_rows`], of images that the model was not trained on.
         task (`str`): "captioning" or "entailment".
-        budget (`float`, *optional*, defaults to 0.05): allowed mean loss, in (0, 1). The fastest candidate that is
-            certified for it becomes the preset.
-        compute (`float`, *optional*): with `budget=None`, the allowed cost as a share of full depth, in (0, 1). The
-            candidate with the least expected loss within it becomes the preset, together with an upper bound on its
-            loss. That cost is kept on the search split, not promised.
-        delta (`float`, *optional*, defaults to 0.05): probability that the promise is false.
-        risk (`str`, *optional*, defaults to `"disagreement"`): the loss of a row. "disagreement" needs no labels: 1 if
-            the output differs from that at full depth. "metric": by how much it is worse, at most 1: for captions the
-            drop of CIDEr-D, where 1 is what is often written as 100, with the document frequencies of the references
-            of the search split; for answers 1 if a right answer is lost.
-        objective (`str`, *optional*, defaults to `"flops"`): what cost means: "flops", or "time", measured once for
-            each candidate.
-        method (`str`, *optional*, defaults to `"hoeffding-bentkus"`): see [`risk_pvalue`].
-        criteria (sequence of `str`, *optional*, defaults to `("similarity",)`): criteria to try; the best setting of
-            any of them becomes the preset. Where a criterion is about the decoder alone, encoder streams exit by
-            similarity. The best may be that the decoder runs in full.
-        per_layer (`bool`, *optional*, defaults to `False`): one threshold per layer for similarity, see
-            [`candidate_thresholds`].
-        betas (sequence of `float`, *optional*, defaults to `(1.0,)`): values in (0, 1] of the decoder's
-            `exit_decay_beta` to try.
-        num_thresholds (`int`, *optional*, defaults to 5): candidate thresholds per stream, criterion and beta; each
-            runs the search split once. Of "fixed" all depths are tried.
-        candidates (`int`, *optional*, defaults to 8): combinations to run on the search and held-out split at most.
-        search_share (`float`, *optional*, defaults to 0.3): share of the images in the search split, in (0, 1).
-        seed (`int`, *optional*, defaults to 0): of the split.
-        options (`dict`, *optional*): of `generate`, for every run; of exit options `exit_decay_tau`, `exit_kv` and
-            `exit_min_layers`.
-        batch_size (`int`, *optional*, defaults to 16): rows per call.
-        prompt_type (`str`, *optional*, defaults to `"prev_output"`): see [`predict`].
-        folder (`str` or `os.PathLike`, *optional*): where the outputs of all runs are kept, so that a calibration of
-            the same weights, data and options runs nothing twice; made if it does not exist.
-        progress (`bool`, *optional*, defaults to `True`): whether a bar is shown.
-        levels (`int`, *optional*): deprecated name of `num_thresholds`.
-
-    Returns:
-        [`Calibration`]
+        budget (`float`): allowed mean loss, in (0, 1). The fastest candidate that is certified for it becomes the
+            preset.
+        compute (`float`): with `budget=None`, the allowed cost as a share of full depth, in (0, 1). The candidate with
+            the least expected loss within it becomes the preset, together with an upper bound on its loss. That cost
+            is kept on the search split, not promised.
+        delta (`float`): probability that the promise is false.
+        risk (`str`): the loss of a row. "disagreement" needs no labels: 1 if the output differs from that at full
+            depth. "metric": by how much it is worse, at most 1: for captions the drop of CIDEr-D, where 1 is what is
+            often written as 100, with the document frequencies of the references of the search split; for answers 1 if
+            a right answer is lost.
+        objective (`str`): what cost means: "flops", or "time", measured once for each candidate.
+        method (`str`): see [`risk_pvalue`].
+        criteria (sequence of `str`): criteria to try; the best setting of any of them becomes the preset. Where one is
+            about the decoder alone, encoder streams exit by similarity. The best may be that the decoder runs in full.
+        per_layer (`bool`): one threshold per layer for similarity, see [`candidate_thresholds`].
+        betas (sequence of `float`): values in (0, 1] of the decoder's `exit_decay_beta` to try.
+        num_thresholds (`int`): candidate thresholds per stream, criterion and beta; each runs the search split once.
+            Of "fixed" all depths are tried.
+        candidates (`int`): combinations to run on the search and held-out split at most.
+        search_share (`float`): share of the images in the search split, in (0, 1); `seed` (`int`) is of the split.
+        options (`dict`): of `generate`, for every run; of exit options `exit_decay_tau`, `exit_kv`, `exit_min_layers`.
+        batch_size, prompt_type: see [`predict`].
+        folder (`str` or `os.PathLike`): where the outputs of all runs are kept, so that a calibration of the same
+            weights, data and options runs nothing twice; made if it does not exist.
+        progress (`bool`): whether a bar is shown.
+        levels (`int`): deprecated name of `num_thresholds`.
 
     Raises:
         ValueError: before the first run, if an argument is out of range, the outputs are sampled, a label or reference

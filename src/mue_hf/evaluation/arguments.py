@@ -9,28 +9,23 @@ from typing import Any
 @dataclass(frozen=True)
 class EvaluationArguments:
     """
-    Which points are compared, on which data, and how they are scored and timed.
+    Which points are compared, on which data, and how they are scored and timed. Checked when it is made.
 
     Args:
         task (`str`): "captioning" or "entailment".
-        data (`str`): source of the rows, see [`load_rows`]; as are `split`, `limit`, `kind_column`, `data_options`.
+        data, split, limit, kind_column, data_options: the rows, see [`load_rows`].
         output (`Path`): a .jsonl file that records are added to; outputs by row go to a folder beside it.
-        features (`str`, *optional*): folder where the trunk's features are cached.
-        premise (`bool`): whether entailment has premises where the data has them.
-        images (`str`): "own"; "shuffled" puts every image in another one's place, "none" takes them away (controls of
-            entailment).
-        prompt_type, batch_size: see [`predict`].
+        features (`str`): folder where the trunk's features are cached.
+        premise, images: controls of entailment: no premises; every image in another one's place ("shuffled"), or none.
         decoding (`dict`): options of `generate` besides exits.
-        exits, presets, sweeps, chosen, shuffled_depths: see [`make_settings`]; `exits` is its `base`.
-        thresholds_split (`str`, *optional*): the split whose signals give the thresholds of similarity:
-            `num_thresholds` per stream at most, from `thresholds_rows` rows.
+        prompt_type, batch_size: see [`predict`].
+        exits, presets, sweeps, chosen, shuffled_depths: the points, see [`make_settings`]; `exits` is its `base`.
+        thresholds_split (`str`): the split whose signals give the thresholds of similarity: at most `num_thresholds`
+            per stream, from `thresholds_rows` rows.
         oracle (`bool`): whether the token oracle is a point; needs greedy decoding.
         against (`str`): the point that differences are taken to.
         metrics, tokenizer, resamples: see [`caption_scores`].
         time_rows, time_batch_size, time_repeats (`int`): rows to time, none for 0, in which batches and how often.
-
-    Raises:
-        ValueError: for an output that is not .jsonl, or options of the other task.
     """
 
     task: str

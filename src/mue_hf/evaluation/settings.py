@@ -76,9 +76,9 @@ def make_settings(
         presets (sequence of `str`): names.
         sweeps (sequence of (`str`, values or None)): names of [`known_sweeps`]; values in place of the usual. "all" is
             all of them, and shuffled depths of the points of "similarity".
-        chosen (`dict`, *optional*): exit options by name.
-        base (`dict`, *optional*): exit options of all points of sweeps but fixed depths; without sweeps one point.
-        thresholds (`dict`, *optional*): those of similarity, see [`stream_thresholds`]; the usual ones by default.
+        chosen (`dict`): exit options by name.
+        base (`dict`): exit options of all points of sweeps but fixed depths; without sweeps one point.
+        thresholds (`dict`): those of similarity, see [`stream_thresholds`]; the usual ones by default.
         shuffled_depths (sequence of `str`): names of other points, each of which gets a shuffled-depth baseline.
 
     Raises:

@@ -27,12 +27,9 @@ def candidate_thresholds(
     Args:
         cosines (`Tensor` [rows, layers]): recorded ones; rows without the stream are ignored.
         count (`int`): how many are wanted at most.
-        agreeing (`BoolTensor` [rows, layers], *optional*): whether a layer's output is the last one's, for a decoder.
-        per_layer (`bool`, *optional*, defaults to `False`): one threshold for each layer.
-        min_layers (`int`, *optional*, defaults to 1): no row exits before this many layers.
-
-    Returns:
-        list of numbers, or of lists with one entry per layer.
+        agreeing (`BoolTensor` [rows, layers]): whether a layer's output is the last one's, for a decoder.
+        per_layer (`bool`): one threshold for each layer: a list of one entry per layer in place of each number.
+        min_layers (`int`): no row exits before this many layers.
     """
     present = ~cosines.isnan().all(dim=1)
     # Without the noise of the last bits, which other batches would change.
