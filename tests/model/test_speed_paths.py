@@ -212,6 +212,35 @@ class TestHead:
                 assert ids[length] in (*allowed(row, ids[:length]), 1, 2)
         assert (output.sequences >= 40).any()
 
+    @pytest.mark.parametrize(
+        "mode",
+        [{}, {"num_beams": 3, "renormalize_logits": True}, {"num_beams": 3}, {"do_sample": True, "top_k": 2}],
+        ids=["greedy", "renormalised beam", "beam", "sample"],
+    )
+    def test_a_constraint_says_what_is_computed(self, mode, monkeypatch):
+        # bins are allowed where the constraint says so
+        model, inputs, asked = tiny_model(std=0.3, text_vocab_size=40), tiny_inputs(), []
+
+        def allowed(batch_id, ids):
+            asked.append((batch_id, *ids.tolist()))
+            return [7, 60 + batch_id, 80] if len(ids) % 2 else [9, 11, 70 + int(ids[-1]) % 4]
+
+        options = {"prefix_allowed_tokens_fn": allowed, "no_repeat_ngram_size": 3, "max_new_tokens": 6, **mode}
+        rows = []
+        handle = model.lm_head.register_forward_hook(lambda m, args, output: rows.append(len(args)))
+        torch.manual_seed(0)
+        fast = generate(model, inputs, **options)
+        handle.remove()
+        restricted = "num_beams" not in mode or "renormalize_logits" in mode
+        assert set(rows) == {2 if restricted else 1}
+        assert not restricted or len(asked) == len(set(asked))
+        monkeypatch.setattr("mue_hf.model.generation_mue.MASKING", ())
+        torch.manual_seed(0)
+        slow = generate(model, inputs, **options)
+        assert torch.equal(fast.sequences, slow.sequences)
+        if mode.get("num_beams"):
+            torch.testing.assert_close(fast.sequences_scores, slow.sequences_scores, rtol=0, atol=1e-6)
+
     def test_a_constraint_of_the_user_stays_as_it_is(self):
         model, inputs, tokens = tiny_model(std=0.3), tiny_inputs(), []
 

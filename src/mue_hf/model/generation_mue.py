@@ -1,5 +1,6 @@
 """What `generate` needs to exit early: options into policies, Theta(t) step by step, depths back through beams."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,10 +9,20 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import (
     AssistedCandidateGenerator,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     GenerateBeamEncoderDecoderOutput,
     GenerateEncoderDecoderOutput,
     GenerationMode,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 from transformers.modeling_outputs import ModelOutput
 
@@ -21,6 +32,15 @@ from .encoder_mue import check_attentions
 from .exit_options_mue import CONFIG_NAMES, check_names, exit_attributes, resolve_options
 from .presets_mue import weights_fingerprint
 from .scoring_mue import AnswerScoringMixin, MuEScoreOutput
+
+Allowed = Callable[[int, Tensor], list[int]]
+# Processors that do not look at the scores of tokens that a prefix constraint forbids.
+MASKING = (
+    *(ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor, LogitNormalization),
+    *(MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor, NoRepeatNGramLogitsProcessor),
+    *(PrefixConstrainedLogitsProcessor, SuppressTokensLogitsProcessor),
+    *(TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper),
+)
 
 
 @dataclass
@@ -41,6 +61,9 @@ class _ExitRun:
     schedule: ExitSchedule
     eos_token_ids: Tensor | None
     text_ids: slice | None = None
+    # what may follow a prefix, where that says which logits are computed
+    allowed: Allowed | None = None
+    num_beams: int = 1
     skip_finished: bool = False
     depths: list[Tensor] = field(default_factory=list)
     executed: int = 0
@@ -59,6 +82,15 @@ class _ExitRun:
             return None
         new = input_ids[:, self.schedule.prompt_length :]
         return ~torch.isin(new, self.eos_token_ids.to(new.device)).any(dim=1)
+
+    def emitted_ids(self, input_ids: Tensor) -> slice | Tensor | None:
+        """Token ids that may follow one of input_ids [rows, length]; None for all."""
+        if self.allowed is None:
+            return self.text_ids
+        following = {
+            int(token) for row, ids in enumerate(input_ids) for token in self.allowed(row // self.num_beams, ids)
+        }
+        return torch.tensor(sorted(following), device=input_ids.device) if following else None
 
 
 class MuEGenerationMixin(AnswerScoringMixin, GenerationMixin):
@@ -207,22 +239,29 @@ class MuEGenerationMixin(AnswerScoringMixin, GenerationMixin):
         generation_config: GenerationConfig,
         input_ids_seq_length: int | None = None,
         *args: Any,
+        prefix_allowed_tokens_fn: Allowed | None = None,
         model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(
-            generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs
+        config, allowed = generation_config, prefix_allowed_tokens_fn and _asked_once(prefix_allowed_tokens_fn)
+        kwargs |= {"prefix_allowed_tokens_fn": allowed, "model_kwargs": model_kwargs}
+        processors = super()._get_logits_processor(config, input_ids_seq_length, *args, **kwargs)
+        schedule = ExitSchedule(
+            config._exit_options.policy("decoder", self.config.decoder_layers),
+            input_ids_seq_length,
+            config.max_length - input_ids_seq_length,
         )
-        policy = generation_config._exit_options.policy("decoder", self.config.decoder_layers)
-        num_steps = generation_config.max_length - input_ids_seq_length
-        schedule = ExitSchedule(policy, input_ids_seq_length, num_steps)
-        processors.append(schedule)
         if model_kwargs is not None:
-            run = _ExitRun(schedule, generation_config._eos_token_tensor)
+            run = model_kwargs["exit_run"] = _ExitRun(schedule, config._eos_token_tensor, num_beams=config.num_beams)
             constrained = any(isinstance(x, PrefixConstrainedLogitsProcessor) for x in processors)
             if self.config.num_text_tokens < self.config.vocab_size and not constrained:
                 run.text_ids = slice(0, self.config.num_text_tokens)
-            model_kwargs["exit_run"] = run
+            # beams compare sums of log-probabilities, which depend on what else is computed unless renormalised
+            comparable = config.num_beams == 1 or config.renormalize_logits
+            # nobody looks at the logits of other tokens, and there is one next token
+            if comparable and not config.output_logits and not getattr(config, "_keep_encoder_inputs", False):
+                run.allowed = allowed if all(type(processor) in MASKING for processor in processors) else None
+        processors.append(schedule)
         return processors
 
     def prepare_inputs_for_generation(
@@ -233,7 +272,7 @@ class MuEGenerationMixin(AnswerScoringMixin, GenerationMixin):
         if exit_run is not None:
             model_inputs["exit_policy"] = exit_run.schedule.policy
             model_inputs["active_rows"] = exit_run.active_rows(input_ids)
-            model_inputs["emitted_ids"] = exit_run.text_ids
+            model_inputs["emitted_ids"] = exit_run.emitted_ids(input_ids)
             model_inputs["output_exit_layers"] = True
         return model_inputs
 
@@ -268,6 +307,21 @@ class MuEGenerationMixin(AnswerScoringMixin, GenerationMixin):
         steps, rows = torch.stack(run.depths), output.beam_indices.long()
         depths = steps[torch.arange(rows.shape[1], device=rows.device), rows.clamp_min(0)].masked_fill(rows < 0, 0)
         return MuEGenerateBeamOutput(**output, **_exit_record(run, depths, kwargs["encoder_outputs"]))
+
+
+def _asked_once(allowed: Allowed) -> Allowed:
+    """`allowed`, asked once for each prefix of the current length: the head and the processor both want to know."""
+    answers: dict[tuple[int, ...], list[int]] = {}
+
+    def ask(batch_id: int, prefix: Tensor) -> list[int]:
+        key = (batch_id, *prefix.tolist())
+        if key not in answers:
+            if answers and len(next(iter(answers))) != len(key):
+                answers.clear()
+            answers[key] = allowed(batch_id, prefix)
+        return answers[key]
+
+    return ask
 
 
 def _exit_record(run: _ExitRun, depths: Tensor, encoder_outputs: ModelOutput) -> dict[str, Any]:
