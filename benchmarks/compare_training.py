@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEProcessor
+from mue_hf.benchmarking.tables import markdown_table
 from mue_hf.cli.evaluate import add_arguments, run
 from mue_hf.evaluation.depths import similarity_curves
 from mue_hf.evaluation.plots import COLORS, label_ends, save_figure
@@ -181,42 +182,36 @@ def mean_cosine(record: dict[str, Any], stream: str) -> str:
 def make_table(records: list[dict[str, Any]]) -> str:
     """The records as a table in markdown; accuracies with 95 % intervals by picture."""
     kinds = list(records[0]["by_kind"])
-    head = ["variant", "layers", "steps", "accuracy", *kinds, "R at 99 %", "identical there"]
-    head += ["R >= 50 %: similarity", "R >= 50 %: fixed", "one image layer", "half of the decoder"]
-    head += ["cosine of image layers", "of decoder layers"]
-    lines = [head, ["---"] * len(head)]
-    for record in records:
-        full, best = record["points"][0], most_skipped(record)
-        low, high = full["intervals"]["accuracy"]
-        image = "image" if "image" in record["similarity"] else "encoder"
-        half = max(1, record["layers"]["decoder"] // 2)
-        accuracies = {one["name"]: one["quality"]["accuracy"] for one in record["points"]}
-        lines.append(
-            [
-                record["variant"],
-                "{encoder}+{decoder}".format(**record["layers"]),
-                str(record["steps"]),
-                f"{full['quality']['accuracy']:.3f} [{low:.3f}, {high:.3f}]",
-                *(
-                    f"{record['by_kind'][kind]['accuracy']:.3f}" if kind in record["by_kind"] else "-"
-                    for kind in kinds
-                ),
-                f"{best['layers_skipped']['mean']:.1%}",
-                f"{best['identical']:.3f}",
-                best_at(record, "similarity"),
-                best_at(record, "fixed"),
-                f"{accuracies[f'fixed {image} 1']:.3f}",
-                f"{accuracies[f'fixed decoder {half}']:.3f}",
-                mean_cosine(record, image),
-                mean_cosine(record, "decoder"),
-            ]
-        )
     machine, versions = describe_environment(records[0])
-    lines = ["| " + " | ".join(line) + " |" for line in lines]
     precision = "bfloat16" if records[0]["bf16"] else "float32"
     rows = f"{records[0]['rows']} test statements about {records[0]['asked']['scenes']} scenes"
+    lines = markdown_table([table_row(record, kinds) for record in records])
     lines += ["", f"{rows}; trained in {precision}; {machine}; {versions}."]
     return "\n".join(lines) + "\n"
+
+
+def table_row(record: dict[str, Any], kinds: list[str]) -> dict[str, str]:
+    """A variant, by column."""
+    full, best = record["points"][0], most_skipped(record)
+    image = "image" if "image" in record["similarity"] else "encoder"
+    half = max(1, record["layers"]["decoder"] // 2)
+    accuracies = {one["name"]: one["quality"]["accuracy"] for one in record["points"]}
+    by_kind = {kind: one["accuracy"] for kind, one in record["by_kind"].items()}
+    return {
+        "variant": record["variant"],
+        "layers": "{encoder}+{decoder}".format(**record["layers"]),
+        "steps": str(record["steps"]),
+        "accuracy": "{:.3f} [{:.3f}, {:.3f}]".format(full["quality"]["accuracy"], *full["intervals"]["accuracy"]),
+        **{kind: f"{by_kind[kind]:.3f}" if kind in by_kind else "-" for kind in kinds},
+        "R at 99 %": f"{best['layers_skipped']['mean']:.1%}",
+        "identical there": f"{best['identical']:.3f}",
+        "R >= 50 %: similarity": best_at(record, "similarity"),
+        "R >= 50 %: fixed": best_at(record, "fixed"),
+        "one image layer": f"{accuracies[f'fixed {image} 1']:.3f}",
+        "half of the decoder": f"{accuracies[f'fixed decoder {half}']:.3f}",
+        "cosine of image layers": mean_cosine(record, image),
+        "of decoder layers": mean_cosine(record, "decoder"),
+    }
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:

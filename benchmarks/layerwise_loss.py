@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from mue_hf import MuEConfig, MuEForConditionalGeneration
 from mue_hf.benchmarking.cells import load_average
 from mue_hf.benchmarking.probes import peak_bytes
+from mue_hf.benchmarking.tables import markdown_table
 from mue_hf.cli.options import at_least
 from mue_hf.evaluation.measure import environment
 from mue_hf.inference.timing import in_turns, timed
@@ -142,6 +143,16 @@ def make_table(record: dict) -> str:
     """The record as a table in markdown."""
     settings, machine = record["settings"], record["environment"]
     before, after = ("-" if x is None else f"{x:.2f}" for x in record["load_average_before_and_after"])
+    rows = [
+        {
+            "loss": name.replace("_", " "),
+            "peak memory beyond the weights, MiB": one["peak_mib"],
+            "memory over the last layer's": f"{one['peak_ratio']:.2f}x",
+            "seconds": f"{one['seconds']:.2f}",
+            "seconds over the last layer's": f"{one['seconds_ratio']:.2f}x",
+        }
+        for name, one in record["losses"].items()
+    ]
     lines = [
         f"OFA-{settings['size']}, {settings['images']} images with {settings['captions_per_image']} captions each, "
         f"{record['target_tokens']} target tokens of a vocabulary of {record['vocabulary']}, "
@@ -149,15 +160,8 @@ def make_table(record: dict) -> str:
         f"medians of {settings['repeats']} rounds; {machine['hardware']}, {machine['threads']} threads, torch "
         f"{machine['versions']['torch']}; load {before} before and {after} after.",
         "",
-        "| loss | peak memory beyond the weights, MiB | of the last layer's | seconds | of the last layer's |",
-        "|---|---|---|---|---|",
+        *markdown_table(rows),
     ]
-    for name, one in record["losses"].items():
-        label = name.replace("_", " ")
-        lines.append(
-            f"| {label} | {one['peak_mib']} | {one['peak_ratio']:.2f}x | {one['seconds']:.2f} | "
-            f"{one['seconds_ratio']:.2f}x |"
-        )
     return "\n".join(lines) + "\n"
 
 

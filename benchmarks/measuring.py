@@ -1,4 +1,4 @@
-"""What the scripts beside this file share: options, runs in turns, and where record and table go."""
+"""What the scripts beside this file share: options, captions, runs in turns, and where record and table go."""
 
 import argparse
 import json
@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from mue_hf.cli.bench import add_model_arguments
 from mue_hf.cli.options import at_least
 from mue_hf.files import write_whole
 from mue_hf.inference.timing import in_turns, timed
@@ -21,6 +24,19 @@ def make_parser(description: str, repeats: int) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="file for the JSON record; default: standard output")
     parser.add_argument("--table", type=Path, help="file for a Markdown table")
     return parser
+
+
+def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is captioned by which model: what [`load_timed_model`] reads, "count" images and "tokens"."""
+    add_model_arguments(parser)
+    parser.add_argument("--count", type=at_least(1), default=2, help="images")
+    parser.add_argument("--tokens", type=at_least(1), default=16, help="new tokens")
+
+
+def greedy(model: PreTrainedModel, inputs: Mapping[str, Tensor], tokens: int) -> Tensor:
+    """Exactly so many new tokens [rows, tokens] at full depth, whatever the checkpoint has saved."""
+    options = {"num_beams": 1, "do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
+    return model.generate(**inputs, **options, no_repeat_ngram_size=0, exit_criterion="never")[:, -tokens:]
 
 
 def seconds_in_turns(

@@ -23,18 +23,20 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from statistics import fmean, median
 from typing import Any
 
 import torch
-from measuring import make_parser, seconds_in_turns, write_results
+from measuring import add_caption_arguments, greedy, make_parser, seconds_in_turns, write_results
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mue_hf.benchmarking.cells import ratio
 from mue_hf.benchmarking.probes import component_seconds, hooked
-from mue_hf.cli.bench import add_model_arguments, load_timed_model
+from mue_hf.benchmarking.tables import markdown_table, ratio_cell
+from mue_hf.cli.bench import load_timed_model
 from mue_hf.cli.options import at_least
 from mue_hf.evaluation.measure import environment
 
@@ -116,17 +118,16 @@ def collect_states(model: PreTrainedModel, inputs: dict[str, Tensor], tokens: in
     seen: list[Tensor] = []
     layer_norm = model.get_decoder().layer_norm
     with hooked(layer_norm.register_forward_hook(lambda _, __, output: seen.append(output.flatten(0, -2)))):
-        caption(model, inputs, tokens)
+        greedy(model, inputs, tokens)
     return torch.cat(seen)
 
 
 def caption(model: PreTrainedModel, inputs: dict[str, Tensor], tokens: int, head: nn.Module | None = None) -> Tensor:
     """Greedy tokens, with another head if one is passed."""
     own = model.lm_head
-    options = {"num_beams": 1, "do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
     try:
         model.lm_head = head or own
-        return model.generate(**inputs, **options, no_repeat_ngram_size=0, exit_criterion="never")[:, -tokens:]
+        return greedy(model, inputs, tokens)
     finally:
         model.lm_head = own
 
@@ -206,27 +207,27 @@ def markdown(record: dict[str, Any]) -> str:
     """The record as a table of heads and a line on whole captions."""
     machine, whole = record["environment"], record["caption"]
     names = [name for name in record["heads"][0] if name not in ("rows", "full_seconds")]
-    lines = [
-        f"{record['name']}, {record['vocabulary']} rows of the head ({machine['hardware']}, {machine['threads']} "
-        "threads).",
-        "",
-        "| states | full head ms | screen | speed-up | same two best | rows that can win | normaliser known to |",
-        "|---|---|---|---|---|---|---|",
+    rows = [
+        {
+            "states": row["rows"],
+            "full head ms": f"{1000 * row['full_seconds']:.1f}",
+            "screen": name,
+            "speed-up": ratio_cell(row[name]["speedup"], "x"),
+            "same two best": f"{row[name]['same_best']:.0%}",
+            "rows that can win": f"{row[name]['candidates']:.0f}",
+            "normaliser known to": f"{row[name]['normaliser_interval']:.3f}",
+        }
+        for row, name in product(record["heads"], names)
     ]
-    for row in record["heads"]:
-        for name in names:
-            one = row[name]
-            value, (low, high) = one["speedup"].values()
-            cells = [
-                *(row["rows"], f"{1000 * row['full_seconds']:.1f}", name, f"{value:.2f}x [{low:.2f}, {high:.2f}]"),
-                *(f"{one['same_best']:.0%}", f"{one['candidates']:.0f}", f"{one['normaliser_interval']:.3f}"),
-            ]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
     ways = []
     for name in names:
         tokens = "the same" if whole[name]["same_tokens"] else "other"
         ways.append(f"{name} {whole[name]['speedup']['value']:.2f}x ({tokens} tokens)")
-    lines += [
+    lines = [
+        f"{record['name']}, {record['vocabulary']} rows of the head ({machine['hardware']}, {machine['threads']} "
+        "threads).",
+        "",
+        *markdown_table(rows),
         "",
         f"A greedy caption of {whole['new_tokens']} tokens at batch 1, end to end: the head takes "
         f"{whole['head_share']:.0%} of the time, so a free one would give {whole['most_speedup']:.2f}x. Screened: "
@@ -237,9 +238,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, repeats=10)
-    add_model_arguments(parser)
-    parser.add_argument("--count", type=at_least(1), default=2, help="images")
-    parser.add_argument("--tokens", type=at_least(1), default=16, help="new tokens")
+    add_caption_arguments(parser)
     parser.add_argument("--rows", type=at_least(1), nargs="+", default=[1, 5, 16, 80], help="states at once")
     parser.add_argument("--ranks", type=at_least(1), nargs="+", default=[64, 192])
     args = parser.parse_args(argv)

@@ -19,13 +19,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import make_parser, write_results
+from measuring import add_caption_arguments, greedy, make_parser, write_results
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mue_hf.benchmarking.cells import ratio
-from mue_hf.cli.bench import add_model_arguments, load_timed_model
+from mue_hf.benchmarking.tables import markdown_table, ratio_cell
+from mue_hf.cli.bench import load_timed_model
 from mue_hf.cli.options import at_least
 from mue_hf.evaluation.measure import environment
 from mue_hf.inference.timing import in_turns, timed
@@ -92,9 +93,7 @@ def speculate(
 
 def plain(model: PreTrainedModel, inputs: dict[str, Tensor], new_tokens: int) -> list[int]:
     """The same by the package's own `generate`."""
-    options = {"num_beams": 1, "do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    options |= {"no_repeat_ngram_size": 0, "exit_criterion": "never"}
-    return model.generate(**inputs, **options)[0, -new_tokens:].tolist()
+    return greedy(model, inputs, new_tokens)[0].tolist()
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -152,27 +151,26 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def markdown(record: dict[str, Any]) -> str:
     """The record as a table."""
     machine = record["environment"]
-    lines = [
-        f"{record['name']}, {record['new_tokens']} new tokens, greedy, batch 1 ({machine['hardware']}, "
-        f"{machine['threads']} threads).",
-        "",
-        "| draft layers | draft tokens | kept | same tokens | speed-up over greedy | if all were kept |",
-        "|---|---|---|---|---|---|",
+    rows = [
+        {
+            "draft layers": f"{row['draft_layers']} of {row['of_layers']}",
+            "draft tokens": row["draft_tokens"],
+            "kept": f"{row['kept']:.0%}",
+            "same tokens": f"{row['same_tokens']:.0%}",
+            "speed-up over greedy": ratio_cell(row["speedup"], "x"),
+            "if all were kept": f"{row['speedup_if_all_kept']['value']:.2f}x",
+        }
+        for row in record["rows"]
     ]
-    for row in record["rows"]:
-        (speedup, (low, high)), most = row["speedup"].values(), row["speedup_if_all_kept"]["value"]
-        lines.append(
-            f"| {row['draft_layers']} of {row['of_layers']} | {row['draft_tokens']} | {row['kept']:.0%} | "
-            f"{row['same_tokens']:.0%} | {speedup:.2f}x [{low:.2f}, {high:.2f}] | {most:.2f}x |"
-        )
-    return "\n".join(lines) + "\n"
+    return (
+        f"{record['name']}, {record['new_tokens']} new tokens, greedy, batch 1 ({machine['hardware']}, "
+        f"{machine['threads']} threads).\n\n" + "\n".join(markdown_table(rows)) + "\n"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, repeats=5)
-    add_model_arguments(parser)
-    parser.add_argument("--count", type=at_least(1), default=2, help="images")
-    parser.add_argument("--tokens", type=at_least(1), default=16, help="new tokens")
+    add_caption_arguments(parser)
     parser.add_argument("--draft-layers", type=int, nargs="+", help="default: every number below all layers")
     parser.add_argument("--draft-tokens", type=at_least(1), nargs="+", default=[2, 4], help="drafted before a check")
     args = parser.parse_args(argv)
