@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -53,10 +54,12 @@ MOVED = {
 }
 
 
-class MovedModules:
+class MovedModules(MetaPathFinder, Loader):
     """Finds the modules of `MOVED` under their old names: finder and loader of the import system, asked last."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> object:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """The spec of a module that moved, None for all others."""
         package, _, old = name.partition(".")
         return ModuleSpec(name, self) if package == __package__ and old in MOVED else None
@@ -71,7 +74,8 @@ class MovedModules:
 
     def exec_module(self, module: ModuleType) -> None:
         """Gives the module back its own spec: it has run, under its own name."""
-        module.__spec__ = module.__spec__.loader_state
+        if module.__spec__ is not None:
+            module.__spec__ = module.__spec__.loader_state
 
 
 def measure_costs(*args: Any, **kwargs: Any) -> dict[str, Any]:

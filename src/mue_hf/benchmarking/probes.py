@@ -79,6 +79,7 @@ class Stopwatch:
     def __init__(self, device: torch.device):
         self.device, self.names = device, ["bookkeeping"]
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.last = 0.0
 
     def charge(self, name: str) -> None:
         """Books the time since the last reading on `name`."""

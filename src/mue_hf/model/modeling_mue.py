@@ -140,7 +140,7 @@ class MuEModel(MuEPreTrainedModel):
         """Folds the trunk's batch norms into the convolutions before them: the same features to rounding, faster.
         `train()`, saving and loading weights undo it; fingerprints are those of the weights before.
 
-        Folds in place, in evaluation mode and at least float32; otherwise, or without batch norms, it does nothing.
+        Folds in place; in half precision, with offloaded weights or without batch norms it does nothing.
 
         Returns:
             `int`: how many batch norms are folded now.

@@ -16,18 +16,15 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 @dataclass(frozen=True)
 class About:
-    """
-    What neither a checkpoint nor a record of an evaluation knows, from a TOML file with these names.
+    """What neither a checkpoint nor a record of an evaluation knows, from a TOML file with these names.
 
     Args:
         summary (`str`): what the model is, in a paragraph.
         language (`str`): code of the language of its outputs, e.g. "en".
         base_model, datasets (`list[str]`): Hub ids of what it was made from and trained on.
         commands (`str`): what calibrated the presets and evaluated them, as it was typed.
-        training (`str`): data and training, in Markdown.
-        license (`str`): as the Hub calls it, e.g. "apache-2.0", or "other".
-        license_name, license_link (`str`): of a license "other".
-        license_note (`str`): what to say about it, in Markdown.
+        training, license_note (`str`): data and training, and what to say about the license, in Markdown.
+        license, license_name, license_link (`str`): as the Hub calls it, e.g. "apache-2.0"; the others of "other".
         limits (`list[str]`): what the model cannot do, a sentence each.
         data_names (`dict[str, str]`): what people call the data of evaluations: file name or Hub id to name.
     """
@@ -55,12 +52,10 @@ def fill_card(
     results: Sequence[EvalResult] = (),
     carries_code: bool = True,
 ) -> str:
-    """
-    The filled template: Markdown with a metadata block.
+    """The filled template: Markdown with a metadata block.
 
     Args:
-        model ([`MuEForConditionalGeneration`]): whose configuration and exit presets are described.
-        model_id (`str`): Hub id or folder by which it is loaded.
+        model, model_id: what is described, and the Hub id or folder by which it is loaded.
         about ([`About`]): what its makers state.
         promises (`dict[str, str]`): what each of the model's exit presets promises, by name.
         groups: for each table of the evaluation its "title", "table", "plot" and "conditions", in Markdown.
@@ -69,22 +64,17 @@ def fill_card(
     """
     name = PurePath(model_id).name
     trunk = model.config.backbone_config
+    names = ("language", "license", "license_name", "license_link", "base_model", "datasets")
+    stated: dict[str, Any] = {key: getattr(about, key) or None for key in names}
     data = ModelCardData(
-        language=about.language or None,
-        license=about.license or None,
-        license_name=about.license_name or None,
-        license_link=about.license_link or None,
+        **stated,
         # Another library here, and `pipeline(model=...)` would refuse the model.
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        base_model=about.base_model or None,
-        datasets=about.datasets or None,
         tags=["mue", "ofa", "early-exit", "image-captioning"],
-        model_name=name,
+        model_name=name if results else None,
         eval_results=list(results) or None,
     )
-    if not results:
-        data.model_name = None
     presets = [
         {
             "name": label,
