@@ -67,12 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = keep_features(model, processor, rows, data, args)
     reward = None
     collator = MuEDataCollator(processor, random_captions=data.streaming and args.do_train, max_words=data.max_words)
-    if args.do_train and data.streaming:
-        rows["train"] = rows["train"].shuffle(seed=args.seed)
-    elif args.do_train and args.scst_samples:
+    if "train" in references and args.scst_samples:
         reward = CiderDReward([processor.encode_captions(captions) for captions in references["train"]])
         collator.captions_per_image = data.scst_references
-    elif args.do_train:
+    elif "train" in references:
         rows["train"] = CaptionPairs(rows["train"], references["train"])
 
     # Training

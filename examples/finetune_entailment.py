@@ -55,8 +55,6 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows("entailment", data, args)
     fields = row_fields(rows["predict"]) if args.do_predict else []
     rows = keep_features(model, processor, rows, data, args)
-    if args.do_train and data.streaming:
-        rows["train"] = rows["train"].shuffle(seed=args.seed)
 
     # Training
     trainer = MuETrainer(

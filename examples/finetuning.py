@@ -118,10 +118,13 @@ def parse(description: str, data: type, training: type, argv: list[str] | None) 
 
 
 def read_rows(task: str, data: DataArguments, args: MuETrainingArguments) -> Rows:
-    """The rows that the run needs, by "train", "eval" and "predict"; those of training may be a stream."""
+    """The rows that the run needs, by "train", "eval" and "predict"; those of training may be a shuffled stream."""
     wanted = {"train": args.do_train, "eval": args.do_eval, "predict": args.do_predict}
     with args.main_process_first(desc="reading the data", local=False):
-        return {part: data.load(task, part, data.streaming and part == "train") for part in wanted if wanted[part]}
+        rows = {part: data.load(task, part, data.streaming and part == "train") for part in wanted if wanted[part]}
+    if args.do_train and data.streaming:
+        rows["train"] = rows["train"].shuffle(seed=args.seed)
+    return rows
 
 
 def keep_features(
