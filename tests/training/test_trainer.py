@@ -531,6 +531,14 @@ class TestScst:
         monkeypatch.setattr(run.model, "generate", lambda **kwargs: drawn)
         assert run._sample({})[1].tolist() == [[5, 2, -100, -100], [5, 6, 7, 8]]
 
+    @pytest.mark.parametrize("beams", [False, True], ids=["samples", "beams"])
+    def test_without_an_end_token_all_tokens_count(self, beams, tmp_path):
+        model = tiny_model()
+        model.generation_config.max_new_tokens, model.generation_config.eos_token_id = 4, None
+        run = trainer(tmp_path, model, scst_samples=3, scst_beam_search=beams, reward=share_of_favourite)
+        sequences, labels = run._sample(tiny_inputs(2))
+        assert labels.shape == (6, 4) and labels.equal(sequences[:, 1:])
+
 
 class TestCard:
     def test_presets_promise_nothing_about_new_weights(self, tmp_path):

@@ -35,16 +35,15 @@ class MuEDataCollator:
     * captions alone are `captions_per_image` decoder rows per image, which share its prompt too;
     * statements are one row each in encoder and decoder; where captions are beside them, these are such rows as well.
 
-    Texts become what OFA trains on: captions in lower case, without punctuation, of at most `max_words` words;
-    hypothesis and premise normalised and put in the prompt; the answer "yes", "maybe" or "no".
+    Texts become what OFA trains on: captions in lower case, without punctuation; hypothesis and premise normalised and
+    put in the prompt; the answer "yes", "maybe" or "no".
 
     Args:
         processor ([`MuEProcessor`]): makes tokens and pixels.
         captions_per_image (`int`, *optional*, defaults to 1): captions of each image in a batch; an image with fewer
             references repeats some.
-        random_captions (`bool`, *optional*, defaults to `True`): whether they are drawn at random; False takes the
-            first ones, for evaluation.
-        max_words (`int`, *optional*, defaults to 20): words of a caption.
+        random_captions (`bool`, *optional*, defaults to `True`): whether they are drawn at random; else the first.
+        max_words (`int`, *optional*, defaults to 20): words of a caption at most.
         use_premise (`bool`, *optional*, defaults to `True`): whether the prompt holds the premise where a row has one.
         prompt_type (`str`, *optional*, defaults to `"prev_output"`): OFA's name for what the decoder reads before the
             answer: "prev_output", the prompt of the encoder, or "none", `<s>` alone. Only the answer and `</s>` are
@@ -97,10 +96,10 @@ class MuEDataCollator:
         labels = [torch.tensor([-100] * (len(prompt) - 1) + target) for prompt, target in pairs]
         pad = self.processor.tokenizer.pad_token_id
         return {
-            "input_ids": pad_sequence(sources, batch_first=True, padding_value=pad),
-            "attention_mask": pad_sequence([torch.ones_like(source) for source in sources], batch_first=True),
-            "decoder_input_ids": pad_sequence(inputs, batch_first=True, padding_value=pad),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            "input_ids": pad_sequence(sources, True, pad),
+            "attention_mask": pad_sequence([torch.ones_like(source) for source in sources], True),
+            "decoder_input_ids": pad_sequence(inputs, True, pad),
+            "labels": pad_sequence(labels, True, -100),
             **self._images(rows),
         }
 
@@ -123,10 +122,9 @@ class MuEDataCollator:
                     f"`{name}` must have a label, and a premise if any, for each hypothesis, got {len(hypotheses)} "
                     f"hypotheses, {len(labels)} labels, {len(premises)} premises; make the lists equally long."
                 )
-            sources = self.processor(
-                task="entailment", hypothesis=hypotheses, premise=premises, padding=False, return_tensors=None
-            )["input_ids"]
-            for source, label in zip(sources, labels, strict=True):
+            options = {"task": "entailment", "padding": False, "return_tensors": None}
+            encoded = self.processor(hypothesis=hypotheses, premise=premises, **options)
+            for source, label in zip(encoded["input_ids"], labels, strict=True):
                 if label not in answer_ids:
                     raise ValueError(f"`{name}` must have a label of {list(answer_ids)}, got {label!r}; rename it.")
                 # The prompt ends where the answer begins: without </s>.

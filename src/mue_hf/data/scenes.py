@@ -78,17 +78,13 @@ class SceneDataset(Dataset):
     ) -> None:
         check_split(split)
         check_kinds(kinds)
-        for name, value, least in (
-            ("scenes", scenes, 1),
-            ("statements", statements, 0),
-            ("image_size", image_size, 32),
-        ):
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}; pass more.")
-        if not (statements or captions):
-            raise ValueError("`statements` must be at least 1 without `captions`, got 0; there would be no text.")
         self.scenes, self.seed, self.split = scenes, seed, split
         self.statements, self.captions, self.kinds, self.image_size = statements, captions, tuple(kinds), image_size
+        for name, least in {"scenes": 1, "statements": 0, "image_size": 32}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}; pass more.")
+        if not (statements or captions):
+            raise ValueError("`statements` must be at least 1 without `captions`, got 0; there would be no text.")
 
     def __len__(self) -> int:
         return self.scenes
@@ -97,16 +93,14 @@ class SceneDataset(Dataset):
         if not 0 <= index < self.scenes:
             raise IndexError(f"`index` must be in 0..{self.scenes - 1}, got {index}.")
         scene = make_scene(index, self.seed, self.split)
-        row: dict[str, Any] = {
-            "image": draw_scene(scene, self.image_size),
-            "image_id": f"{self.split}-{self.seed}-{index:07d}",
-        }
+        row: dict[str, Any] = {"image": draw_scene(scene, self.image_size)}
+        row["image_id"] = f"{self.split}-{self.seed}-{index:07d}"
         if self.captions:
             row["references"] = scene_captions(scene)
         if self.statements:
             drawn = scene_statements(index, self.statements, self.seed, self.split, self.kinds)
-            for name, field in (("hypothesis", "text"), ("label", "label"), ("kind", "kind")):
-                row[name] = [getattr(statement, field) for statement in drawn]
+            row |= {"hypothesis": [one.text for one in drawn]}
+            row |= {name: [getattr(one, name) for one in drawn] for name in ("label", "kind")}
         return row
 
 
@@ -153,13 +147,11 @@ def write_scenes(
 def _tables(row: dict[str, Any], image: Any) -> dict[str, list[dict[str, Any]]]:
     """The rows of one scene for captions and entailment, with `image` as the reference to its picture."""
     common = {"image": image, "image_id": row["image_id"], "split": row["split"]}
-    statements = zip(row["hypothesis"], row["label"], row["kind"], strict=True)
+    names = ("hypothesis", "label", "kind")
+    statements = [dict(zip(names, values, strict=True)) for values in zip(*(row[name] for name in names), strict=True)]
     return {
         "captions": [common | {"references": row["references"]}],
-        "entailment": [
-            common | {"premise": None, "hypothesis": text, "label": label, "kind": kind}
-            for text, label, kind in statements
-        ],
+        "entailment": [common | {"premise": None} | statement for statement in statements],
     }
 
 
@@ -176,10 +168,10 @@ def _write_jsonl(folder: Path, rows: Iterator[dict[str, Any]]) -> None:
 
 
 def _write_parquet(folder: Path, rows: Iterator[dict[str, Any]]) -> None:
-    split = {"split": Value("string")}
+    split, kind = {"split": Value("string")}, {"kind": Value("string")}
     schemas = {
         "captions": Features(CAPTIONING_FEATURES | split).arrow_schema,
-        "entailment": Features(ENTAILMENT_FEATURES | split | {"kind": Value("string")}).arrow_schema,
+        "entailment": Features(ENTAILMENT_FEATURES | split | kind).arrow_schema,
     }
     with ExitStack() as stack:
         files = {

@@ -15,8 +15,8 @@ logger = logging.get_logger(__name__)
 
 
 def cpu_has_bf16() -> bool:
-    """Whether oneDNN computes in bfloat16 on this CPU. Where it does not, autocast to bfloat16 is emulated: a step of
-    a convolutional trunk then takes more than ten times as long as in float32."""
+    """Whether oneDNN computes in bfloat16 on this CPU. Where it emulates it, a step of a convolutional trunk takes
+    more than ten times as long as in float32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -34,19 +34,16 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
     cross-entropy without it, so that runs of different recipes can be compared.
 
     Args:
-        layer_weights (list of `float`, *optional*): a factor per decoder layer. `0 0 0 0 0 1` trains the last layer
-            alone.
+        layer_weights (list of `float`, *optional*): a factor per decoder layer; `0 0 0 0 0 1` trains the last alone.
         self_distillation (`float`): weight of the divergence of each decoder layer from the detached last one.
         random_exit_depth (`bool`): draws a depth per sample and encoder stream in training.
         intermediate_token_share (`float`): share of the tokens that train the decoder layers before the last.
-        freeze_trunk (`bool`): the trunk's weights and batch statistics stay as they are.
-        freeze_batch_norm (`bool`): the batch norms' weights and statistics stay as they are.
+        freeze_trunk, freeze_batch_norm (`bool`): the trunk's or the batch norms' weights and statistics stay.
         ema_decay (`float`, *optional*): decay of a moving average of the weights, which evaluation uses and which
             takes their place when training ends.
         muon_learning_rate (`float`, *optional*): trains all matrices but tables of embeddings and positions with Muon
             at this rate, and the rest with AdamW at `learning_rate`. A small model trained from scratch on little data
-            learns in about two thirds of the steps. Its matrix products are in bfloat16; on CPUs that would emulate
-            it, in float32.
+            learns in about two thirds of the steps. Its products are in bfloat16, on CPUs that emulate it in float32.
         scst_samples (`int`): captions sampled per image for self-critical training (SCST), 0 for training on labels.
             `layer_weights` and `self_distillation` apply to it too: `0 0 0 0 0 1` with a weight of 0.1 rewards the
             last layer and lets the others follow it.
@@ -72,8 +69,7 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
         if self.random_exit_depth and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True
         super().__post_init__()
-        self._check_ranges()
-        self._check_contradictions()
+        self._check()
         if self.bf16 and self.device.type == "cpu" and not cpu_has_bf16():
             logger.warning(
                 "`bf16` is set, and this CPU has no instructions for bfloat16: steps can take ten times as long as "
@@ -81,8 +77,7 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
             )
 
     def checkpoint_to_resume(self) -> str | None:
-        """
-        What `resume_from_checkpoint` names, or else the last whole checkpoint in `output_dir`; None for a new run.
+        """What `resume_from_checkpoint` names, or else the last whole checkpoint in `output_dir`; None for a new run.
 
         Raises:
             ValueError: if the named folder does not exist, or `output_dir` holds a model without checkpoints, which a
@@ -108,54 +103,45 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
         return None
 
     def check_scores(self) -> None:
-        """
-        For scripts whose metrics are those of generated texts.
-
-        Raises:
-            ValueError: if such scores are asked for, and texts are not.
-        """
+        """For scripts whose metrics are those of generated texts: ValueError if such scores are asked for without."""
         if (self.do_eval or self.do_predict) and not self.predict_with_generate:
             raise ValueError(
                 "`predict_with_generate` must be True with `do_eval` or `do_predict`, got False: scores are those of "
                 "generated texts; leave these two off, and score the saved model with `mue-hf evaluate`."
             )
 
-    def _check_ranges(self) -> None:
+    def _check(self) -> None:
+        weights = [1.0] if self.layer_weights is None else self.layer_weights
+        average, rate, samples = self.ema_decay, self.muon_learning_rate, self.scst_samples
         rules = {
             "label_smoothing_factor": (0.0 <= self.label_smoothing_factor < 1.0, "a share in [0, 1)"),
             "intermediate_token_share": (0.0 < self.intermediate_token_share <= 1.0, "a share in (0, 1]"),
-            "ema_decay": (self.ema_decay is None or 0.0 < self.ema_decay < 1.0, "in (0, 1), or None for no average"),
+            "ema_decay": (average is None or 0.0 < average < 1.0, "in (0, 1), or None for no average"),
             "self_distillation": (
                 0.0 <= self.self_distillation < math.inf,
                 "a finite number of at least 0 (0 is off)",
             ),
-            "muon_learning_rate": (
-                self.muon_learning_rate is None or 0.0 < self.muon_learning_rate < math.inf,
-                "above 0, or None for no Muon",
+            "muon_learning_rate": (rate is None or 0.0 < rate < math.inf, "above 0, or None for no Muon"),
+            "scst_samples": (samples == 0 or samples > 1, "at least 2, or 0 to train on labels"),
+            "layer_weights": (
+                all(0.0 <= weight < math.inf for weight in weights) and any(weights),
+                "finite numbers of at least 0, not all of them 0",
             ),
-            "scst_samples": (self.scst_samples == 0 or self.scst_samples > 1, "at least 2, or 0 to train on labels"),
         }
-        if self.layer_weights is not None:
-            weights = self.layer_weights
-            fits = all(0.0 <= weight < math.inf for weight in weights) and any(weights)
-            rules["layer_weights"] = (fits, "finite numbers of at least 0, not all of them 0")
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
-
-    def _check_contradictions(self) -> None:
-        if self.ema_decay is not None and self.load_best_model_at_end:
+        if average is not None and self.load_best_model_at_end:
             raise ValueError(
                 "`ema_decay` ends training with averaged weights, `load_best_model_at_end=True` with those of a "
                 "checkpoint; drop one of them."
             )
-        if self.scst_samples:
-            if self.label_smoothing_factor:
-                raise ValueError(
-                    f"`label_smoothing_factor` (got {self.label_smoothing_factor}) is about training on labels, which "
-                    "`scst_samples` replaces; set it to 0."
-                )
-        elif self.scst_beam_search:
+        if samples and self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` (got {self.label_smoothing_factor}) is about training on labels, which "
+                "`scst_samples` replaces; set it to 0."
+            )
+        if self.scst_beam_search and not samples:
             raise ValueError("`scst_beam_search` is about `scst_samples`, which is 0; set it to 2 or more.")
 
 

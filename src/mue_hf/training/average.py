@@ -65,11 +65,7 @@ class WeightAverage(TrainerCallback):
             save_file({name: average.contiguous() for name, average in self.averages.items()}, part)
 
     def load(self, path: str | os.PathLike) -> None:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: if the file is missing or belongs to other parameters.
-        """
+        """Reads what `save` wrote; ValueError if the file is missing or belongs to other parameters."""
         if not os.path.isfile(path):
             raise ValueError(
                 f"`ema_decay` needs the average that a checkpoint of such a run has, but {path} does not exist; "

@@ -21,13 +21,11 @@ BLOCK_ENTRIES = 2**22
 
 
 class LayerwiseLoss(NamedTuple):
-    """What `layerwise_loss` returns.
+    """What [`layerwise_loss`] returns; `loss` [] is what is minimised, the others are detached.
 
     Args:
-        loss (`Tensor` []): what is minimised.
-        loss_sums (`Tensor` [layers]): each layer's label-smoothed cross-entropy summed over its tokens, detached.
-        correct (`Tensor` [layers]): how many tokens each layer predicts correctly.
-        tokens (`Tensor` [layers]): on how many tokens each layer was evaluated.
+        loss_sums (`Tensor` [layers]): each layer's label-smoothed cross-entropy summed over its tokens.
+        correct, tokens (`Tensor` [layers]): how many tokens each layer predicts correctly, of how many.
     """
 
     loss: Tensor
@@ -101,11 +99,10 @@ def layerwise_loss(
         )
     counts = [drawn] * (len(states) - 1) + [total]
     taken = [state.flatten(0, 1)[places[:count]] for state, count in zip(states, counts, strict=True)]
-    factors = [1.0] * len(states) if layer_weights is None else layer_weights
     device = weight.device.type
     plan = _Plan(
         scales=[total / max(count, 1) for count in counts],
-        factors=factors,
+        factors=[1.0] * len(states) if layer_weights is None else layer_weights,
         smoothing=label_smoothing,
         distillation=self_distillation,
         piece=piece_tokens or max(1, PIECE_LOGITS // weight.shape[0]),
@@ -117,10 +114,8 @@ def layerwise_loss(
     hidden = [norm(state) for state in taken]
     with torch.autocast(device, enabled=False):
         summed, loss_sums, predictions = _HeadLoss.apply(weight, targets, row_weights, plan, *hidden)
-    items = max(total, 1) if num_items_in_batch is None else num_items_in_batch
-    loss = summed / items
-    correct = (predictions == targets).sum(1)
-    return LayerwiseLoss(loss, loss_sums, correct, torch.tensor(counts, device=labels.device))
+    loss = summed / (max(total, 1) if num_items_in_batch is None else num_items_in_batch)
+    return LayerwiseLoss(loss, loss_sums, (predictions == targets).sum(1), torch.tensor(counts, device=labels.device))
 
 
 @dataclass(frozen=True)
@@ -135,13 +130,6 @@ class _Plan:
     piece: int
     dtype: torch.dtype
     with_grad: bool
-
-
-class _Teacher(NamedTuple):
-    """The last layer's probabilities [tokens, classes], and their negative entropy [tokens, 1]."""
-
-    probs: Tensor
-    negative_entropy: Tensor
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -167,8 +155,8 @@ class _HeadLoss(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device)
         for start in range(0, len(targets), plan.piece):
-            teacher: _Teacher | None = None
-            # the last layer first: it teaches the others
+            # the last layer first: its probabilities [tokens, classes], and their negative entropy, teach the others
+            teacher: tuple[Tensor, Tensor] | None = None
             for layer in reversed(range(len(hidden))):
                 states = hidden[layer][start : start + plan.piece].to(plan.dtype)
                 if len(states) == 0:
@@ -185,14 +173,13 @@ class _HeadLoss(torch.autograd.Function):
                 losses = _cross_entropy(log_probs, target, plan.smoothing)
                 loss_sums[layer] += losses.sum()
                 total += scale * (factor * losses).sum()
-                soft: _Teacher | None = None
+                soft: Tensor | None = None
                 if teacher is not None:
-                    soft = _Teacher(*(part[: len(states)] for part in teacher))
-                    divergences = soft.negative_entropy - _dot(soft.probs, log_probs)
-                    total += scale * plan.distillation * divergences.sum()
+                    soft, negative_entropy = (part[: len(states)] for part in teacher)
+                    total += scale * plan.distillation * (negative_entropy - _dot(soft, log_probs)).sum()
                 elif plan.distillation:
                     probs = log_probs.exp()
-                    teacher = _Teacher(probs, _dot(probs, log_probs))
+                    teacher = (probs, _dot(probs, log_probs))
                 if plan.with_grad and (plan.factors[layer] != 0 or soft is not None):
                     gradient = _logit_gradient(log_probs, target, factor, plan, soft).to(plan.dtype)
                     hidden_grads[layer][rows] = scale * (gradient @ head)
@@ -223,17 +210,15 @@ def _cross_entropy(log_probs: Tensor, target: Tensor, smoothing: float) -> Tenso
 
 
 def _logit_gradient(
-    log_probs: Tensor, target: Tensor, factor: float | Tensor, plan: _Plan, teacher: _Teacher | None
+    log_probs: Tensor, target: Tensor, factor: float | Tensor, plan: _Plan, teacher: Tensor | None
 ) -> Tensor:
-    """d loss / d logits [tokens, classes], written over `log_probs`; `factor` is that of the cross-entropy, a number
-    or [tokens, 1].
-
-    It is not divided by the number of tokens: in half precision the small quotients would be lost.
-    """
+    """d loss / d logits [tokens, classes], written over `log_probs`; `factor` of the cross-entropy is a number or
+    [tokens, 1]. Not divided by the number of tokens: in half precision the small quotients would be lost."""
     gradient = log_probs.exp_()
-    gradient.mul_(factor if teacher is None else factor + plan.distillation)
-    if teacher is not None:
-        gradient.sub_(teacher.probs, alpha=plan.distillation)
+    if teacher is None:
+        gradient.mul_(factor)
+    else:
+        gradient.mul_(factor + plan.distillation).sub_(teacher, alpha=plan.distillation)
     if plan.smoothing:
         gradient.sub_(factor * (plan.smoothing / gradient.shape[1]))
     return gradient.scatter_add_(1, target, gradient.new_full(target.shape, plan.smoothing - 1).mul_(factor))
@@ -264,16 +249,15 @@ def _check(
     intermediate_token_share: float,
     row_weights: Tensor | None,
 ) -> None:
-    if not states or any(state.shape != (*labels.shape, weight.shape[1]) for state in states):
+    shape, layers = [*labels.shape, weight.shape[1]], len(states)
+    if not states or any(list(state.shape) != shape for state in states):
         raise ValueError(
-            f"`states` must be one tensor {[*labels.shape, weight.shape[1]]} per decoder layer, as `labels` and the "
-            f"head have it, got {[list(state.shape) for state in states]}; leave out the input of the first layer."
+            f"`states` must be one tensor {shape} per decoder layer, as `labels` and the head have it, got "
+            f"{[list(state.shape) for state in states]}; leave out the input of the first layer."
         )
-    if layer_weights is not None and len(layer_weights) != len(states):
-        raise ValueError(
-            f"`layer_weights` must hold one factor for each of the {len(states)} decoder layers, got "
-            f"{list(layer_weights)}."
-        )
+    if layer_weights is not None and len(layer_weights) != layers:
+        got = list(layer_weights)
+        raise ValueError(f"`layer_weights` must hold one factor for each of the {layers} decoder layers, got {got}.")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"`label_smoothing` must be in [0, 1), got {label_smoothing}; pass 0 for none.")
     if not 0.0 < intermediate_token_share <= 1.0:
@@ -288,4 +272,4 @@ def _check(
         )
 
 
-__all__ = ["LayerwiseLoss", "layerwise_loss"]
+__all__ = ["IGNORED", "LayerwiseLoss", "layerwise_loss"]

@@ -1,6 +1,7 @@
 """Muon for matrices and AdamW for the rest, in one optimizer, with the dtype of Muon's products as an option."""
 
 from collections.abc import Callable, Iterable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: parameters or groups. What is no matrix, and all of a group with `use_fallback=True`, is trained with
             Nesterov's AdamW.
-        lr, weight_decay (`float`): learning rate, and decoupled weight decay.
-        betas (pair of `float`): of AdamW.
+        lr, weight_decay, betas: learning rate, decoupled weight decay, and the two decays of AdamW.
         dtype (`torch.dtype`): of Muon's matrix products.
     """
 
@@ -55,11 +55,10 @@ class Muon(torch.optim.Optimizer):
                 continue
             torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
             # Groups of timm's state have the key only where it is True.
-            matrices = [] if group.get("use_fallback") else [one for one in trained if _is_matrix(one)]
-            for parameter in matrices:
+            is_matrix = [not group.get("use_fallback") and _is_matrix(one) for one in trained]
+            for parameter in compress(trained, is_matrix):
                 self._muon(parameter, parameter.grad, group["lr"])
-            others = [one for one in trained if not matrices or not _is_matrix(one)]
-            if others:
+            if others := [one for one, matrix in zip(trained, is_matrix, strict=True) if not matrix]:
                 self._adamw(others, [one.grad for one in others], group["lr"], *group["betas"])
         return loss
 
@@ -87,7 +86,7 @@ class Muon(torch.optim.Optimizer):
     def _state(self, parameter: Tensor, name: str) -> Tensor:
         state = self.state[parameter]
         if name not in state:
-            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state[name] = torch.zeros_like(parameter)
         return state[name]
 
 

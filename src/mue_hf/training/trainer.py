@@ -44,10 +44,10 @@ class MuETrainer(Seq2SeqTrainer):
     Args:
         model (`MuEForConditionalGeneration`): what to train. Frozen parts lose `requires_grad`.
         args (`MuETrainingArguments`, *optional*): how.
-        answers (list of lists of `int`, *optional*): a closed set of answers, from `processor.encode_answers([...])`:
-            with `predict_with_generate` the predictions are the tokens of the best of them by `score_answers`.
         reward (`Callable`, *optional*): for `scst_samples`: captions as lists of token ids, and the references of
             each -> a score of each, e.g. [`CiderDReward`]. The references are the rows of `labels` of an image.
+        answers (list of lists of `int`, *optional*): a closed set of answers, from `processor.encode_answers([...])`:
+            with `predict_with_generate` the predictions are the tokens of the best of them by `score_answers`.
         kwargs: what `Seq2SeqTrainer` takes.
 
     Raises:
@@ -84,17 +84,17 @@ class MuETrainer(Seq2SeqTrainer):
         """The optimizer of `Trainer`, or Muon; see `muon_learning_rate`."""
         if self.args.muon_learning_rate is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        groups: list[dict[str, Any]] = [
+            {"params": [], "lr": self.args.muon_learning_rate},
+            {"params": [], "use_fallback": True, "weight_decay": 0.0},
+        ]
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 # a table is no map from one space to another
                 matrix = parameter.ndim > 1 and not any(part in name for part in ("shared", "embed", "table"))
-                groups[matrix].append(parameter)
+                groups[0 if matrix else 1]["params"].append(parameter)
         self.optimizer = Muon(
-            [
-                {"params": groups[True], "lr": self.args.muon_learning_rate},
-                {"params": groups[False], "use_fallback": True, "weight_decay": 0.0},
-            ],
+            groups,
             lr=self.args.learning_rate,
             weight_decay=self.args.weight_decay,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
@@ -126,7 +126,9 @@ class MuETrainer(Seq2SeqTrainer):
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)
         outputs = self._run(model, inputs, with_logits=return_outputs)
         result = self._layerwise(outputs, labels, model.training, num_items_in_batch)
-        self._record("train" if model.training else "eval", result)
+        mode = "train" if model.training else "eval"
+        sums = torch.stack([result.loss_sums.float(), result.correct.float(), result.tokens.float()])
+        self._sums[mode] = self._sums.get(mode, 0) + sums
         loss = result.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # the processes' gradients are averaged, but the tokens were counted over all of them
@@ -142,23 +144,25 @@ class MuETrainer(Seq2SeqTrainer):
                 logs["reward"], self._rewards = reward.item(), []
         super().log(logs, start_time)
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
+    def _layer_means(self, mode: str, prefix: str) -> dict[str, float]:
+        if mode not in self._sums:
+            return {}
+        losses, correct, tokens = self.accelerator.reduce(self._sums.pop(mode), "sum").cpu()
+        means = {"loss": losses / tokens.clamp_min(1), "accuracy": correct / tokens.clamp_min(1)}
+        return {
+            f"{prefix}{name}_layer_{layer}": value
+            for name, values in means.items()
+            for layer, value in enumerate(values.tolist(), start=1)
+        }
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Adds each layer's loss and accuracy to the metrics, under the averaged weights if there are any."""
         self._sums.pop("eval", None)
         if self.accelerator.num_processes > 1:
             # what fills the last batch up is no prediction; one process fills nothing up
             self.gather_function = self.accelerator.gather_for_metrics
         with nullcontext() if self.average is None else self.average.applied():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._layer_means("eval", f"{metric_key_prefix}_")
         if means:
             # exact over tokens, where the base class has a mean over batches
@@ -191,10 +195,11 @@ class MuETrainer(Seq2SeqTrainer):
             tokens = super().prediction_step(model, inputs, False, ignore_keys, **gen_kwargs)[1]
         else:
             tokens = self._best_answers(inputs, gen_kwargs or self._gen_kwargs)
-        if self.accelerator.num_processes > 1 and len(tokens) != _images(inputs):
+        images = _images(inputs)
+        if self.accelerator.num_processes > 1 and len(tokens) != images:
             raise ValueError(
-                f"evaluation in several processes needs one text for each image, got {len(tokens)} for "
-                f"{_images(inputs)}; give each text a row of its own."
+                f"evaluation in several processes needs one text for each image, got {len(tokens)} for {images}; "
+                "give each text a row of its own."
             )
         # several references of an image: its first one stands beside the prediction
         return loss, tokens, labels[:: len(labels) // len(tokens)]
@@ -257,10 +262,11 @@ class MuETrainer(Seq2SeqTrainer):
         return model(**inputs, **depths, output_hidden_states=True, use_cache=False, logits_to_keep=keep)
 
     def _random_depths(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        images = inputs["pixel_values"] if "pixel_values" in inputs else inputs.get("image_features")
-        streams = {"image": images, "text": inputs.get("input_ids")}
+        images = inputs.get("pixel_values", inputs.get("image_features"))
+        text = inputs.get("input_ids")
+        streams = {"image": images, "text": text}
         if not self.model.config.modality_decomposition:
-            streams = {"encoder": images if inputs.get("input_ids") is None else inputs["input_ids"]}
+            streams = {"encoder": images if text is None else text}
         layers = self.model.config.encoder_layers
         depths = {
             LAYER_OPTIONS[name]: torch.randint(1, layers + 1, (len(stream),))
@@ -306,10 +312,8 @@ class MuETrainer(Seq2SeqTrainer):
         images = len(sequences) // count
         per_image = len(references) // images
         truths = _token_lists(references)
-        rewards = self.reward(
-            _token_lists(labels),
-            [truths[image * per_image : (image + 1) * per_image] for image in range(images) for _ in range(count)],
-        )
+        truths = [truths[image * per_image : (image + 1) * per_image] for image in range(images) for _ in range(count)]
+        rewards = self.reward(_token_lists(labels), truths)
         rewards = torch.tensor(rewards, dtype=torch.float32, device=labels.device)
         self._rewards.append(rewards.mean())
         outputs = self._run(model, inputs | {"decoder_input_ids": sequences[:, :-1]})
@@ -337,26 +341,11 @@ class MuETrainer(Seq2SeqTrainer):
         self.model.train()
         for module in self.frozen:
             module.eval()
-        eos = torch.tensor(self.model.generation_config.eos_token_id, device=sequences.device)
+        # without an end token every sample has the full length
+        eos = self.model.generation_config.eos_token_id
+        eos = torch.tensor([] if eos is None else eos, dtype=torch.long, device=sequences.device)
         ends = torch.isin(sequences[:, 1:], eos)
         return sequences, sequences[:, 1:].masked_fill(ends.cumsum(1) - ends.long() > 0, IGNORED)
-
-    # --- logs ------------------------------------------------------------------------------------------------------
-
-    def _record(self, mode: str, result: LayerwiseLoss) -> None:
-        sums = torch.stack([result.loss_sums.float(), result.correct.float(), result.tokens.float()])
-        self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
-
-    def _layer_means(self, mode: str, prefix: str) -> dict[str, float]:
-        if mode not in self._sums:
-            return {}
-        losses, correct, tokens = self.accelerator.reduce(self._sums.pop(mode), "sum").cpu()
-        means = {"loss": losses / tokens.clamp_min(1), "accuracy": correct / tokens.clamp_min(1)}
-        return {
-            f"{prefix}{name}_layer_{layer}": value
-            for name, values in means.items()
-            for layer, value in enumerate(values.tolist(), start=1)
-        }
 
 
 def scst_advantages(rewards: Tensor) -> Tensor:
@@ -368,8 +357,7 @@ def scst_advantages(rewards: Tensor) -> Tensor:
 
 def _images(inputs: dict[str, Any]) -> int:
     """The number of images in a batch, or of texts where there are none."""
-    names = [name for name in ("pixel_values", "image_features", "input_ids") if name in inputs]
-    return len(inputs[names[0]])
+    return next(len(inputs[name]) for name in ("pixel_values", "image_features", "input_ids") if name in inputs)
 
 
 def _token_lists(labels: Tensor) -> list[list[int]]:
@@ -378,15 +366,8 @@ def _token_lists(labels: Tensor) -> list[list[int]]:
 
 
 def freeze(model: nn.Module, trunk: bool = False, batch_norm: bool = False) -> list[nn.Module]:
-    """Takes parts of a [`MuEForConditionalGeneration`] out of training; returns the modules to be kept in eval mode.
-
-    Args:
-        trunk (`bool`): the backbone.
-        batch_norm (`bool`): every batch norm.
-
-    Raises:
-        ValueError: if batch norms are to be frozen and there are none.
-    """
+    """Takes the trunk or every batch norm (ValueError if there are none) of a [`MuEForConditionalGeneration`] out of
+    training; returns the modules to be kept in evaluation mode."""
     frozen = [model.model.encoder.embed_images] if trunk else []
     if batch_norm:
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
