@@ -12,40 +12,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="folder of the fork, fairseq .pt file, or Hub repository")
     parser.add_argument("destination", metavar="DST", help="folder to write")
     parser.add_argument("--vocab", metavar="DIR", help="folder with vocab.json and merges.txt (needed for fairseq)")
-    parser.add_argument(
-        "--decompose", action="store_true", help="separate image and text streams (MuE) instead of OFA's joint encoder"
-    )
+    streams = "separate image and text streams (MuE) instead of OFA's joint encoder"
+    parser.add_argument("--decompose", action="store_true", help=streams)
     parser.add_argument("--image-size", type=int, default=480, help="side in pixels of resized images (default: 480)")
-    parser.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="load a file that holds Python objects besides tensors: RUNS ANY CODE IN IT, so only for files you trust",
-    )
+    pickle = "load a file that holds Python objects besides tensors: RUNS ANY CODE IN IT, so only for files you trust"
+    parser.add_argument("--allow-pickle", action="store_true", help=pickle)
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint folder at DST")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `mue-hf convert` and prints a summary.
-
-    Args:
-        args (`argparse.Namespace`): What [`add_arguments`] declared.
-
-    Returns:
-        `int`: Exit status 0.
-
-    Raises:
-        `ValueError`: See [`convert_ofa`].
-    """
-    summary = convert_ofa(
-        args.source,
-        args.destination,
-        vocab=args.vocab,
-        decompose=args.decompose,
-        allow_pickle=args.allow_pickle,
-        image_size=args.image_size,
-        overwrite=args.overwrite,
-    )
+    """Converts and prints a summary; see [`convert_ofa`] for what it raises."""
+    names = ("vocab", "decompose", "allow_pickle", "image_size", "overwrite")
+    summary = convert_ofa(args.source, args.destination, **{name: getattr(args, name) for name in names})
     if args.json:
         print(json.dumps(summary))
         return 0

@@ -1,4 +1,4 @@
-"""OFA's names of tensors and this package's: `NAMES` says what becomes of each, `rename_weights` leaves none over."""
+"""OFA's names of tensors and this package's: `NAMES` says where they differ, `rename_weights` leaves none over."""
 
 import re
 from collections.abc import Mapping
@@ -7,62 +7,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-ENCODER_MODULES = (
-    "image_proj",
-    "image_rel_pos_table_list.{}",
-    "layers.{}.ffn_layer_norm",
-    "layers.{}.self_attn_mid_layer_norm",
-    "patch_layernorm_embedding",
-    "pos_k_linear",
-    "pos_q_linear",
-    "type_embedding",
-)
-DECODER_MODULES = (
-    "code_layernorm_embedding",
-    "cross_pos_k_linear",
-    "cross_pos_q_linear",
-    "image_rel_pos_table_list.{}",
-    "layers.{}.cross_attn",
-    "layers.{}.cross_attn_layer_norm",
-    "layers.{}.cross_attn_mid_layer_norm",
-    "layers.{}.ffn_layer_norm",
-    "layers.{}.self_attn_mid_layer_norm",
-    "self_pos_k_linear",
-    "self_pos_q_linear",
-)
-COMMON_MODULES = (
-    "embed_image_positions",
-    "embed_positions",
-    "image_pos_ln",
-    "layer_norm",
-    "layernorm_embedding",
-    "layers.{}.fc1",
-    "layers.{}.fc2",
-    "layers.{}.final_layer_norm",
-    "layers.{}.self_attn",
-    "layers.{}.self_attn_layer_norm",
-    "pos_ln",
-    "token_rel_pos_table_list.{}",
-)
-
 TRUNK = "encoder.embed_images"
-TRUNK_BLOCKS = {
-    f"{TRUNK}.layer{stage + 1}.{{}}.{old}": f"{TRUNK}.encoder.stages.{stage}.layers.{{}}.{new}"
-    for stage in range(3)
-    for old, new in {
-        "conv1": "layer.0.convolution",
-        "bn1": "layer.0.normalization",
-        "conv2": "layer.1.convolution",
-        "bn2": "layer.1.normalization",
-        "conv3": "layer.2.convolution",
-        "bn3": "layer.2.normalization",
-        "downsample.0": "shortcut.convolution",
-        "downsample.1": "shortcut.normalization",
-    }.items()
+TRUNK_BLOCK = {
+    "conv1": "layer.0.convolution",
+    "bn1": "layer.0.normalization",
+    "conv2": "layer.1.convolution",
+    "bn2": "layer.1.normalization",
+    "conv3": "layer.2.convolution",
+    "bn3": "layer.2.normalization",
+    "downsample.0": "shortcut.convolution",
+    "downsample.1": "shortcut.normalization",
 }
-
-# OFA's module -> MuEModel's, for both layouts at once. `{}` is a number; None means dropped on purpose: the index
-# buffers are computed here. Several names of one tied matrix must hold the same numbers.
+# OFA's module -> MuEModel's where they differ, for both layouts at once. `{}` is a number; None means dropped on
+# purpose: the index buffers are computed here. Several names of one tied matrix must hold the same numbers.
 NAMES: dict[str, str | None] = {
     "encoder.embed_tokens": "shared",
     "decoder.embed_tokens": "shared",
@@ -85,9 +42,11 @@ NAMES: dict[str, str | None] = {
     "decoder.layers.{}.encoder_attn_layer_norm": "decoder.layers.{}.cross_attn_layer_norm",
     f"{TRUNK}.conv1": f"{TRUNK}.embedder.embedder.convolution",
     f"{TRUNK}.bn1": f"{TRUNK}.embedder.embedder.normalization",
-    **TRUNK_BLOCKS,
-    **{name: name for name in (f"encoder.{module}" for module in COMMON_MODULES + ENCODER_MODULES)},
-    **{name: name for name in (f"decoder.{module}" for module in COMMON_MODULES + DECODER_MODULES)},
+    **{
+        f"{TRUNK}.layer{stage + 1}.{{}}.{old}": f"{TRUNK}.encoder.stages.{stage}.layers.{{}}.{new}"
+        for stage in range(3)
+        for old, new in TRUNK_BLOCK.items()
+    },
 }
 PATTERNS = [(re.compile(re.escape(old).replace(r"\{\}", r"(\d+)") + r"(\..+)?"), new) for old, new in NAMES.items()]
 
@@ -97,23 +56,12 @@ def some(names: list[str]) -> str:
 
 
 def rename(key: str) -> str | None:
-    """The name in `MuEForConditionalGeneration` of OFA's tensor `key`.
-
-    Args:
-        key (`str`): Name in either layout, e.g. `"decoder.layers.0.encoder_attn.k_proj.bias"`.
-
-    Returns:
-        `str` or `None`: New name, e.g. `"model.decoder.layers.0.cross_attn.k_proj.bias"`; None if dropped on purpose.
-
-    Raises:
-        `KeyError`: If the table has no entry for it.
-    """
+    """The name in `MuEForConditionalGeneration` of OFA's tensor `key`, of either layout; None if it is dropped."""
     for pattern, new in PATTERNS:
-        match = pattern.fullmatch(key)
-        if match:
+        if match := pattern.fullmatch(key):
             *numbers, parameter = match.groups()
             return None if new is None else f"model.{new.format(*numbers)}{parameter or ''}"
-    raise KeyError(key)
+    return f"model.{key}"
 
 
 def rename_weights(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,8 +69,8 @@ def rename_weights(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) 
 
     Args:
         weights (`Mapping[str, Tensor]`): OFA's tensors by name, either layout.
-        target (`Mapping[str, Tensor]`):
-            The model's tensors to fill, by name, the copies of tied matrices left out. Only their shapes are read.
+        target (`Mapping[str, Tensor]`): The model's tensors to fill, by name, the copies of tied matrices left out.
+            Only their shapes are read.
 
     Returns:
         `dict[str, Tensor]`: One tensor per name of `target`.
@@ -133,11 +81,7 @@ def rename_weights(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) 
     renamed: dict[str, Tensor] = {}
     unknown = []
     for key, tensor in tqdm(weights.items(), desc="Renaming weights", unit="tensor", disable=None):
-        try:
-            name = rename(key)
-        except KeyError:
-            unknown.append(key)
-            continue
+        name = rename(key)
         if name is None:
             continue
         if name not in target:
@@ -153,17 +97,16 @@ def rename_weights(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) 
                 f"the checkpoint was not trained with tied embeddings."
             )
         else:
-            renamed.setdefault(name, tensor)
-    # Frozen batch norms have no such counter, and nothing reads it.
-    for name in target:
-        if name.endswith(".num_batches_tracked"):
-            renamed.setdefault(name, torch.zeros((), dtype=torch.long))
-    missing = [name for name in target if name not in renamed]
+            renamed[name] = tensor
     if unknown:
         raise ValueError(f"The checkpoint has {len(unknown)} tensors that OFA has not: {some(unknown)}.")
+    # Frozen batch norms have no such counter, and nothing reads it.
+    counters = [name for name in target if name.endswith(".num_batches_tracked")]
+    renamed = {name: torch.zeros((), dtype=torch.long) for name in counters} | renamed
+    missing = [name for name in target if name not in renamed]
     if missing:
         raise ValueError(f"The checkpoint lacks {len(missing)} tensors: {some(missing)}.")
     return renamed
 
 
-__all__ = ["NAMES", "TRUNK", "rename", "rename_weights", "some"]
+__all__ = ["TRUNK", "rename", "rename_weights", "some"]

@@ -14,7 +14,7 @@ from ..files import whole_folder
 from ..model.configuration_mue import MuEConfig, resnet_backbone_kwargs
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEImageProcessor, MuEProcessor, MuETokenizer
-from .names import TRUNK, rename_weights, some
+from .names import TRUNK, rename_weights
 from .read import find_source, find_vocabulary, read_json, read_weights
 
 OFA_CODES, OFA_BINS = 8192, 1000
@@ -91,11 +91,10 @@ def read_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         return len(numbers)
 
     image_bucket = math.isqrt(max(rows("encoder.embed_image_positions.weight") - 1, 0))
-    grid = {
+    for name, expected in {
         "encoder.embed_image_positions.weight": image_bucket**2 + 1,
         "encoder.image_rel_pos_table_list.0.weight": (2 * image_bucket - 1) ** 2 + 3,
-    }
-    for name, expected in grid.items():
+    }.items():
         if rows(name) != expected:
             raise ValueError(
                 f"`{name}` must have {expected} rows for a grid of {image_bucket} x {image_bucket} patches, "
@@ -162,17 +161,14 @@ def convert_ofa(
     """Converts an OFA checkpoint into a folder that `from_pretrained` loads.
 
     Args:
-        source (`str` or `os.PathLike`):
-            A folder in the layout of OFA's transformers fork, a fairseq `.pt` file (or the folder around one), or
-            the name of a Hub repository that holds either.
-        destination (`str` or `os.PathLike`): Folder to write, whole or not at all.
-        vocab (`str` or `os.PathLike`, *optional*):
-            Folder with vocab.json and merges.txt. Required for fairseq files, which carry no vocabulary.
-        decompose (`bool`, *optional*, defaults to `False`):
-            False keeps OFA's joint encoder, so that the result computes what its source did. True sets MuE's separate
-            streams, for fine-tuning or for weights trained with them.
-        allow_pickle (`bool`, *optional*, defaults to `False`):
-            True loads files that hold more than tensors and plain settings, which may run any code in them.
+        source (path): A folder in the layout of OFA's transformers fork, a fairseq `.pt` file (or the folder around
+            one), or the name of a Hub repository that holds either.
+        destination (path): Folder to write, whole or not at all.
+        vocab (path, *optional*): Folder with vocab.json and merges.txt. Fairseq files, which carry none, need it.
+        decompose (`bool`, *optional*, defaults to `False`): False keeps OFA's joint encoder, so that the result
+            computes what its source did. True sets MuE's separate streams, for fine-tuning or weights trained so.
+        allow_pickle (`bool`, *optional*, defaults to `False`): True loads files that hold more than tensors and plain
+            settings, which may run any code in them.
         image_size (`int`, *optional*, defaults to 480): Side in pixels to which the processor resizes images.
         overwrite (`bool`, *optional*, defaults to `False`): True replaces a checkpoint folder at `destination`.
 
@@ -180,8 +176,7 @@ def convert_ofa(
         `dict[str, Any]`: The summary: layout, parameter count, dtype, sizes and destination.
 
     Raises:
-        `ValueError`: If the source has neither layout, has tensors too many or too few, or lacks a vocabulary; or if
-            the destination is in use.
+        `ValueError`: If the source is no such checkpoint or lacks a vocabulary, or if the destination is in use.
     """
     target = Path(destination).expanduser()
     with whole_folder(target, overwrite) as partial:
@@ -196,7 +191,6 @@ def convert_ofa(
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
     sizes = read_sizes(weights)
-    trunk = sizes.pop("backbone_config")
     return {
         "source": str(source),
         "destination": str(target.absolute()),
@@ -204,7 +198,7 @@ def convert_ofa(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "encoder": "decomposed" if decompose else "joint",
-        "trunk_depths": trunk["depths"],
+        "trunk_depths": sizes.pop("backbone_config")["depths"],
         **sizes,
     }
 
@@ -214,13 +208,6 @@ def _make_model(weights: Mapping[str, Tensor], config: MuEConfig) -> MuEForCondi
         model = MuEForConditionalGeneration(config)
     empty = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     renamed = rename_weights(weights, empty)
-    foreign = [
-        f"{name} ({tensor.dtype})"
-        for name, tensor in renamed.items()
-        if tensor.is_floating_point() != empty[name].is_floating_point()
-    ]
-    if foreign:
-        raise ValueError(f"Weights must be floating point numbers, got {some(foreign)}; convert the source first.")
     dtype = renamed["model.shared.weight"].dtype
     renamed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in renamed.items()}
     model.load_state_dict(renamed, strict=False, assign=True)
@@ -254,8 +241,7 @@ def _make_processor(words: Path, config: MuEConfig, image_size: int) -> MuEProce
                 f"`{name}` must be {getattr(config, name)} as in the checkpoint's config, got "
                 f"{getattr(tokenizer, name)} in the vocabulary in {words}; pass --vocab DIR with the checkpoint's own."
             )
-    image_processor = MuEImageProcessor(size={"height": image_size, "width": image_size})
-    return MuEProcessor(image_processor, tokenizer)
+    return MuEProcessor(MuEImageProcessor(size={"height": image_size, "width": image_size}), tokenizer)
 
 
 __all__ = ["convert_ofa", "make_config", "read_sizes"]

@@ -19,12 +19,9 @@ from tqdm.auto import tqdm
 
 from .names import some
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = [
+    f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
+]
 HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.bin", "*.pt"]
 
 
@@ -45,10 +42,10 @@ def find_source(source: str | os.PathLike) -> tuple[str, Path, Path]:
     checkpoints = sorted(path.glob("*.pt"))
     if len(checkpoints) == 1:
         return "fairseq", checkpoints[0], path
-    found = sorted(file.name for file in path.iterdir())
+    found = some(sorted(file.name for file in path.iterdir()))
     raise ValueError(
         f"`source` must be an OFA checkpoint: config.json beside one of {', '.join(WEIGHT_FILES)} (transformers "
-        f"fork), or exactly one .pt file (fairseq); {path} holds {some(found) or 'nothing'}."
+        f"fork), or exactly one .pt file (fairseq); {path} holds {found or 'nothing'}."
     )
 
 
@@ -72,8 +69,7 @@ def find_vocabulary(vocab: str | os.PathLike | None, folder: Path | None) -> Pat
             "`vocab` is required for a fairseq file, which carries no vocabulary: pass --vocab DIR, a folder with "
             "OFA's vocab.json and merges.txt."
         )
-    missing = [name for name in ("vocab.json", "merges.txt") if not (words / name).is_file()]
-    if missing:
+    if missing := [name for name in ("vocab.json", "merges.txt") if not (words / name).is_file()]:
         raise ValueError(f"The vocabulary folder {words} lacks {' and '.join(missing)}; pass --vocab DIR with both.")
     return words
 
@@ -115,12 +111,14 @@ def _read_fork(file: Path, allow_pickle: bool) -> dict[str, Any]:
     shards = [file]
     if file.suffix == ".json":
         shards = [file.parent / name for name in sorted(set(read_json(file).get("weight_map", {}).values()))]
-        absent = [shard.name for shard in shards if not shard.is_file()]
-        if absent or not shards:
+        if (absent := [shard.name for shard in shards if not shard.is_file()]) or not shards:
             raise ValueError(f"{file} must name files beside it; missing: {some(absent) or 'all, it names none'}.")
     weights: dict[str, Any] = {}
     for shard in tqdm(shards, desc="Reading", unit="file", disable=None):
-        weights.update(_read_safetensors(shard) if shard.suffix == ".safetensors" else _unpickle(shard, allow_pickle))
+        try:
+            weights |= load_file(shard) if shard.suffix == ".safetensors" else _unpickle(shard, allow_pickle)
+        except SafetensorError as error:
+            raise ValueError(f"{shard} must be a safetensors file, but cannot be read: {error}.") from error
     return weights
 
 
@@ -133,28 +131,15 @@ def _read_fairseq(file: Path, allow_pickle: bool) -> tuple[dict[str, Any], Mappi
         )
     # Older files hold the arguments under "args", newer ones under "cfg" with the model's own part inside.
     arguments = content.get("args") or (content.get("cfg") or {}).get("model") or {}
-    settings = arguments if isinstance(arguments, Mapping) else vars(arguments)
-    return content["model"], settings
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} must be a safetensors file, but cannot be read: {error}.") from error
+    return content["model"], arguments if isinstance(arguments, Mapping) else vars(arguments)
 
 
 def _unpickle(file: Path, allow_pickle: bool) -> dict[str, Any]:
     """What `torch.save` wrote; nothing but tensors, plain containers, arguments and numbers unless allowed."""
-    scalar = np.float64(0).__reduce__()[0]
     # Plain data without code of its own: fairseq's arguments, and the losses that numpy averaged.
-    harmless: list[Any] = [
-        Namespace,
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
-    ]
+    scalar = np.float64(0).__reduce__()[0]
+    harmless: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    harmless += [Namespace, np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64"))]
     try:
         with torch.serialization.safe_globals(harmless):
             content = torch.load(file, map_location="cpu", weights_only=not allow_pickle)
@@ -162,8 +147,7 @@ def _unpickle(file: Path, allow_pickle: bool) -> dict[str, Any]:
         raise ValueError(f"{file} holds objects of a package that is not installed: {error}.") from error
     # A damaged pickle raises almost anything.
     except Exception as error:
-        foreign = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-        if foreign:
+        if foreign := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
             raise ValueError(
                 f"{file} holds Python objects besides tensors ({foreign.group(1)}), and loading those can run code; "
                 f"pass --allow-pickle (allow_pickle=True) only if you trust whoever made the file."
