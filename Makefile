@@ -6,9 +6,9 @@ BIN = $(VENV)/bin
 # One thread for each of the two test processes: more of either only makes them wait for each other.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 PHOTOS ?= examples/photos/*.jpg
-check_dirs := src tests examples benchmarks .ci
+check_dirs := src tests examples benchmarks docs .ci
 
-.PHONY: help demo reproduce test lowest newest soak style cards quality dist clean
+.PHONY: help demo reproduce test lowest newest soak style cards quality docs dist clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -118,10 +118,13 @@ cards: $(VENV)/dev.installed ## Render the model cards from what lies beside the
 		$(BIN)/mue-hf publish $$checkpoint $$checkpoint --about $$about $$records --card $$card.md || exit; \
 	done
 
-quality: $(VENV)/dev.installed ## Check format, lint and types without a change
+quality: docs ## Check format, lint, types and docs without a change
 	$(BIN)/ruff check $(check_dirs)
 	$(BIN)/ruff format --check $(check_dirs)
 	$(BIN)/mypy
+
+docs: $(VENV)/dev.installed ## Build the pages and the API reference into build/docs; warnings are errors
+	$(BIN)/mkdocs build --quiet
 
 dist: $(VENV)/dev.installed ## Build wheel and sdist, and check the wheel in a clean environment
 	rm -rf build dist

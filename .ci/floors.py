@@ -8,8 +8,8 @@ FLOOR = re.compile(r"(?P<name>[\w.-]+)(?:\[[\w,-]+\])?[>=]=(?P<version>[\d.]+)")
 
 
 def floors(project: dict) -> list[str]:
-    """`name==version` of the dependencies and of all extras but `dev`, which holds tools."""
-    extras = [group for name, group in project["optional-dependencies"].items() if name != "dev"]
+    """`name==version` of the dependencies and of all extras but `dev` and `docs`, which hold tools."""
+    extras = [group for name, group in project["optional-dependencies"].items() if name not in ("dev", "docs")]
     matches = [FLOOR.match(requirement) for group in [project["dependencies"], *extras] for requirement in group]
     return [f"{match['name']}=={match['version']}" for match in matches]
 
