@@ -64,61 +64,49 @@ def resnet_backbone_kwargs(name: str) -> dict[str, Any]:
     }
 
 
-def _at_least(minimum: int) -> Callable[[Any], None]:
+def _must_be(rule: str, holds: Callable[[Any], bool], remedy: str = "") -> Callable[[Any], None]:
     def check(value: Any) -> None:
-        if value < minimum:
-            raise ValueError(f"must be an integer of at least {minimum}, got {value!r}; pass a larger number")
+        if not holds(value):
+            raise ValueError(f"must be {rule}, got {value!r}{remedy}")
 
     return check
 
 
-def _share(value: Any) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"must be a share in [0, 1), got {value!r}; pass 0 to turn it off")
+def _at_least(minimum: int) -> Callable[[Any], None]:
+    rule = f"an integer of at least {minimum}"
+    return _must_be(rule, lambda value: value >= minimum, "; pass a larger number")
 
 
-def _positive(value: Any) -> None:
-    if not 0 < value <= sys.float_info.max:
-        raise ValueError(f"must be a finite number above 0, got {value!r}")
-
-
-def _activation(value: Any) -> None:
-    if value not in ACT2FN:
-        raise ValueError(f"must be one of {sorted(ACT2FN)}, got {value!r}")
+_share = _must_be("a share in [0, 1)", lambda value: 0.0 <= value < 1.0, "; pass 0 to turn it off")
+_positive = _must_be("a finite number above 0", lambda value: 0 < value <= sys.float_info.max)
+_activation = _must_be(f"one of {sorted(ACT2FN)}", lambda value: value in ACT2FN)
 
 
 @auto_docstring(checkpoint="org/mue-ofa")
 @strict
 class MuEConfig(PreTrainedConfig):
     r"""
-    token_bucket_size (`int`, *optional*, defaults to 256):
-        Distances in text beyond half of it share logarithmic buckets of the relative position bias.
-    image_bucket_size (`int`, *optional*, defaults to 42):
-        Largest number of patch rows and of patch columns. Patch (row, column) has the position
-        `row * image_bucket_size + column + 1` whatever the width of the image.
-    attn_scale_factor (`float`, *optional*, defaults to 2.0):
-        Content scores and position scores are both divided by its square root, since they are added.
-    encoder_drop_path_rate (`float`, *optional*, defaults to 0.0):
-        Stochastic depth of the last encoder layer in training; it grows linearly from 0 at the first.
-    decoder_drop_path_rate (`float`, *optional*, defaults to 0.0):
-        The same for the decoder.
-    backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to OFA's ResNet-101):
-        Any transformers or timm backbone. The last of its `out_features` becomes the image tokens.
-    modality_decomposition (`bool`, *optional*, defaults to `True`):
-        True (MuE): image and text are separate streams through the same encoder layers, each with its own exit.
-        False (OFA): one joint sequence with one exit.
-    image_relative_bias (`bool`, *optional*, defaults to `True`):
-        False drops the relative position bias between patches. The authors' released code overwrites that bias
-        unintentionally; False reproduces checkpoints trained with it.
-    add_position_embedding (`bool`, *optional*, defaults to `False`):
-        Whether the encoder's (normalised) positions are also added to its embeddings, so that states say where they
-        are. OFA lets positions act on the attention scores alone; False is OFA.
-    text_vocab_size (`int`, *optional*):
-        Token ids from here on stand for image codes and location bins: `generate` neither computes nor emits them,
-        unless `prefix_allowed_tokens_fn` says what may follow. Default: 50265 if `vocab_size` is OFA's 59457, else
-        all ids are text. `vocab_size` lets a model emit everything, as grounding needs.
-    code_image_size (`int`, *optional*, defaults to 128):
-        Kept for OFA's configuration files; it has no effect on text tasks.
+    token_bucket_size (`int`, *optional*, defaults to 256): Distances in text beyond half of it share logarithmic
+        buckets of the relative position bias.
+    image_bucket_size (`int`, *optional*, defaults to 42): Largest number of patch rows and of patch columns. Patch
+        (row, column) has the position `row * image_bucket_size + column + 1` whatever the width of the image.
+    attn_scale_factor (`float`, *optional*, defaults to 2.0): Content scores and position scores are both divided by
+        its square root, since they are added.
+    encoder_drop_path_rate (`float`, *optional*, defaults to 0.0): Stochastic depth of the last encoder layer in
+        training; it grows linearly from 0 at the first.
+    decoder_drop_path_rate (`float`, *optional*, defaults to 0.0): The same for the decoder.
+    backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to OFA's ResNet-101): Any transformers or timm
+        backbone. The last of its `out_features` becomes the image tokens.
+    modality_decomposition (`bool`, *optional*, defaults to `True`): True (MuE): image and text are separate streams
+        through the same encoder layers, each with its own exit. False (OFA): one joint sequence with one exit.
+    image_relative_bias (`bool`, *optional*, defaults to `True`): False drops the relative position bias between
+        patches, as the authors' released code does unintentionally, for checkpoints trained with it.
+    add_position_embedding (`bool`, *optional*, defaults to `False`): Whether the encoder's (normalised) positions are
+        also added to its embeddings. False (OFA): positions act on the attention scores alone.
+    text_vocab_size (`int`, *optional*): Token ids from here on stand for image codes and location bins: `generate`
+        neither computes nor emits them, unless `prefix_allowed_tokens_fn` says what may follow. Default: 50265 if
+        `vocab_size` is OFA's 59457, else `vocab_size`, with which a model emits everything, as grounding needs.
+    code_image_size (`int`, *optional*, defaults to 128): Kept for OFA's configuration files; without effect here.
 
     Example:
 

@@ -26,11 +26,6 @@ MAX_REDIRECTS = 5
 SHOWN = 200
 
 
-def _sixteen_to_eight_bits(levels: np.ndarray) -> np.ndarray:
-    # Rounds to the nearest of 256 levels: 65535 / 255 is exactly 257.
-    return ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
 def _array_to_pil(array: np.ndarray, name: str) -> Image.Image:
     """An array of one image, as a PIL image of 8 bits per channel: mode L, RGB or RGBA."""
     if array.dtype.kind not in "buif":
@@ -49,44 +44,37 @@ def _array_to_pil(array: np.ndarray, name: str) -> Image.Image:
         if array.shape[-1] == 1:
             array = array[..., 0]
     if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
+        array = array * 255
     elif array.dtype == np.uint16:
-        array = _sixteen_to_eight_bits(array)
-    elif np.issubdtype(array.dtype, np.floating):
+        # Rounds to the nearest of 256 levels: 65535 / 255 is exactly 257.
+        array = (array.astype(np.uint32) + 128) // 257
+    elif array.dtype.kind == "f":
         # A comparison with NaN is false, so NaN is refused too.
         if not (array.min() >= 0 and array.max() <= 1):
             raise ValueError(
                 f"{name} must hold floats in [0, 1], got values in [{array.min()}, {array.max()}]; "
                 f"divide by the largest level, or pass integers in 0..255."
             )
-        array = np.rint(array * 255).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        if not (np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 255):
-            raise ValueError(
-                f"{name} must hold levels in 0..255, got {array.dtype} values in [{array.min()}, {array.max()}]; "
-                f"pass uint16 for 16-bit levels."
-            )
-        array = array.astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(array))
+        array = np.rint(array * 255)
+    elif array.min() < 0 or array.max() > 255:
+        raise ValueError(
+            f"{name} must hold levels in 0..255, got {array.dtype} values in [{array.min()}, {array.max()}]; "
+            f"pass uint16 for 16-bit levels."
+        )
+    return Image.fromarray(np.ascontiguousarray(array, np.uint8))
 
 
 def to_rgb(image: Image.Image, name: str = "`image`") -> Image.Image:
     """
-    Any PIL image as upright 8-bit RGB.
+    Any PIL image as upright 8-bit RGB: of an animation the current frame.
 
     The camera's EXIF orientation is applied. 16-bit greys (modes I;16 and I) are scaled to 8 bits, not clipped.
     Transparent pixels are shown on white, as viewers do; OFA dropped the transparency, which reveals whatever colour
-    lies below, and equals this where the image is opaque. Of an animation the current frame counts, the first one
-    unless the caller moved on.
+    lies below.
 
     Args:
-        image (`PIL.Image.Image`):
-            An image of any mode, not changed.
-        name (`str`, *optional*, defaults to `` "`image`" ``):
-            What error messages call it.
-
-    Returns:
-        `PIL.Image.Image`: mode RGB.
+        image (`PIL.Image.Image`): of any mode, not changed.
+        name (`str`, *optional*, defaults to `` "`image`" ``): what error messages call it.
 
     Raises:
         ValueError: if the image has no pixels, cannot be decoded, or has a mode without a meaning as colour.
@@ -97,16 +85,12 @@ def to_rgb(image: Image.Image, name: str = "`image`") -> Image.Image:
         image.load()
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = _array_to_pil(np.asarray(image).astype(np.uint16), name)
-        elif image.mode == "I":
+        if image.mode.startswith(("F", "I")):
             levels = np.asarray(image)
-            # Files open in this mode when they hold 16-bit levels; deeper ones have no known range.
-            if levels.min() >= 0 and levels.max() <= 65535:
+            # Files open with integers when they hold 16-bit levels; deeper ones have no known range.
+            if image.mode != "F" and levels.min() >= 0 and levels.max() <= 65535:
                 levels = levels.astype(np.uint16)
             image = _array_to_pil(levels, name)
-        elif image.mode == "F":
-            image = _array_to_pil(np.asarray(image), name)
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -187,17 +171,12 @@ def load_image(image: Any, name: str = "image", timeout: float | None = None) ->
     One image from wherever it is, as upright 8-bit RGB (see `to_rgb`).
 
     Args:
-        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            A path, an http(s) URL, a data URI or plain base64 of an image file, its bytes, an image, or an array
-            [height, width], [height, width, channels] or [channels, height, width] of levels: uint8, uint16, bool, or
-            floats in [0, 1].
-        name (`str`, *optional*, defaults to `"image"`):
-            What error messages call it, such as "images[3]".
-        timeout (`float`, *optional*):
-            Seconds for a URL, `DOWNLOAD_SECONDS` without it. A server that stalls is given at most twice as long.
-
-    Returns:
-        `PIL.Image.Image`: mode RGB.
+        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): a path, an http(s)
+            URL, a data URI or plain base64 of an image file, its bytes, an image, or an array [height, width],
+            [height, width, channels] or [channels, height, width] of levels: uint8, uint16, bool, or floats in [0, 1].
+        name (`str`, *optional*, defaults to `"image"`): what error messages call it, such as "images[3]".
+        timeout (`float`, *optional*): seconds for a URL, `DOWNLOAD_SECONDS` without it. A server that stalls is given
+            at most twice as long.
 
     Raises:
         ValueError: if it cannot be found, fetched, decoded, or has no pixels; if a file has more than `MAX_PIXELS`
@@ -206,8 +185,7 @@ def load_image(image: Any, name: str = "image", timeout: float | None = None) ->
     name = f"`{name}`"
     if isinstance(image, torch.Tensor):
         try:
-            image = image.detach().cpu()
-            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy(force=True)
         # Sparse, quantised and meta tensors, and dtypes that NumPy lacks.
         except (NotImplementedError, RuntimeError, TypeError) as error:
             raise ValueError(

@@ -1,5 +1,6 @@
 """The pipeline "image-text-to-text", "image-to-text" of old: image in, caption out, in transformers' call forms."""
 
+from inspect import signature
 from typing import Any
 
 from transformers import AutoModelForImageTextToText, GenerationConfig, ImageTextToTextPipeline
@@ -9,23 +10,8 @@ from transformers.utils.chat_template_utils import Chat
 
 from .images_mue import load_image
 
-# What the parent's `_sanitize_parameters` understands. Anything else is an option of `generate`, which refuses
-# what it does not know.
-PIPELINE_PARAMETERS = frozenset(
-    {
-        "clean_up_tokenization_spaces",
-        "continue_final_message",
-        "generate_kwargs",
-        "max_new_tokens",
-        "processor_kwargs",
-        "return_full_text",
-        "return_tensors",
-        "return_type",
-        "skip_special_tokens",
-        "stop_sequence",
-        "timeout",
-    }
-)
+# What the parent understands. Anything else is an option of `generate`, which refuses what it does not know.
+PIPELINE_PARAMETERS = signature(ImageTextToTextPipeline._sanitize_parameters).parameters
 
 
 class MuEImageTextToTextPipeline(ImageTextToTextPipeline):
@@ -37,8 +23,7 @@ class MuEImageTextToTextPipeline(ImageTextToTextPipeline):
     makes a plain [`ImageTextToTextPipeline`].
 
     Args:
-        kwargs:
-            See [`ImageTextToTextPipeline`]. Options of `generate`, exits included, can be given here and per call.
+        kwargs: see [`ImageTextToTextPipeline`]; options of `generate`, exits included, can be given here and per call.
 
     Example:
 
@@ -77,18 +62,15 @@ class MuEImageTextToTextPipeline(ImageTextToTextPipeline):
         Generates a text for each image.
 
         Args:
-            images (*optional*):
-                A path, an http(s) URL, a PIL image or an array; a list, a dataset or a generator of them; or of
-                dicts {"images": image, "text": prompt}; or chats.
-            text (`str` or `list[str]`, *optional*):
-                The prompt. Without it the image is captioned. A single one holds for all images, and a single image
-                for all texts.
-            kwargs:
-                `batch_size`, `timeout` (seconds per URL), options of `generate`.
+            images (*optional*): an image (see `load_image`); a list, a dataset or a generator of them, or of dicts
+                {"images": image, "text": prompt}; or chats.
+            text (`str` or `list[str]`, *optional*): the prompt. Without it the image is captioned. A single one holds
+                for all images, and a single image for all texts.
+            kwargs: `batch_size`, `timeout` (seconds per URL), options of `generate`.
 
         Returns:
-            `list[dict]` for one sample, a list of such lists for a list of samples; a generator for a dataset.
-            "generated_text" is the text; "input_text" is the prompt where one was given.
+            `list[dict]` for one sample, a list of such lists for a list of samples, a generator for a dataset:
+            "generated_text", and "input_text" where a prompt was given.
 
         Raises:
             ValueError: if there is nothing to do, an image cannot be read, or lists differ in length.
@@ -100,11 +82,9 @@ class MuEImageTextToTextPipeline(ImageTextToTextPipeline):
                 raise ValueError(f"`{name}` must hold at least one sample, got an empty list; fill it.")
         if _is_chat(text) or _is_chat(images):
             return super().__call__(images=images, text=text, **kwargs)
-        if text is None:
-            samples = list(images) if isinstance(images, tuple) else images
-        else:
-            samples = _pairs(images, text)
-        return Pipeline.__call__(self, samples, **kwargs)
+        if text is not None:
+            images = _pairs(images, text)
+        return Pipeline.__call__(self, list(images) if isinstance(images, tuple) else images, **kwargs)
 
     def preprocess(self, inputs: Any = None, timeout: float | None = None, **kwargs: Any) -> Any:
         if isinstance(inputs, Chat):
@@ -128,7 +108,7 @@ class MuEImageTextToTextPipeline(ImageTextToTextPipeline):
     ) -> list[dict[str, Any]]:
         prompt = model_outputs["prompt_text"]
         if isinstance(prompt, Chat) or "return_type" in kwargs:
-            outputs = {**model_outputs, "prompt_text": prompt or ""}
+            outputs = model_outputs | {"prompt_text": prompt or ""}
             return super().postprocess(outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         sequences = model_outputs["generated_sequence"].reshape(-1, model_outputs["generated_sequence"].shape[-1])
         texts = self.processor.post_process_image_text_to_text(sequences, skip_special_tokens=skip_special_tokens)
@@ -148,19 +128,16 @@ def _is_chat(value: Any) -> bool:
 
 
 def _pairs(images: Any, text: str | list[str]) -> dict[str, Any] | list[dict[str, Any]]:
-    several_images, several_texts = isinstance(images, list | tuple), isinstance(text, list | tuple)
-    if not several_images and not several_texts:
+    lengths = [len(value) for value in (images, text) if isinstance(value, list | tuple)]
+    if not lengths:
         return {"images": images, "text": text}
-    if several_images and several_texts and len(images) != len(text):
+    if lengths[0] != lengths[-1]:
         raise ValueError(
             f"`text` must have one entry per image, got {len(text)} texts for {len(images)} images; "
             f"pass as many, or one text (not a list) for all."
         )
-    count = len(images) if several_images else len(text)
-    return [
-        {"images": images[i] if several_images else images, "text": text[i] if several_texts else text}
-        for i in range(count)
-    ]
+    images, texts = (value if isinstance(value, list | tuple) else [value] * lengths[0] for value in (images, text))
+    return [{"images": image, "text": prompt} for image, prompt in zip(images, texts, strict=True)]
 
 
 class _Loader(AutoModelForImageTextToText):

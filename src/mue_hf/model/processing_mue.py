@@ -41,12 +41,8 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_text(text: str, max_words: int = 80) -> str:
-    """
-    OFA's normalisation of hypotheses, premises and questions (its `pre_caption`).
-
-    Lower case, no leading punctuation, "-" and "/" become spaces, "<person>" becomes "person", runs of white space
-    one space, and only the first `max_words` words stay.
-    """
+    """OFA's normalisation of hypotheses, premises and questions (`pre_caption`): lower case, no leading punctuation,
+    "-" and "/" as spaces, "<person>" as "person", runs of white space as one, and at most `max_words` words."""
     text = text.lower().lstrip(",.!?*#:;~").replace("-", " ").replace("/", " ").replace("<person>", "person")
     text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
@@ -72,6 +68,18 @@ def _normalized(text: Any, name: str) -> str:
     if not normalized:
         raise ValueError(f"`{name}` must hold words, got {text!r}, of which normalisation leaves nothing.")
     return normalized
+
+
+def _question(text: Any, name: str) -> str:
+    question = _normalized(text, name)
+    return f" {question}" if question.endswith("?") else f" {question}?"
+
+
+def _entailment_prompt(hypothesis: str, premise: str | None) -> str:
+    hypothesis = _normalized(hypothesis, "hypothesis")
+    if premise is None:
+        return ENTAILMENT_PROMPT.format(hypothesis=hypothesis)
+    return ENTAILMENT_PROMPT_WITH_PREMISE.format(premise=_normalized(premise, "premise"), hypothesis=hypothesis)
 
 
 def _same_length(**fields: Any) -> list[list[Any]]:
@@ -104,13 +112,10 @@ class MuEImageMixin:
     do_convert_rgb = True
     _auto_class = "AutoImageProcessor"
 
-    def fetch_images(self, images: Any) -> Any:
-        """Loads every image (see `load_image`), nested lists included; names it by its index in errors."""
-        return self._fetch(images, "images")
-
-    def _fetch(self, images: Any, name: str) -> Any:
+    def fetch_images(self, images: Any, name: str = "images") -> Any:
+        """Loads every image (see `load_image`), nested lists included; errors call it `name`, with its index."""
         if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
-            return [self._fetch(image, f"{name}[{index}]") for index, image in enumerate(images)]
+            return [self.fetch_images(image, f"{name}[{index}]") for index, image in enumerate(images)]
         return load_image(images, name)
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,9 +159,9 @@ class MuEImageMixin:
 
 class MuEImageProcessor(MuEImageMixin, TorchvisionBackend):
     """
-    OFA's image preprocessing with torchvision, whose bicubic filter differs from Pillow's by at most two grey levels.
+    OFA's image preprocessing: RGB, bicubic resize to `size` (480x480, aspect ratio not kept), levels to [-1, 1].
 
-    RGB, bicubic resize to `size` (480x480 unless told otherwise, aspect ratio not kept), levels to [-1, 1].
+    With torchvision, whose bicubic filter differs from Pillow's by at most two grey levels.
     """
 
 
@@ -175,16 +180,12 @@ class MuETokenizer(RobertaTokenizer):
     Special tokens written in a text are read as plain text, as in OFA: only the tokenizer itself places them.
 
     Args:
-        vocab (`str` or `dict[str, int]`, *optional*):
-            File or dictionary of token to id, with `<s>`, `<pad>`, `</s>`, `<unk>` as 0 to 3.
-        merges (`str` or `list`, *optional*):
-            File or list of the merges.
-        num_codes (`int`, *optional*, defaults to 8192):
-            Image codes `<code_0>`... that follow the vocabulary; 0 for a vocabulary without.
-        num_bins (`int`, *optional*, defaults to 1000):
-            Location bins `<bin_0>`... that follow the codes; 0 for a vocabulary without.
-        kwargs:
-            See `RobertaTokenizer`.
+        vocab (`str` or `dict[str, int]`, *optional*): file or dictionary of token to id, with `<s>`, `<pad>`, `</s>`,
+            `<unk>` as 0 to 3.
+        merges (`str` or `list`, *optional*): file or list of the merges.
+        num_codes (`int`, *optional*, defaults to 8192): image codes `<code_0>`... that follow the vocabulary.
+        num_bins (`int`, *optional*, defaults to 1000): location bins `<bin_0>`... that follow the codes.
+        kwargs: see `RobertaTokenizer`.
 
     Raises:
         ValueError: if there is no vocabulary, or the counts are negative.
@@ -220,12 +221,9 @@ class MuEProcessor(ProcessorMixin):
     Images and texts to model inputs, with OFA's prompts.
 
     Args:
-        image_processor (`MuEImageProcessor` or `MuEImageProcessorPil`):
-            Makes `pixel_values`.
-        tokenizer (`MuETokenizer`):
-            Makes `input_ids`.
-        chat_template (`str`, *optional*):
-            Jinja template for chats. The default joins the user's texts.
+        image_processor (`MuEImageProcessor` or `MuEImageProcessorPil`): makes `pixel_values`.
+        tokenizer (`MuETokenizer`): makes `input_ids`.
+        chat_template (`str`, *optional*): Jinja template for chats. The default joins the user's texts.
 
     Example:
 
@@ -271,24 +269,19 @@ class MuEProcessor(ProcessorMixin):
         Inputs for one batch. A single value stands for all samples; lists must have one entry per sample.
 
         Args:
-            images (*optional*):
-                An image, or a list with one per sample (see `load_image` for what counts as one). None in the list
-                is a sample without image. A single image with several texts is kept once.
-            text (`str` or `list[str]`, *optional*):
-                The prompt, used as it is; it should start with a space, as OFA's do. Without it the captioning prompt
-                " what does the image describe?". With `task="vqa"` the question.
-            task (`str`, *optional*, defaults to `"captioning"`):
-                "captioning"; "entailment", for which `hypothesis` is put in OFA's prompt; or "vqa", for which the
-                question is normalised as in OFA and ends with "?".
-            hypothesis (`str` or `list[str]`, *optional*):
-                For entailment: the statement to judge, normalised as in OFA (at most 80 words).
-            premise (`str` or `list[str | None]`, *optional*):
-                For entailment: a caption of the image, judged together with it.
-            return_tensors (`str`, *optional*, defaults to `"pt"`):
-                "pt", "np", or None for lists.
-            kwargs:
-                Options of the tokenizer (padding to the longest text is the default) and of the image processor, or
-                transformers' `text_kwargs`, `images_kwargs` and `common_kwargs` with them.
+            images (*optional*): an image (see `load_image`), kept once where texts are several, or a list with one per
+                sample, None for a sample without image.
+            text (`str` or `list[str]`, *optional*): the prompt, used as it is; it should start with a space, as OFA's
+                do. Without it " what does the image describe?". With `task="vqa"` the question.
+            task (`str`, *optional*, defaults to `"captioning"`): "captioning"; "entailment", for which `hypothesis` is
+                put in OFA's prompt; or "vqa", for which the question is normalised as in OFA and ends with "?".
+            hypothesis (`str` or `list[str]`, *optional*): for entailment, the statement to judge, normalised as in OFA
+                (at most 80 words).
+            premise (`str` or `list[str | None]`, *optional*): for entailment, a caption of the image, judged together
+                with it.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): "pt", "np", or None for lists.
+            kwargs: options of the tokenizer (padding to the longest text is the default) and of the image processor,
+                or transformers' `text_kwargs`, `images_kwargs` and `common_kwargs` with them.
 
         Returns:
             [`BatchFeature`]:
@@ -348,42 +341,32 @@ class MuEProcessor(ProcessorMixin):
             if hypothesis is None:
                 raise ValueError('`hypothesis` must be given with task="entailment", got None; pass a statement.')
             pairs = zip(*_same_length(hypothesis=hypothesis, premise=premise), strict=True)
-            prompts = [self._entailment_prompt(*pair) for pair in pairs]
+            prompts = [_entailment_prompt(*pair) for pair in pairs]
             return prompts if isinstance(hypothesis, list) or isinstance(premise, list) else prompts[0]
         if hypothesis is not None or premise is not None:
             raise ValueError(
                 f'`hypothesis` and `premise` belong to task="entailment", got task={task!r}; pass `text`.'
             )
-        if task == "vqa":
-            if text is None:
-                raise ValueError('`text` must be given with task="vqa", got None; pass a question.')
-            return [_question(one) for one in text] if isinstance(text, list) else _question(text)
+        if task == "vqa" and text is None:
+            raise ValueError('`text` must be given with task="vqa", got None; pass a question.')
         if text is None:
             if images is None:
                 raise ValueError("`images` or `text` must be given, got neither; pass an image, a text, or both.")
             return CAPTION_PROMPT
-        return [_require_text(one, "text") for one in text] if isinstance(text, list) else _require_text(text, "text")
-
-    @staticmethod
-    def _entailment_prompt(hypothesis: str, premise: str | None) -> str:
-        hypothesis = _normalized(hypothesis, "hypothesis")
-        if premise is None:
-            return ENTAILMENT_PROMPT.format(hypothesis=hypothesis)
-        premise = _normalized(premise, "premise")
-        return ENTAILMENT_PROMPT_WITH_PREMISE.format(premise=premise, hypothesis=hypothesis)
+        prompt = _question if task == "vqa" else _require_text
+        return [prompt(one, "text") for one in text] if isinstance(text, list) else prompt(text, "text")
 
     def _encode_images(self, images: Any, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-        single = not isinstance(images, list)
-        named = [(images, "images")] if single else [(one, f"images[{i}]") for i, one in enumerate(images)]
-        loaded = [None if one is None else load_image(one, name) for one, name in named]
-        present = torch.tensor([one is not None for one in loaded])
-        if not present.any():
+        names = [f"images[{index}]" for index in range(len(images))] if isinstance(images, list) else ["images"]
+        images = images if isinstance(images, list) else [images]
+        loaded = [load_image(image, name) for image, name in zip(images, names, strict=True) if image is not None]
+        if not loaded:
             return {}
-        options = options | {"return_tensors": "pt"}
-        encoded = self.image_processor([one for one in loaded if one is not None], **options)["pixel_values"]
-        if present.all():
+        encoded = self.image_processor(loaded, **options | {"return_tensors": "pt"})["pixel_values"]
+        if len(loaded) == len(images):
             return {"pixel_values": encoded}
-        pixel_values = encoded.new_zeros(len(loaded), *encoded.shape[1:])
+        present = torch.tensor([image is not None for image in images])
+        pixel_values = encoded.new_zeros(len(images), *encoded.shape[1:])
         pixel_values[present] = encoded
         return {"pixel_values": pixel_values, "patch_mask": present}
 
@@ -418,11 +401,9 @@ class MuEProcessor(ProcessorMixin):
         After a text that begins no answer only `</s>` is allowed, as in OFA.
 
         Args:
-            answers (`list[str]`):
-                The answers.
-            prompt_length (`int`, *optional*, defaults to 1):
-                Decoder tokens before the answer: 1 for the start token alone, else
-                `inputs["decoder_input_ids"].shape[1]`, padding included. The trie does not restrict them.
+            answers (`list[str]`): see [`MuEProcessor.encode_answers`].
+            prompt_length (`int`, *optional*, defaults to 1): decoder tokens before the answer: 1 for the start token
+                alone, else `inputs["decoder_input_ids"].shape[1]`, padding included.
 
         Returns:
             `Callable`: (batch index, ids of one row [tokens]) to the allowed next ids.
@@ -439,10 +420,7 @@ class MuEProcessor(ProcessorMixin):
 
     def encode_captions(self, captions: Sequence[str], max_words: int = 20) -> list[list[int]]:
         """
-        Training targets as OFA makes them: no punctuation, at most `max_words` words, then `</s>`; lower case.
-
-        Returns:
-            `list[list[int]]`: labels of different lengths, without `<s>`; pad them with -100.
+        Labels as OFA makes them: lower case, no punctuation, at most `max_words` words, `</s>`; pad them with -100.
 
         Raises:
             ValueError: if nothing is left of a caption.
@@ -469,26 +447,20 @@ class MuEProcessor(ProcessorMixin):
         return [text.translate(PUNCTUATION).strip() for text in texts]
 
 
-def _question(text: Any) -> str:
-    question = _normalized(text, "text")
-    return f" {question}" if question.endswith("?") else f" {question}?"
-
-
 def _flatten_images(images: Any) -> Any:
     """Batches of arrays become lists; a list of lists, as chats make it, loses its inner level."""
     if getattr(images, "ndim", 0) == 4:
         return list(images)
     if not isinstance(images, list | tuple):
         return images
-    flat = []
+    flat = list(images)
     for index, sample in enumerate(images):
         if isinstance(sample, list | tuple):
             if len(sample) > 1:
                 raise ValueError(
                     f"`images[{index}]` must be one image, got {len(sample)}; the model reads one image per sample."
                 )
-            sample = sample[0] if sample else None
-        flat.append(sample)
+            flat[index] = sample[0] if sample else None
     return flat
 
 
