@@ -39,11 +39,7 @@ class Tested:
 
 
 def certify(
-    path: Sequence[Candidate],
-    measure: Callable[[dict[str, Any]], Outcome],
-    budget: float,
-    delta: float,
-    method: str,
+    path: Sequence[Candidate], measure: Callable[[dict[str, Any]], Outcome], budget: float, delta: float, method: str
 ) -> tuple[list[Tested], int]:
     """Runs candidates, chosen without the held-out split, on it, from the first until one fails to keep `budget`.
 

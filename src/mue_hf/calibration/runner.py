@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import Subset
 
 from ..data.features import TrunkFeatureDataset
 from ..evaluation.measure import Meter
-from ..evaluation.rows import ChosenRows, EvaluationData
+from ..evaluation.rows import EvaluationData
 from ..evaluation.signals import SignalRecorder, Signals, answer_tokens, stream_layers
 from ..evaluation.store import (
     conditions,
@@ -43,7 +44,7 @@ DEFAULTS = {
 class Split:
     """Rows of some images: as `predict` reads them, their texts alone, and how many rows each image has."""
 
-    rows: ChosenRows
+    rows: Subset
     texts: list[dict[str, Any]]
     counts: list[int]
 
@@ -51,7 +52,7 @@ class Split:
     def of(cls, data: EvaluationData, images: Sequence[Sequence[int]]) -> "Split":
         """The rows of `images`, each of which is the places of its rows."""
         order = [row for image in images for row in image]
-        return cls(ChosenRows(data.rows, order), [data.fields[row] for row in order], [len(image) for image in images])
+        return cls(Subset(data.rows, order), [data.fields[row] for row in order], [len(image) for image in images])
 
     def by_image(self, losses: Sequence[float]) -> NDArray:
         starts = np.cumsum([0, *self.counts[:-1]])

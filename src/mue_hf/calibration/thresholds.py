@@ -13,13 +13,7 @@ from .runner import Runner
 
 
 def stream_candidates(
-    runner: Runner,
-    signals: Signals,
-    name: str,
-    stream: str,
-    betas: Sequence[float],
-    count: int,
-    per_layer: bool,
+    runner: Runner, signals: Signals, name: str, stream: str, betas: Sequence[float], count: int, per_layer: bool
 ) -> list[dict[str, Any]]:
     """Exit options of one stream under the criterion `name`, careful to fast: at most `count` for each of the `betas`
     that the stream takes; of depths that are given, all."""

@@ -1,10 +1,10 @@
 """How deep predictions went: means, counts, by token position, by image, by layer, and at the oracle's exits."""
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -15,45 +15,40 @@ from ..model.criteria_mue import LAYER_OPTIONS
 from .signals import Signals
 
 
+def _stream_depths(predictions: Sequence[Prediction]) -> dict[str, list[int]]:
+    """The depths of all rows ("image", "text") and tokens ("decoder")."""
+    return {
+        "image": [one.image_exit_layers for one in predictions],
+        "text": [one.text_exit_layers for one in predictions],
+        "decoder": [depth for one in predictions for depth in one.decoder_exit_layers],
+    }
+
+
 def mean_depths(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Mean layers of "image" and "text" over rows, and of "decoder" over tokens."""
-    tokens = [depth for one in predictions for depth in one.decoder_exit_layers]
-    return {
-        "image": fmean(one.image_exit_layers for one in predictions),
-        "text": fmean(one.text_exit_layers for one in predictions),
-        "decoder": fmean(tokens or [0]),
-    }
+    return {name: fmean(depths or [0]) for name, depths in _stream_depths(predictions).items()}
 
 
 def depth_counts(predictions: Sequence[Prediction]) -> dict[str, dict[str, int]]:
-    """How many rows ("image", "text") and tokens ("decoder") ran how many layers."""
-    counts = {
-        "image": Counter(one.image_exit_layers for one in predictions),
-        "text": Counter(one.text_exit_layers for one in predictions),
-        "decoder": Counter(depth for one in predictions for depth in one.decoder_exit_layers),
-    }
-    # JSON has text keys only.
+    """How many rows ("image", "text") and tokens ("decoder") ran how many layers; the keys are text, as in JSON."""
+    counts = {name: Counter(depths) for name, depths in _stream_depths(predictions).items()}
     return {name: {str(depth): count[depth] for depth in sorted(count)} for name, count in counts.items()}
 
 
 def depth_by_position(predictions: Sequence[Prediction]) -> list[dict[str, float]]:
     """Mean decoder layers and number of outputs at each token position, from the first."""
-    longest = max(len(one.decoder_exit_layers) for one in predictions)
-    columns = [
-        [one.decoder_exit_layers[at] for one in predictions if at < len(one.decoder_exit_layers)]
-        for at in range(longest)
-    ]
-    return [{"depth": fmean(column), "outputs": len(column)} for column in columns]
+    columns = zip_longest(*(one.decoder_exit_layers for one in predictions))
+    there = [[depth for depth in column if depth is not None] for column in columns]
+    return [{"depth": fmean(column), "outputs": len(column)} for column in there]
 
 
 def extremes(predictions: Sequence[Prediction], count: int = 10) -> tuple[list[dict], list[dict]]:
     """The images of the least and of the most mean depth: encoder (mean of the streams) plus decoder layers."""
-    ordered = sorted(predictions, key=lambda one: one.image_id)
-    means = []
-    for image_id, group in groupby(ordered, key=lambda one: one.image_id):
-        some = [mean_depths([one]) for one in group]
-        depth = fmean((one["image"] + one["text"]) / 2 + one["decoder"] for one in some)
-        means.append({"image_id": image_id, "depth": depth})
+    depths = defaultdict(list)
+    for one in sorted(predictions, key=lambda one: one.image_id):
+        mean = mean_depths([one])
+        depths[one.image_id].append((mean["image"] + mean["text"]) / 2 + mean["decoder"])
+    means = [{"image_id": image_id, "depth": fmean(some)} for image_id, some in depths.items()]
     means.sort(key=lambda one: one["depth"])
     return means[:count], means[::-1][:count]
 
@@ -77,22 +72,17 @@ def shuffled_depths(
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """
     The shuffled-depth baseline of `reference`: the image's depths shuffled among images, the text's among rows, and
-    for each row one decoder depth drawn from those of all tokens.
-
-    Args:
-        decomposed (`bool`): whether image and text have streams of their own.
-
-    Yields:
-        `tuple[list[int], dict]`: rows with one decoder depth, and the exit options that run them so.
+    for each row one decoder depth drawn from those of all tokens. Yields rows with one decoder depth, and the exit
+    options that run them so; `decomposed` says whether image and text have streams of their own.
     """
     rng = random.Random(seed)
     images = {one.image_id: one.image_exit_layers for one in reference}
     image_depths = dict(zip(images, rng.sample(list(images.values()), len(images)), strict=True))
     text = rng.sample([one.text_exit_layers for one in reference], len(reference))
     tokens = [depth for one in reference for depth in one.decoder_exit_layers]
-    groups: dict[int, list[int]] = {}
+    groups = defaultdict(list)
     for index in range(len(reference)):
-        groups.setdefault(rng.choice(tokens), []).append(index)
+        groups[rng.choice(tokens)].append(index)
     for depth, indices in groups.items():
         # A row without the stream has depth 0, which no layer can have; what is passed for it does not matter.
         image = torch.tensor([max(image_depths[reference[index].image_id], 1) for index in indices])
@@ -112,10 +102,9 @@ def token_oracle(full: Sequence[Prediction], signals: Signals) -> list[Predictio
     layers = signals.agreeing.shape[1]
     # Layers at the end that agree without a break.
     settled = signals.agreeing.flip(1).int().cumprod(1).sum(1)
-    depths: list[list[int]] = [[] for _ in full]
-    for sample, depth in zip(signals.samples[signals.rows].tolist(), (layers - settled + 1).tolist(), strict=True):
-        depths[sample].append(depth)
-    return [replace(one, decoder_exit_layers=tuple(some)) for one, some in zip(full, depths, strict=True)]
+    counts = signals.samples[signals.rows].bincount(minlength=len(full))
+    depths = (layers - settled + 1).split(counts.tolist())
+    return [replace(one, decoder_exit_layers=tuple(some.tolist())) for one, some in zip(full, depths, strict=True)]
 
 
 __all__ = [

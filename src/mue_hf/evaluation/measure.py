@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -35,7 +36,6 @@ class Meter:
     What the figures of one run have in common.
 
     Args:
-        model, processor: those that predict.
         task (`str`): "captioning" or "entailment".
         fields (sequence [rows] of `dict`): the rows without their images: "references", or "label" and maybe "kind".
         decoding (`dict`): options of `generate` that are no exits.
@@ -64,7 +64,6 @@ class Meter:
         """Everything about a point but its time: `predictions` under `exits`, beside those at full depth (`full`) and
         those of the point that it is compared with (`against`)."""
         config = self.model.config
-        image_ids = [one.image_id for one in predictions]
         same = [float(one.output == other.output) for one, other in zip(predictions, full, strict=True)]
         quality = self.quality(predictions)
         easy, hard = extremes(predictions)
@@ -73,7 +72,7 @@ class Meter:
             "intervals": quality["intervals"],
             "difference": self.difference(predictions, against),
             "identical": fmean(same),
-            "identical_interval": bootstrap_interval(same, image_ids, resamples=self.resamples),
+            "identical_interval": self._interval(same, predictions),
             "depth": mean_depths(predictions),
             "depth_counts": depth_counts(predictions),
             "layers": {"encoder": config.encoder_layers, "decoder": config.decoder_layers},
@@ -93,9 +92,9 @@ class Meter:
 
     def quality(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """The scores of the task with their "intervals"."""
-        if self.task == "captioning":
-            return self._caption_scores(predictions, metrics=self.metrics, resamples=self.resamples)
-        return self._accuracy(predictions, self.fields)
+        if self.task == "entailment":
+            return self._accuracy(predictions, self.fields)
+        return self._caption_scores(predictions, metrics=self.metrics, resamples=self.resamples)
 
     def difference(self, predictions: Sequence[Prediction], against: Sequence[Prediction]) -> dict[str, Any]:
         """How far the main score ("score": CIDEr, accuracy, or else the first metric) is above that of `against` on
@@ -103,14 +102,21 @@ class Meter:
         name, ours = self._row_scores(predictions)
         _, theirs = self._row_scores(against)
         differences = [one - other for one, other in zip(ours, theirs, strict=True)]
-        interval = bootstrap_interval(differences, [one.image_id for one in predictions], resamples=self.resamples)
+        interval = self._interval(differences, predictions)
         return {"score": name, "mean": fmean(differences), "interval": interval}
+
+    def _interval(self, values: Sequence[float], predictions: Sequence[Prediction]) -> tuple[float, float]:
+        return bootstrap_interval(values, [one.image_id for one in predictions], resamples=self.resamples)
+
+    def right_answers(self, predictions: Sequence[Prediction]) -> list[float]:
+        """1 for each row of entailment with the right answer, 0 for the others."""
+        answers = self.processor.entailment_answers
+        pairs = zip(predictions, self.fields, strict=True)
+        return [float(one.output == answers[row["label"]]) for one, row in pairs]
 
     def _row_scores(self, predictions: Sequence[Prediction]) -> tuple[str, list[float]]:
         if self.task == "entailment":
-            answers = self.processor.entailment_answers
-            pairs = zip(predictions, self.fields, strict=True)
-            return "accuracy", [float(one.output == answers[row["label"]]) for one, row in pairs]
+            return "accuracy", self.right_answers(predictions)
         metric = "cider" if "cider" in self.metrics else self.metrics[0]
         scores = self._caption_scores(predictions, metrics=[metric], per_image=True)["per_image"]
         # Of BLEU the last is BLEU-4.
@@ -161,13 +167,12 @@ class Meter:
         size = self.processor.image_processor.size
         pixel_shape = (3, size["height"], size["width"])
         parts: Counter[str] = Counter()
-        full_parts: Counter[str] = Counter()
+        full_total = 0
         for one in predictions:
             ran, full = flops(pixel_shape if one.image_exit_layers else None, one.text_tokens, one)
             parts.update(ran)
-            full_parts.update(full)
-        rows, trunk = len(predictions), parts["trunk"]
-        total, full_total = parts.total(), full_parts.total()
+            full_total += sum(full.values())
+        rows, trunk, total = len(predictions), parts["trunk"], parts.total()
         return {
             "mean": total / rows,
             "full_depth_mean": full_total / rows,
@@ -177,14 +182,7 @@ class Meter:
         }
 
     def _answer_flops(
-        self,
-        branching: Mapping[tuple[int, ...], Sequence[int]],
-        config: Any,
-        depths: Sequence[int],
-        *,
-        criterion: str,
-        text_tokens: int,
-        **sizes: Any,
+        self, branching: Mapping, config: Any, depths: Sequence[int], *, criterion: str, text_tokens: int, **sizes: Any
     ) -> dict[str, int]:
         """`caption_flops` for closed answers: the prompt runs at once, for each branching node of their trie, and the
         head has a row for each allowed token."""
@@ -203,21 +201,14 @@ class Meter:
         return parts
 
     def time(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        exits: Mapping[str, Any],
-        *,
-        batch_size: int = 1,
-        repeats: int = 5,
-        progress: bool = True,
+        self, rows: Sequence[Mapping[str, Any]], exits: Mapping[str, Any], *, batch_size: int = 1, repeats: int = 5
     ) -> dict[str, Any]:
         """
         Seconds of trunk, encoder and decoder under `exits` and at full depth, in turns in this process.
 
         Args:
             rows: to be timed, with images; reading and resizing them is not timed.
-            batch_size (`int`, *optional*, defaults to 1): rows per call.
-            repeats (`int`, *optional*, defaults to 5): timed runs of each call, after one to warm up.
+            batch_size, repeats (`int`): rows per call, and timed runs of each call, after one to warm up.
 
         Returns:
             `dict`: "seconds" and "full_depth_seconds" per row (means over calls of medians over repeats), "speedup"
@@ -226,7 +217,7 @@ class Meter:
         ways = {"exits": exits, "full depth": {"exit_criterion": "never"}}
         calls = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         seconds: list[list[float]] = []
-        for call in tqdm(calls, desc="timing", unit="call", disable=not progress):
+        for call in tqdm(calls, desc="timing", unit="call"):
             runs = {name: partial(self._seconds, call, options) for name, options in ways.items()}
             seconds.append([median(times[1:]) for times in in_turns(runs, repeats + 1).values()])
         medians = np.array(seconds)
@@ -243,9 +234,9 @@ class Meter:
         }
 
     def _seconds(self, call: Sequence[Mapping[str, Any]], exits: Mapping[str, Any]) -> float:
-        options = dict(self.decoding) | dict(exits)
         settings: dict[str, Any] = {"batch_size": len(call), "prompt_type": self.prompt_type, "progress": False}
-        return sum(one.seconds for one in predict(self.model, self.processor, call, self.task, options, **settings))
+        made = predict(self.model, self.processor, call, self.task, {**self.decoding, **exits}, **settings)
+        return sum(one.seconds for one in made)
 
 
 def environment(model: PreTrainedModel, batch_size: int) -> dict[str, Any]:
@@ -263,15 +254,8 @@ def environment(model: PreTrainedModel, batch_size: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "batch_size": batch_size,
         "python": platform.python_version(),
-        "versions": {name: found for name in VERSIONS if (found := _version(name))},
+        "versions": {name: version(name) for name in VERSIONS if find_spec(name.replace("-", "_"))},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 __all__ = ["Meter", "environment"]

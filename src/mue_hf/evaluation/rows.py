@@ -19,11 +19,14 @@ from ..data.scenes import SceneDataset
 LOADERS = {"captioning": load_captioning, "entailment": load_entailment}
 
 
+@dataclass(frozen=True)
 class ControlledRows(Sequence):
     """Rows without premises, or with the images of others or none; `donors` are the rows whose images are shown."""
 
-    def __init__(self, rows: Any, premise: bool, donors: Sequence[int] | None, images: bool) -> None:
-        self.rows, self.premise, self.donors, self.images = rows, premise, donors, images
+    rows: Any
+    premise: bool
+    donors: Sequence[int] | None
+    images: bool
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,13 +54,7 @@ class EvaluationData:
 
 
 def load_rows(
-    task: str,
-    source: str,
-    split: str,
-    *,
-    limit: int | None = None,
-    kind_column: str | None = None,
-    **options: Any,
+    task: str, source: str, split: str, *, limit: int | None = None, kind_column: str | None = None, **options: Any
 ) -> Any:
     """
     Rows of a task; statements on one image are neighbours.
@@ -72,8 +69,7 @@ def load_rows(
         options: of the loader; streamed rows keep the order of the source.
 
     Raises:
-        ValueError: if the source cannot be read, or is not of the form scenes:SEED:COUNT, or if scenes are given
-            options of files.
+        ValueError: if the source cannot be read, or is not of its form, or if scenes are given options of files.
     """
     if source.startswith("scenes:"):
         return _load_scenes(task, source, split, limit, **options)
@@ -102,24 +98,23 @@ def _load_scenes(
             "columns or files to choose; leave them out."
         )
     try:
-        _, seed, count = source.split(":")
-        draw = partial(_scenes, task, int(seed), int(count), split, limit)
+        seed, count = map(int, source.split(":")[1:])
     except ValueError as error:
         raise ValueError(
             f"`source` must be scenes:SEED:COUNT with two integers, got {source!r}; try scenes:0:1250."
         ) from error
+    captioning = task == "captioning"
+    scenes = SceneDataset(count, seed, split, captions=captioning, statements=0 if captioning else 8)
+    draw = partial(_draw, scenes, captioning, limit)
     if not streaming:
         return list(draw())
-    features = CAPTIONING_FEATURES if task == "captioning" else ENTAILMENT_FEATURES | {"kind": Value("string")}
+    features = CAPTIONING_FEATURES if captioning else ENTAILMENT_FEATURES | {"kind": Value("string")}
     return IterableDataset.from_generator(draw, features=Features(features))
 
 
-def _scenes(task: str, seed: int, count: int, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
-    scenes = SceneDataset(
-        count, seed, split, captions=task == "captioning", statements=0 if task == "captioning" else 8
-    )
-    drawn = (scenes[index] for index in range(count))
-    return islice(drawn if task == "captioning" else chain.from_iterable(map(_statements, drawn)), limit)
+def _draw(scenes: SceneDataset, captioning: bool, limit: int | None) -> Iterator[dict[str, Any]]:
+    drawn = (scenes[index] for index in range(len(scenes)))
+    return islice(drawn if captioning else chain.from_iterable(map(_statements, drawn)), limit)
 
 
 def _statements(scene: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -151,15 +146,9 @@ def describe_rows(rows: Any) -> EvaluationData:
 
 
 def donors(image_ids: Sequence[str], seed: int = 0) -> list[int]:
-    """For each row a row with another image; rows of one image get the same one.
-
-    Raises:
-        ValueError: if there is only one image.
-    """
-    first: dict[str, int] = {}
-    for index, image_id in enumerate(image_ids):
-        first.setdefault(image_id, index)
-    names = list(first)
+    """For each row a row with another image, the same one for rows of one image; a ValueError if there is no other."""
+    first = {image_id: index for index, image_id in reversed([*enumerate(image_ids)])}
+    names = list(dict.fromkeys(image_ids))
     if len(names) < 2:
         raise ValueError("Shuffled images need at least two images, got one; evaluate more rows.")
     random.Random(seed).shuffle(names)
@@ -167,17 +156,4 @@ def donors(image_ids: Sequence[str], seed: int = 0) -> list[int]:
     return [other[image_id] for image_id in image_ids]
 
 
-class ChosenRows(Sequence):
-    """Some rows of others, read when they are needed."""
-
-    def __init__(self, rows: Sequence[Any], indices: Sequence[int]) -> None:
-        self.rows, self.indices = rows, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.rows[self.indices[index]]
-
-
-__all__ = ["ChosenRows", "ControlledRows", "EvaluationData", "describe_rows", "donors", "load_rows", "row_fields"]
+__all__ = ["ControlledRows", "EvaluationData", "describe_rows", "donors", "load_rows", "row_fields"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from ..data.features import cache_trunk_features
 from ..files import write_whole
@@ -26,7 +26,7 @@ from .depths import shuffled_depths, similarity_curves, token_oracle
 from .measure import Meter, environment
 from .plots import draw_plots
 from .processes import Processes
-from .rows import ChosenRows, ControlledRows, EvaluationData, describe_rows, donors, load_rows
+from .rows import ControlledRows, describe_rows, donors, load_rows
 from .settings import Setting, make_settings
 from .signals import SignalRecorder, Signals, answer_tokens
 from .store import append_record, conditions, content_key, read_predictions, read_records, write_predictions
@@ -42,8 +42,7 @@ class Evaluation:
     Args:
         model ([`MuEForConditionalGeneration`]), processor ([`MuEProcessor`]): what is evaluated. With sweeps or chosen
             settings, exits saved in `model.generation_config` are taken out: each point is what its name says.
-        arguments ([`EvaluationArguments`]): what is asked for.
-        processes ([`Processes`], *optional*): those that share the work; this one alone by default.
+        arguments, processes: what is asked for, and who shares the work ([`Processes`]; this one alone by default).
 
     Raises:
         ValueError: before anything is run, if an option is wrong or the data cannot be read.
@@ -59,9 +58,13 @@ class Evaluation:
         args = arguments
         self.model, self.processor, self.args = model, processor, args
         self.processes = processes or Processes(0, 1, str(model.device))
+        # Outputs by row are kept there.
+        self.side_folder = args.output.with_suffix("")
         self.known = self.processes.share(lambda: read_records(args.output))
         if args.sweeps or args.chosen:
-            _forget_saved_exits(model.generation_config)
+            for name in CONFIG_NAMES - {"exit_presets"}:
+                if getattr(model.generation_config, name, None) is not None:
+                    setattr(model.generation_config, name, None)
         saved = model.generation_config.to_dict()
         beams = args.decoding.get("num_beams") or saved["num_beams"] or 1
         if args.oracle and args.task == "captioning" and beams > 1:
@@ -78,16 +81,17 @@ class Evaluation:
         if args.task == "captioning":
             _try_scores(args.metrics, args.tokenizer)
         data = describe_rows(self._load(args.split, args.limit))
-        self.timed_rows, self.rows = self._rows(data)
+        chosen = donors([row["image_id"] for row in data.fields]) if args.images == "shuffled" else None
+        self.timed_rows, self.rows = (
+            ControlledRows(rows, args.premise, chosen, args.images != "none")
+            for rows in (data.rows, self._fed(data.rows))
+        )
         scores: dict[str, Any] = {"metrics": args.metrics, "tokenizer": args.tokenizer, "resamples": args.resamples}
         self.meter = Meter(model, processor, args.task, data.fields, args.decoding, args.prompt_type, **scores)
         self.common = conditions(model, processor, data.fingerprint, args.task, args.prompt_type)
         self.common["decoding"] |= args.decoding
-        self.common |= {
-            "premise": args.premise,
-            "images": args.images,
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.common |= {"premise": args.premise, "images": args.images, "dtype": dtype}
         self.scoring = {
             "metrics": list(args.metrics) if args.task == "captioning" else ["accuracy"],
             "tokenizer": args.tokenizer if args.task == "captioning" else None,
@@ -117,39 +121,28 @@ class Evaluation:
         options = {"limit": limit, "kind_column": args.kind_column} | dict(args.data_options)
         return load_rows(args.task, args.data, split, **options)
 
-    def _rows(self, data: EvaluationData) -> list[ControlledRows]:
-        """The rows to time, with images, and those to predict, maybe with the trunk's features."""
-        args, rows = self.args, data.rows
-        chosen = donors([row["image_id"] for row in data.fields]) if args.images == "shuffled" else None
-        if args.features is not None:
-            # In float32 nothing but the batch of the trunk differs from running it.
-            options: dict[str, Any] = {"dtype": torch.float32, "batch_size": args.batch_size}
-            with self.processes.main_first():
-                rows = cache_trunk_features(self.model, self.processor, rows, args.features, **options)
-        return [ControlledRows(some, args.premise, chosen, args.images != "none") for some in (data.rows, rows)]
+    def _fed(self, rows: Any) -> Any:
+        """The rows as the model reads them: with the trunk's features in place of images, if there is a folder."""
+        args = self.args
+        if args.features is None:
+            return rows
+        # In float32 nothing but the batch of the trunk differs from running it.
+        options: dict[str, Any] = {"dtype": torch.float32, "batch_size": args.batch_size}
+        with self.processes.main_first():
+            return cache_trunk_features(self.model, self.processor, rows, args.features, **options)
 
     def _predict(self, rows: Any, exits: Mapping[str, Any]) -> list[Prediction]:
         """Predictions of `rows`, made by all processes."""
         part = self.processes.part(len(rows))
-        cut = {
-            name: value[part.start : part.stop] if isinstance(value, Tensor) else value
-            for name, value in exits.items()
-        }
-        return self.processes.gather(self._run(ChosenRows(rows, part), cut) if part else [])
+        place = slice(part.start, part.stop)
+        cut = {name: value[place] if isinstance(value, Tensor) else value for name, value in exits.items()}
+        return self.processes.gather(self._run(Subset(rows, part), cut) if part else [])
 
     def _run(self, rows: Any, exits: Mapping[str, Any]) -> list[Prediction]:
         """Predictions of `rows`, made by this process."""
-        args = self.args
-        return predict(
-            self.model,
-            self.processor,
-            rows,
-            args.task,
-            {**args.decoding, **exits},
-            batch_size=args.batch_size,
-            prompt_type=args.prompt_type,
-            progress=self.processes.is_main,
-        )
+        args, options = self.args, {**self.args.decoding, **exits}
+        how: dict[str, Any] = {"batch_size": args.batch_size, "prompt_type": args.prompt_type}
+        return predict(self.model, self.processor, rows, args.task, options, progress=self.processes.is_main, **how)
 
     def _signals(self, rows: Any) -> Signals:
         """What the layers say about `rows` at full depth, in this process."""
@@ -157,11 +150,6 @@ class Evaluation:
         with SignalRecorder(self.model, tokens) as recorder:
             self._run(rows, NEVER)
         return recorder.signals
-
-    @property
-    def side_folder(self) -> Path:
-        """Where outputs by row are kept."""
-        return self.args.output.with_suffix("")
 
     def outputs(self, point: Setting) -> list[Prediction]:
         """The predictions of a point, from disk where they are."""
@@ -176,7 +164,7 @@ class Evaluation:
             reference = self.outputs(next(one for one in self.settings if one.name == point.shuffled))
             by_row: dict[int, Prediction] = {}
             for indices, exits in shuffled_depths(reference, self.model.config.modality_decomposition):
-                by_row |= dict(zip(indices, self._predict(ChosenRows(self.rows, indices), exits), strict=True))
+                by_row |= dict(zip(indices, self._predict(Subset(self.rows, indices), exits), strict=True))
             predictions = [by_row[index] for index in range(len(reference))]
         if self.processes.is_main:
             write_predictions(path, predictions)
@@ -204,10 +192,15 @@ class Evaluation:
         against = self.outputs(self.against)
 
         def measure() -> dict[str, Any]:
-            named = {"key": key, **names, "exits": None if oracle else point.exits, "options": resolved}
-            figures = self._figures(point, predictions, full, against)
-            when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start))
-            record = named | figures | {"measured_at": when, "measuring_seconds": time.time() - start}
+            record = {
+                "key": key,
+                **names,
+                "exits": None if oracle else point.exits,
+                "options": resolved,
+                **self._figures(point, predictions, full, against),
+                "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+                "measuring_seconds": time.time() - start,
+            }
             append_record(self.args.output, record)
             return record
 
@@ -228,9 +221,8 @@ class Evaluation:
             predictions = token_oracle(full, self._signals(self.rows))
         figures = self.meter.figures(predictions, point.exits if runs else NEVER, full, against)
         if args.time_rows and runs:
-            count = min(args.time_rows, len(self.timed_rows))
-            options: dict[str, Any] = {"batch_size": args.time_batch_size, "repeats": args.time_repeats}
-            timed = self.meter.time(list(_evenly(self.timed_rows, count)), point.exits, **options)
+            rows = list(_evenly(self.timed_rows, args.time_rows))
+            timed = self.meter.time(rows, point.exits, batch_size=args.time_batch_size, repeats=args.time_repeats)
         return {
             # Unlike "weights" it stays the same where the configuration gets a new field.
             "weights_fingerprint": weights_fingerprint(self.model),
@@ -252,21 +244,15 @@ class Evaluation:
         """Draws the records, and similarity by layer on up to 200 rows; see [`draw_plots`]."""
         path = self.side_folder / f"similarity-{content_key(self.common)}.json"
         if not path.exists():
-            rows = _evenly(self.rows, min(200, len(self.rows)))
-            write_whole(path, json.dumps(similarity_curves(self._signals(rows))) + "\n")
+            curves = similarity_curves(self._signals(_evenly(self.rows, 200)))
+            write_whole(path, json.dumps(curves) + "\n")
         return draw_plots(records, folder, json.loads(path.read_text(encoding="utf-8")))
 
 
-def _evenly(rows: Sequence[Any], count: int) -> ChosenRows:
-    """So many of the rows, evenly over them."""
-    return ChosenRows(rows, [index * len(rows) // count for index in range(count)])
-
-
-def _forget_saved_exits(config: GenerationConfig) -> None:
-    """Takes exits that are saved with a checkpoint out of `config`; presets stay."""
-    for name in CONFIG_NAMES - {"exit_presets"}:
-        if getattr(config, name, None) is not None:
-            setattr(config, name, None)
+def _evenly(rows: Sequence[Any], count: int) -> Subset:
+    """At most so many of the rows, evenly over them."""
+    count = min(count, len(rows))
+    return Subset(rows, [index * len(rows) // count for index in range(count)])
 
 
 def _try_scores(metrics: Sequence[str], tokenizer: str) -> None:

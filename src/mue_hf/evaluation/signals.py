@@ -4,6 +4,7 @@ Replayed depths are those of a real run for the encoder. For the decoder they ar
 change what later tokens see.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,15 +63,12 @@ class Signals:
 
 class SignalRecorder:
     """
-    Records [`Signals`] of every run of the model inside its `with` block. What is to be replayed must run without
-    exits.
-
+    Records [`Signals`] of every run of a model inside its `with` block. What is to be replayed must run without exits.
     Each decoder call costs one output head per layer, so its seconds mean nothing.
 
     Args:
         model ([`MuEForConditionalGeneration`]): the model that will run.
-        tokens (sequence of `int`, *optional*): the only ones that count as a layer's best token, see
-            [`answer_tokens`].
+        tokens (sequence of `int`, *optional*): all that may be a layer's best token, see [`answer_tokens`].
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Sequence[int] | None = None) -> None:
@@ -78,19 +76,14 @@ class SignalRecorder:
         self.tokens = None if tokens is None else torch.tensor(sorted(set(tokens)), device=model.device)
         *streams, _ = stream_layers(model.config)
         self.encoder: dict[str, list[Tensor]] = {name: [] for name in streams}
-        self.decoder: list[Tensor] = []
-        self.agreeing: list[Tensor] = []
-        self.steps: list[Tensor] = []
-        self.rows: list[Tensor] = []
-        self.samples: list[Tensor] = []
+        # The other fields of the signals, part by part.
+        self.parts: dict[str, list[Tensor]] = defaultdict(list)
         self.num_samples = self.num_rows = self.step = 0
 
     def __enter__(self) -> "SignalRecorder":
         self.handles = []
-        for module, record in (
-            (self.model.get_encoder(), self._record_encoder),
-            (self.model.get_decoder(), self._record_decoder),
-        ):
+        encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
+        for module, record in ((encoder, self._record_encoder), (decoder, self._record_decoder)):
             self.handles.append(module.register_forward_pre_hook(_ask_for_states, with_kwargs=True))
             self.handles.append(module.register_forward_hook(record, with_kwargs=True))
         return self
@@ -102,17 +95,11 @@ class SignalRecorder:
     @property
     def signals(self) -> Signals:
         """What has been recorded."""
-        rows = torch.cat(self.rows)
+        encoder, others = ({name: torch.cat(some) for name, some in of.items()} for of in (self.encoder, self.parts))
         # The decisions of one decoder row stand together, in the order of its tokens.
-        order = rows.argsort(stable=True)
-        return Signals(
-            {name: torch.cat(parts) for name, parts in self.encoder.items()},
-            torch.cat(self.decoder)[order],
-            torch.cat(self.agreeing)[order],
-            torch.cat(self.steps)[order],
-            rows[order],
-            torch.cat(self.samples),
-        )
+        order = others["rows"].argsort(stable=True)
+        sorted_ = {name: others[name][order] for name in ("decoder", "agreeing", "steps", "rows")}
+        return Signals(encoder=encoder, samples=others["samples"], **sorted_)
 
     def _record_encoder(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         mask, states = output.attention_mask, output.hidden_states
@@ -140,7 +127,7 @@ class SignalRecorder:
         if self.step == 0:
             images = self.num_samples - self.first_sample
             self.first_row, self.num_rows = self.num_rows, self.num_rows + count
-            self.samples.append(self.first_sample + torch.arange(count) // (count // images))
+            self.parts["samples"].append(self.first_sample + torch.arange(count) // (count // images))
         running = depths > 0
         mask = kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, -tokens:].bool()[running]
@@ -148,11 +135,11 @@ class SignalRecorder:
         cosines = [similarity(*pair, mask) for pair in zip(states, states[1:], strict=False)]
         best = [self._best(state, mask) for state in states[1:]]
         agreeing = [tokens == best[-1] for tokens in best]
-        self.decoder.append(_until_exit(cosines, depths[running], len(module.layers), torch.nan))
-        self.agreeing.append(_until_exit(agreeing, depths[running], len(module.layers), True))
+        self.parts["decoder"].append(_until_exit(cosines, depths[running], len(module.layers), torch.nan))
+        self.parts["agreeing"].append(_until_exit(agreeing, depths[running], len(module.layers), True))
         rows = self.first_row + running.cpu().nonzero().flatten()
-        self.rows.append(rows)
-        self.steps.append(torch.full_like(rows, self.step))
+        self.parts["rows"].append(rows)
+        self.parts["steps"].append(torch.full_like(rows, self.step))
         self.step += 1
 
     def _best(self, states: Tensor, mask: Tensor | None) -> Tensor:
@@ -174,12 +161,12 @@ def _ask_for_states(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
 
 def replay(cosines: Tensor, thresholds: Sequence[float | None], min_layers: int = 1) -> Tensor:
     """
-    The depths [rows] at which rows with `cosines` [rows, layers] exit.
+    The depths [rows] at which rows exit.
 
     Args:
         cosines (`Tensor` [rows, layers]): NaN throughout for a row that does not run; its depth is 0.
         thresholds (sequence of `float` or None): one per layer; None never lets a row exit.
-        min_layers (`int`, *optional*, defaults to 1): no row exits before this many layers.
+        min_layers (`int`): no row exits before this many layers.
     """
     closed = [x is None or layer + 1 < min_layers for layer, x in enumerate(thresholds)]
     exits = Similarity.passes(cosines, cosines.new_tensor([0.0 if x is None else x for x in thresholds]))
@@ -196,12 +183,4 @@ def without_decay(cosines: Tensor, steps: Tensor, num_steps: int, beta: float, t
     return (cosines - (1 - beta) * decay) / beta
 
 
-__all__ = [
-    "SignalRecorder",
-    "Signals",
-    "answer_tokens",
-    "branching_nodes",
-    "replay",
-    "stream_layers",
-    "without_decay",
-]
+__all__ = ["SignalRecorder", "Signals", "answer_tokens", "branching_nodes", "replay", "stream_layers", "without_decay"]

@@ -17,7 +17,7 @@ from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 from .signals import Signals
 
-# Names of the encoder's streams in a file of signals begin with it.
+# Begins the names of the encoder's streams in a file of signals.
 ENCODER = "encoder."
 
 
@@ -31,18 +31,13 @@ def conditions(
 ) -> dict[str, Any]:
     """What outputs depend on beside the options of their call, in words and fingerprints; `data` is that of the rows.
     Exits that are saved with the model are left out: every run states its own."""
-    with unfolded(model):
-        weights = trunk_fingerprint(model)
     others = ("transformers_version", "_from_model_config")
     saved = model.generation_config.to_dict().items()
-    return {
-        "task": task,
-        "weights": weights,
-        "data": data,
-        "decoding": {name: value for name, value in saved if "exit" not in name and name not in others},
-        "processor": processor.image_processor.to_dict(),
-        "prompt_type": prompt_type,
-    }
+    decoding = {name: value for name, value in saved if "exit" not in name and name not in others}
+    with unfolded(model):
+        weights = trunk_fingerprint(model)
+    known = {"task": task, "weights": weights, "data": data, "decoding": decoding, "prompt_type": prompt_type}
+    return known | {"processor": processor.image_processor.to_dict()}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -63,7 +58,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"`--output` must hold records, got in line {number} of {path}: {error}.") from error
     cut, start = content[len(whole) :], b'{"key"'
-    if cut and not start.startswith(cut[: len(start)]):
+    if not start.startswith(cut[: len(start)]):
         raise ValueError(f"`--output` must hold records, got something else at the end of {path}; name another file.")
     if cut:
         os.truncate(path, len(whole))
@@ -87,11 +82,8 @@ def read_predictions(path: Path) -> list[Prediction] | None:
     if not path.exists():
         return None
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Prediction(**{name: _tuple(value) for name, value in row.items()}) for row in rows]
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    lists = ("decoder_exit_layers", "token_ids")
+    return [Prediction(**row | {name: tuple(row[name]) for name in lists}) for row in rows]
 
 
 def write_signals(path: Path, signals: Signals) -> None:

@@ -1,8 +1,9 @@
 """Candidate thresholds of similarity, taken from recorded cosines: from careful to fast, and far enough apart."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +21,9 @@ def candidate_thresholds(
     """
     Thresholds of one stream from careful to fast, whose mean depths are spread evenly; no two give the same depths.
 
-    With one threshold for all layers it is a quantile of all cosines. With one per layer, an encoder stream lets the
-    same share of the remaining rows exit after every layer; the decoder lets as many tokens exit as have the same
-    share of disagreement with the last layer, and none where even the surest disagree more often.
+    One for all layers is a quantile of all cosines. With one per layer, an encoder stream lets the same share of the
+    remaining rows exit after every layer; the decoder lets as many tokens exit as have the same share of disagreement
+    with the last layer, and none where even the surest disagree more often.
 
     Args:
         cosines (`Tensor` [rows, layers]): recorded ones; rows without the stream are ignored.
@@ -32,7 +33,7 @@ def candidate_thresholds(
         min_layers (`int`): no row exits before this many layers.
     """
     present = ~cosines.isnan().all(dim=1)
-    # Without the noise of the last bits, which other batches would change.
+    # Without noise of the last bits, which other batches would change.
     cosines = cosines[present].double().round(decimals=6)
     layers = cosines.shape[1]
     open_layers = range(min_layers - 1, layers - 1)
@@ -66,12 +67,15 @@ def _spread_by_depth(cosines: Tensor, tried: Sequence[Any], count: int, min_laye
         if (depths < layers).any():
             reached.setdefault(tuple(depths.tolist()), (depths.double().mean().item(), thresholds))
     found = sorted(reached.values(), key=lambda one: -one[0])
-    if not found:
+    means = [mean for mean, _ in found]
+    return [found[i][1] for i in nearest(means, np.linspace(layers, min(means, default=1), count + 1)[1:])]
+
+
+def nearest(values: Sequence[float], targets: Iterable[float]) -> list[int]:
+    """The places of the values that are nearest to the targets, each once, in their order."""
+    if not values:
         return []
-    least = found[-1][0]
-    targets = [layers - (layers - least) * (step + 1) / count for step in range(count)]
-    nearest = {min(range(len(found)), key=lambda i: abs(found[i][0] - target)) for target in targets}
-    return [found[i][1] for i in sorted(nearest)]
+    return sorted({int(np.argmin(np.abs(np.subtract(values, target)))) for target in targets})
 
 
 def _threshold_below(values: Tensor, count: int) -> float | None:
@@ -111,19 +115,18 @@ def _purest(agreeing: Tensor, share: float) -> int:
 def stream_thresholds(signals: Signals, count: int) -> dict[str, Any]:
     """[`candidate_thresholds`] of each stream, and under "per layer" the same with one for each layer, to six digits
     so that noise in the last bits does not make other points of them."""
+
+    def rounded(threshold: Any) -> Any:
+        if isinstance(threshold, list):
+            return [rounded(one) for one in threshold]
+        return None if threshold is None else round(threshold, 6)
+
     found: dict[str, Any] = {"per layer": {}}
     for per_layer, place in ((False, found), (True, found["per layer"])):
         for stream, cosines in {**signals.encoder, "decoder": signals.decoder}.items():
             agreeing = signals.agreeing if stream == "decoder" else None
-            thresholds = candidate_thresholds(cosines, count, agreeing=agreeing, per_layer=per_layer)
-            place[stream] = [_rounded(one) for one in thresholds]
+            place[stream] = rounded(candidate_thresholds(cosines, count, agreeing=agreeing, per_layer=per_layer))
     return found
 
 
-def _rounded(threshold: Any) -> Any:
-    if isinstance(threshold, list):
-        return [_rounded(one) for one in threshold]
-    return None if threshold is None else round(threshold, 6)
-
-
-__all__ = ["candidate_thresholds", "stream_thresholds"]
+__all__ = ["candidate_thresholds", "nearest", "stream_thresholds"]
