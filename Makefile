@@ -44,51 +44,51 @@ $(REPRODUCED)/scenes: | $(VENV)/dev.installed
 	$(BIN)/python -c 'from mue_hf.data.scenes import write_scenes; write_scenes("$@", {"dev": 400, "test": 150})'
 	@touch $@
 
-$(REPRODUCED)/seeing/report.json: | $(VENV)/dev.installed
-	$(STAGE) --stage seeing --max_steps 450 --learning_rate 3e-3 --warmup_steps 80 --lr_scheduler_type cosine \
+$(REPRODUCED)/classification/report.json: | $(VENV)/dev.installed
+	$(STAGE) --stage classification --max_steps 450 --learning_rate 3e-3 --warmup_steps 80 --lr_scheduler_type cosine \
 		--per_device_train_batch_size 32
 
 # The stages of examples/train_scenes.py: each starts from the one before, with scenes of its own.
-TELLING = $(STAGE) $(READING) --stage telling --lr_scheduler_type constant_with_warmup $(STAGE_ARGS)
-COMPARING = $(TELLING) --start_from $(<D) --layers $(LAYERS) --told_share 0 --captions_per_image 1 --kinds relation
+CAPTIONING = $(STAGE) $(READING) --stage captioning --lr_scheduler_type constant_with_warmup $(STAGE_ARGS)
+RELATIONS = $(CAPTIONING) --start_from $(<D) --layers $(LAYERS) --caption_share 0 --captions_per_image 1 --kinds relation
 
-$(REPRODUCED)/telling/report.json: $(REPRODUCED)/seeing/report.json
-	$(TELLING) --max_steps 1000 --trunk_from $(<D) --layers $(LAYERS) --told_share 0.25 \
+$(REPRODUCED)/captioning/report.json: $(REPRODUCED)/classification/report.json
+	$(CAPTIONING) --max_steps 1000 --trunk_from $(<D) --layers $(LAYERS) --caption_share 0.25 \
 		--kinds existence counting relation --relations "left of"
 
-$(REPRODUCED)/left/report.json: $(REPRODUCED)/telling/report.json
-	$(COMPARING) --max_steps 600 --first_scene 100000 --relations "left of"
+$(REPRODUCED)/left/report.json: $(REPRODUCED)/captioning/report.json
+	$(RELATIONS) --max_steps 600 --first_scene 100000 --relations "left of"
 
 $(REPRODUCED)/sides/report.json: $(REPRODUCED)/left/report.json
-	$(COMPARING) --max_steps 300 --first_scene 200000 --relations "left of" "right of"
+	$(RELATIONS) --max_steps 300 --first_scene 200000 --relations "left of" "right of"
 
 $(REPRODUCED)/above/report.json: $(REPRODUCED)/sides/report.json
-	$(COMPARING) --max_steps 500 --first_scene 300000 --relations "left of" "right of" above
+	$(RELATIONS) --max_steps 500 --first_scene 300000 --relations "left of" "right of" above
 
 $(REPRODUCED)/relations/report.json: $(REPRODUCED)/above/report.json
-	$(COMPARING) --max_steps 600 --first_scene 400000
+	$(RELATIONS) --max_steps 600 --first_scene 400000
 
 $(REPRODUCED)/all/report.json: $(REPRODUCED)/relations/report.json
-	$(TELLING) --max_steps 1000 --start_from $(<D) --layers 6 --told_share 0.1 --captions_per_image 1 \
+	$(CAPTIONING) --max_steps 1000 --start_from $(<D) --layers 6 --caption_share 0.1 --captions_per_image 1 \
 		--first_scene 500000
 
-$(REPRODUCED)/judging/report.json: $(REPRODUCED)/all/report.json
-	$(STAGE) $(READING) --stage judging --max_steps 800 --start_from $(<D) --first_scene 1000000 \
+$(REPRODUCED)/entailment/report.json: $(REPRODUCED)/all/report.json
+	$(STAGE) $(READING) --stage entailment --max_steps 800 --start_from $(<D) --first_scene 1000000 \
 		--lr_scheduler_type cosine --random_exit_depth --self_distillation 1
 
 CALIBRATE = $(BIN)/mue-hf calibrate --task entailment --data $(REPRODUCED)/scenes/entailment.jsonl --batch-size 64 \
 	--criterion similarity confidence --threads $(THREADS) --runs $(REPRODUCED)/calibration
 # Where no preset keeps the budget (exit code 1), the table goes without it.
-$(REPRODUCED)/calibrated: $(REPRODUCED)/judging/report.json $(REPRODUCED)/scenes
+$(REPRODUCED)/calibrated: $(REPRODUCED)/entailment/report.json $(REPRODUCED)/scenes
 	$(CALIBRATE) $(<D) --budget 0.05 --preset quality || test $$? = 1
 	$(CALIBRATE) $(<D) --compute 0.6 --preset balanced || test $$? = 1
 	@touch $@
 
 $(REPRODUCED)/table.md: $(REPRODUCED)/calibrated
-	$(BIN)/mue-hf evaluate entailment --model $(REPRODUCED)/judging --data $(REPRODUCED)/scenes/entailment.jsonl \
+	$(BIN)/mue-hf evaluate entailment --model $(REPRODUCED)/entailment --data $(REPRODUCED)/scenes/entailment.jsonl \
 		--kind-column kind --batch-size 64 --sweep all --thresholds-split dev --num-thresholds 4 --oracle --time-rows 10 \
 		--threads $(THREADS) \
-		$$(grep -oE '"(quality|balanced)": [{]' $(REPRODUCED)/judging/generation_config.json | sed 's/"\(.*\)".*/--preset \1/') \
+		$$(grep -oE '"(quality|balanced)": [{]' $(REPRODUCED)/entailment/generation_config.json | sed 's/"\(.*\)".*/--preset \1/') \
 		--output $(REPRODUCED)/points.jsonl --plots $(REPRODUCED)/plots --table $@
 
 test: $(VENV)/dev.installed ## Run the tests

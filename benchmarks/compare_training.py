@@ -24,6 +24,7 @@ from typing import Any
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEProcessor
 from mue_hf.benchmarking.tables import markdown_table
 from mue_hf.cli.evaluate import add_arguments, run
+from mue_hf.cli.options import RenamedOption
 from mue_hf.evaluation.depths import similarity_curves
 from mue_hf.evaluation.plots import COLORS, label_ends, save_figure
 from mue_hf.evaluation.rows import load_rows
@@ -49,12 +50,12 @@ VARIANTS: dict[str, list[str]] = {
 SMALLER = {"layers-2": 2, "layers-3": 3}
 LAYERS = 6
 TRAINING = """--use_cpu --native_bf16 --learning_rate 2e-3 --muon_learning_rate 6e-3 --warmup_steps 100
---weight_decay 0.01 --adam_beta2 0.98 --freeze_trunk --told_share 0.1 --captions_per_image 1 --ema_decay 0.995
+--weight_decay 0.01 --adam_beta2 0.98 --freeze_trunk --caption_share 0.1 --captions_per_image 1 --ema_decay 0.995
 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --save_steps 200 --save_total_limit 1
 --logging_steps 100 --report_to none""".split()
 STAGES = {
-    "telling": ["--first_scene=500000", "--lr_scheduler_type=constant_with_warmup"],
-    "judging": ["--first_scene=1000000", "--lr_scheduler_type=cosine"],
+    "captioning": ["--first_scene=500000", "--lr_scheduler_type=constant_with_warmup"],
+    "entailment": ["--first_scene=1000000", "--lr_scheduler_type=cosine"],
 }
 
 
@@ -68,9 +69,9 @@ def load_example() -> Any:
 
 def train(example: Any, folder: Path, name: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     """What `train_scenes.main` returned for the stages of a variant."""
-    telling = round(args.telling_share * steps)
+    captioning = round(args.captioning_share * steps)
     reports, start = {}, args.start_from
-    for stage, count in {"telling": telling, "judging": steps - telling}.items():
+    for stage, count in {"captioning": captioning, "entailment": steps - captioning}.items():
         if count:
             options = [*TRAINING, *STAGES[stage], *args.training, f"--layers={LAYERS}", *VARIANTS[name]]
             options.append(f"--start_from={start}")
@@ -109,7 +110,7 @@ def steps_in_equal_time(example: Any, folder: Path, name: str, args: argparse.Na
 
 def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The points of `mue-hf evaluate`, and the similarity curves on 50 scenes of the split dev."""
-    checkpoint, points = folder / "judging", folder / "points.jsonl"
+    checkpoint, points = folder / "entailment", folder / "points.jsonl"
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     options = ["--model", str(checkpoint), "--data", f"scenes:{args.test_seed}:{args.scenes}", "--output", str(points)]
@@ -126,10 +127,14 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]
 def make_record(example: Any, folder: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures a variant, unless it is finished."""
     path = folder / name / "record.json"
-    asked = {"steps": args.steps, "telling_share": args.telling_share, "training": [*TRAINING, *args.training]}
+    asked = {"steps": args.steps, "captioning_share": args.captioning_share, "training": [*TRAINING, *args.training]}
     asked |= {"start": str(args.start_from), "scenes": args.scenes, "test_seed": args.test_seed}
     if path.exists():
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # names of version 0.1
+        for old, new in {"telling_share": "captioning_share", "--told_share": "--caption_share"}.items():
+            text = text.replace(f'"{old}"', f'"{new}"')
+        record = json.loads(text)
         if record["asked"] != asked:
             raise ValueError(f"`--output_dir` must hold runs of these options, but {path} is of {record['asked']}.")
         return record
@@ -143,8 +148,8 @@ def make_record(example: Any, folder: Path, name: str, args: argparse.Namespace)
         "asked": asked,
         "steps": steps,
         "training_seconds": sum(report["seconds"] for report in reports.values()),
-        "bf16": reports["judging"]["bf16"],
-        "dev_accuracy": reports["judging"]["accuracy"],
+        "bf16": reports["entailment"]["bf16"],
+        "dev_accuracy": reports["entailment"]["accuracy"],
         "rows": points[0]["rows"],
         "layers": points[0]["layers"],
         "by_kind": points[0]["by_kind"],
@@ -245,14 +250,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--start_from", type=Path, required=True, metavar="FOLDER", help="what to fine-tune")
     parser.add_argument("--steps", type=int, default=1000, help="training steps of a variant (1000)")
-    parser.add_argument("--telling_share", type=float, default=0.5, help="share of them for telling (0.5)")
+    shares = {"dest": "captioning_share", "type": float, "default": 0.5}
+    parser.add_argument(
+        "--captioning_share", "--captioning-share", help="share of them for captioning (0.5)", **shares
+    )
+    parser.add_argument("--telling_share", action=RenamedOption, help=argparse.SUPPRESS, **shares)
     parser.add_argument("--timing_steps", type=int, default=30, help="steps by which smaller models are timed (30)")
     parser.add_argument("--scenes", type=int, default=200, help="test scenes of eight statements (200)")
     parser.add_argument("--test_seed", type=int, default=0, help="of the test scenes (0)")
     parser.add_argument("--time_rows", type=int, default=0, help="statements to time (0)")
     args, args.training = parser.parse_known_args(argv)
-    if not 0 <= args.telling_share < 1 or round(args.telling_share * args.steps) >= args.steps:
-        parser.error(f"--telling_share must leave steps for judging, got {args.telling_share}.")
+    if not 0 <= args.captioning_share < 1 or round(args.captioning_share * args.steps) >= args.steps:
+        parser.error(f"--captioning_share must leave steps for entailment, got {args.captioning_share}.")
     smallest = min(SMALLER.get(name, LAYERS) for name in args.variants)
     if (layers := MuEConfig.from_pretrained(args.start_from).decoder_layers) > smallest:
         parser.error(f"--start_from must have at most {smallest} layers, as the smallest variant, got {layers}.")

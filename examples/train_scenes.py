@@ -6,26 +6,26 @@
 Scenes are drawn while they are needed, in the order of their numbers, so that no picture comes twice. Training goes in
 stages, each a run of its own that starts from the one before:
 
-* seeing: the trunk learns to tell what is in each of its 8 x 8 cells, and where. The rest stays random.
-* telling: every picture is encoded once, with the captioning prompt, and its captions and all of its statements are
-  decoded from that. Of true statements (--told_share of them) every word is learnt, not the answer alone, and after
-  the name of an object the place of it, as a location bin in place of the next word.
-* comparing is telling about one relation, then two, three and all four (--relations). Of all four at once nothing is
-  learnt: what a place says for "left of" it says against "right of", so that no object's place alone tells anything.
-  With one relation it does, and the others then need little more than the right sign and axis.
-* judging: statements stand in the encoder's prompt too, as OFA has it, and their answers are learnt.
+* classification: the trunk learns what is in each of its 8 x 8 cells, and where. The rest stays random.
+* captioning: every picture is encoded once, with the captioning prompt, and its captions and all of its statements are
+  decoded from that. Of true statements (--caption_share of them) every word is learnt, not the answer alone, and after
+  the name of an object its place, as a location bin in place of the next word.
+* captioning again, with statements about one relation, then two, three and all four (--relations). Of all four at once
+  nothing is learnt: where "left of" is true "right of" is false, so that no object's place alone says anything. With
+  one relation it does, and the others then need little more than the right sign and axis.
+* entailment: statements stand in the encoder's prompt too, as OFA has it, and their answers are learnt.
 
-    python examples/train_scenes.py --stage seeing --output_dir RUNS/seeing --max_steps 450 $OPTIONS
-    python examples/train_scenes.py --stage telling --trunk_from RUNS/seeing --layers 3 --output_dir RUNS/telling \\
+    python examples/train_scenes.py --stage classification --output_dir RUNS/trunk --max_steps 450 $OPTIONS
+    python examples/train_scenes.py --stage captioning --trunk_from RUNS/trunk --layers 3 --output_dir RUNS/captions \\
         --max_steps 1000 --kinds existence counting relation --relations "left of" $OPTIONS
-    python examples/train_scenes.py --stage telling --start_from RUNS/telling --layers 3 --output_dir RUNS/left \\
-        --max_steps 600 --kinds relation --relations "left of" --told_share 0 $OPTIONS
+    python examples/train_scenes.py --stage captioning --start_from RUNS/captions --layers 3 --output_dir RUNS/left \\
+        --max_steps 600 --kinds relation --relations "left of" --caption_share 0 $OPTIONS
     ...
-    python examples/train_scenes.py --stage judging --start_from RUNS/all --layers 6 --output_dir RUNS/judging \\
+    python examples/train_scenes.py --stage entailment --start_from RUNS/all --layers 6 --output_dir RUNS/entailment \\
         --max_steps 800 $OPTIONS
 
 `make reproduce` runs these with all of their options; given again, it goes on where it was interrupted.
-`mue-hf evaluate entailment --model RUNS/judging --data scenes:0:1250` measures the result.
+`mue-hf evaluate entailment --model RUNS/entailment --data scenes:0:1250` measures the result.
 """
 
 import json
@@ -45,7 +45,6 @@ from small_models import random_model, save_in_half, train_tokenizer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import HfArgumentParser, ResNetConfig, Trainer, TrainerCallback, set_seed
-from transformers.hf_argparser import HfArg
 
 from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor
 from mue_hf.data import MuEDataCollator
@@ -71,6 +70,9 @@ NAMES = (tuple(COLORS), SHAPES, tuple(RADIUS))
 # Location bins of a column or a row of the picture; those of the rows follow, and one for nowhere.
 BINS = 16
 SHORT = ("existence", "counting")
+# Names of version 0.1, and those that they have now.
+RENAMED = {"--lesson": "--stage", "--told_share": "--caption_share", "--told-share": "--caption-share"}
+RENAMED_STAGES = {"seeing": "classification", "telling": "captioning", "judging": "entailment"}
 ANSWERS = list(MuEProcessor.entailment_answers.values())
 
 
@@ -102,11 +104,11 @@ class DataArguments:
     relations: list[str] = field(
         default_factory=lambda: list(RELATIONS), metadata={"help": "What statements of relations are about."}
     )
-    stage: Literal["seeing", "telling", "judging"] = HfArg(
-        default="judging", aliases=["--lesson"], help="What is learnt; see above. (--lesson was its name in 0.1.)"
+    stage: Literal["classification", "captioning", "entailment"] = field(
+        default="entailment", metadata={"help": "What is learnt; see above."}
     )
-    told_share: float = field(
-        default=1.0, metadata={"help": "Share of the true statements of which every word is learnt, in telling."}
+    caption_share: float = field(
+        default=1.0, metadata={"help": "Share of the true statements that captioning learns word by word."}
     )
     dev_scenes: int = field(default=64, metadata={"help": "Scenes of the split dev for each kind, for evaluation."})
 
@@ -150,7 +152,7 @@ class Scenes(Dataset):
         if "hypothesis" in row:
             self._keep_wanted(row)
         texts = row.get("hypothesis", ())
-        row["told"] = [rng.random() < self.data.told_share for _ in texts]
+        row["captions"] = [rng.random() < self.data.caption_share for _ in texts]
         row["places"] = [places(scene, text, rng) for text in texts]
         return row
 
@@ -180,9 +182,9 @@ def places(scene: Scene, text: str, rng: random.Random) -> dict[int, str]:
 
 @dataclass
 class SceneCollator(MuEDataCollator):
-    """Batches of scenes; with `telling`, see the top of this file."""
+    """Batches of scenes; with `captioning`, see the top of this file."""
 
-    telling: bool = False
+    captioning: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = super().__call__(rows)
@@ -190,22 +192,22 @@ class SceneCollator(MuEDataCollator):
         if not training:
             # </s> is no news.
             batch["labels"].masked_fill_(batch["labels"] == tokenizer.eos_token_id, -100)
-        if self.telling:
+        if self.captioning:
             if training:
-                self._tell(batch, rows)
+                self._add_word_labels(batch, rows)
             prompt = torch.tensor(tokenizer(CAPTION_PROMPT)["input_ids"])
             batch["input_ids"] = prompt.expand(len(rows), -1)
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         return batch
 
-    def _tell(self, batch: dict[str, Tensor], rows: Sequence[dict[str, Any]]) -> None:
-        """Makes targets of the words of true statements that are to be told, and of the places of what is named."""
+    def _add_word_labels(self, batch: dict[str, Tensor], rows: Sequence[dict[str, Any]]) -> None:
+        """Makes labels of the words of true statements that serve as captions, and of the places of what is named."""
         (yes,) = self.processor.encode_answers(ANSWERS[:1])[0]
         opening = self.processor.tokenizer(ENTAILMENT_PROMPT.partition(" {")[0])["input_ids"][:-1]
         labels, following = batch["labels"][:, :-1], batch["decoder_input_ids"][:, 1:]
         statements = (batch["decoder_input_ids"][:, : len(opening)] == torch.tensor(opening)).all(1)
         true = (labels == yes).any(1)
-        true[statements] &= torch.tensor([told for row in rows for told in row["told"]], dtype=torch.bool)
+        true[statements] &= torch.tensor([one for row in rows for one in row["captions"]], dtype=torch.bool)
         words = true.unsqueeze(1) & (labels == -100) & (following != self.processor.tokenizer.pad_token_id)
         words[:, : len(opening) - 1] = False
         labels[words] = following[words]
@@ -329,7 +331,7 @@ def make_trainer(
     model: MuEForConditionalGeneration, processor: MuEProcessor, data: DataArguments, args: Any, count: int
 ) -> Trainer:
     """The trainer of a stage on `count` scenes."""
-    if data.stage == "seeing":
+    if data.stage == "classification":
         cells = Cells(data.first_scene, count, data.scene_seed, "train", processor)
         dev = Cells(0, data.dev_scenes, data.scene_seed, "dev", processor)
         return Trainer(model=CellReader(model), args=args, train_dataset=cells, eval_dataset=dev)
@@ -346,18 +348,28 @@ def make_trainer(
             processor,
             captions_per_image=data.captions_per_image,
             random_captions=False,
-            telling=data.stage == "telling",
+            captioning=data.stage == "captioning",
         ),
     )
+
+
+def current_names(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which what version 0.1 called differently has its present name; those are warned of."""
+    words: list[str] = []
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        for word in argument.split("=", 1) if option in (*RENAMED, "--stage") else [argument]:
+            new = (RENAMED_STAGES if words[-1:] == ["--stage"] else RENAMED).get(word, word)
+            if new != word:
+                print(f"{word} is now {new}", file=sys.stderr)
+            words.append(new)
+    return words
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Trains and saves; returns, and writes beside the checkpoint, steps, seconds, and accuracy by kind on dev."""
     parser = HfArgumentParser((ModelArguments, DataArguments, SceneTrainingArguments), description=__doc__)
-    argv = sys.argv[1:] if argv is None else argv
-    if any(argument.partition("=")[0] == "--lesson" for argument in argv):
-        print("--lesson is now --stage", file=sys.stderr)
-    sizes, data, args = parser.parse_args_into_dataclasses(argv)
+    sizes, data, args = parser.parse_args_into_dataclasses(current_names(sys.argv[1:] if argv is None else argv))
     if args.max_steps < 1:
         parser.error("--max_steps must be given: scenes have no end.")
     if not data.relations or not set(data.relations) <= set(RELATIONS):
@@ -369,8 +381,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         processor = build_processor(Path(args.output_dir) / "tokenizer")
         model = build_model(sizes, len(processor.tokenizer))
         if sizes.trunk_from is not None:
-            seen = MuEForConditionalGeneration.from_pretrained(sizes.trunk_from).model.encoder.embed_images
-            model.model.encoder.embed_images.load_state_dict(seen.state_dict())
+            trunk = MuEForConditionalGeneration.from_pretrained(sizes.trunk_from).model.encoder.embed_images
+            model.model.encoder.embed_images.load_state_dict(trunk.state_dict())
     else:
         processor = MuEProcessor.from_pretrained(sizes.start_from)
         model = MuEForConditionalGeneration.from_pretrained(

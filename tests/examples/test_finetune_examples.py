@@ -41,8 +41,10 @@ def examples():
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory) -> Path:
     """A tiny joint model, as `mue-hf convert` gives one, whose tokens are bytes."""
+    generation = {"max_new_tokens": 6, "num_beams": 2}
+    sizes = {"image_size": 32, "max_position_embeddings": 160}
     folder = tmp_path_factory.mktemp("origin")
-    return byte_checkpoint(folder, image_size=32, num_beams=2, modality_decomposition=False)
+    return byte_checkpoint(folder, **sizes, generation=generation, modality_decomposition=False)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +238,7 @@ def test_two_processes_end_with_the_same_model_and_metrics(run, origin, data, tm
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="accelerate shards models over GPUs alone, and over several")
 def test_fully_sharded_run_ends_with_the_same_model(run, origin, data, tmp_path):
-    """NOT RUN where this was written; tests/training/test_trainer.py compares the gradients of one sharded step on CPUs."""
+    """NOT RUN where this was written; tests/training/test_trainer.py compares a sharded step's gradients on CPUs."""
     common = ["--dropout", 0, "--drop_path_rate", 0, "--freeze_batch_norm", "--do_train", "--max_steps", 3]
     one = run("entailment", *common, "--max_train_samples", 12)
     two = tmp_path / "two"

@@ -17,7 +17,6 @@ from mue_hf import MuEForConditionalGeneration, MuEProcessor, cli
 from mue_hf.data.scenes import COLORS, FORMS, RADIUS, SHAPES, SceneDataset, make_scene
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install mue-hf[train]")
-pytest.importorskip("timm", reason="the script can train with timm's Muon: pip install mue-hf[timm]")
 
 ROOT = Path(__file__).parents[2]
 TRAINING = """--use_cpu --per_device_train_batch_size 2 --statements 2 --captions_per_image 1 --dev_scenes 2
@@ -42,18 +41,18 @@ def compare(example):
 
 
 @pytest.fixture(scope="module")
-def told(example, tmp_path_factory) -> Path:
-    """Four steps of telling, with a checkpoint after two."""
-    folder = tmp_path_factory.mktemp("told")
-    options = ["--stage=telling", "--max_steps", "4", "--save_steps", "2", "--bf16"]
+def captioned(example, tmp_path_factory) -> Path:
+    """Four steps of captioning, with a checkpoint after two."""
+    folder = tmp_path_factory.mktemp("captioned")
+    options = ["--stage=captioning", "--max_steps", "4", "--save_steps", "2", "--bf16"]
     example.main([f"--output_dir={folder}", *options, *TRAINING, *SIZES])
     return folder
 
 
-def test_checkpoint_answers_and_captions(told):
-    weights = load_file(told / "model.safetensors")
+def test_checkpoint_answers_and_captions(captioned):
+    weights = load_file(captioned / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float16}
-    model, processor = MuEForConditionalGeneration.from_pretrained(told), MuEProcessor.from_pretrained(told)
+    model, processor = MuEForConditionalGeneration.from_pretrained(captioned), MuEProcessor.from_pretrained(captioned)
     assert model.dtype == torch.float32
     row = SceneDataset(1, split="test")[0]
     inputs = processor(images=row["image"], task="entailment", hypothesis=row["hypothesis"])
@@ -62,8 +61,8 @@ def test_checkpoint_answers_and_captions(told):
     assert model.generate(**processor(images=row["image"])).shape[0] == 1
 
 
-def test_report_has_every_kind(told):
-    report = json.loads((told / "report.json").read_text())
+def test_report_has_every_kind(captioned):
+    report = json.loads((captioned / "report.json").read_text())
     assert report["steps"] == 4 and report["seconds"] > 0 and report["bf16"]
     assert report["accuracy"].keys() == {*FORMS, "captions"}
     assert all(0 <= share <= 1 for share in report["accuracy"].values())
@@ -82,19 +81,19 @@ def test_bfloat16_only_where_it_is_native(native, example, monkeypatch, tmp_path
     assert arguments(bf16=True).bf16 and ("steps can take ten times as long" in caplog.text) != native
 
 
-def test_resumed_run_ends_with_the_same_weights(example, told, tmp_path):
-    options = ["--stage=telling", "--max_steps", "4", "--save_steps", "2", "--bf16"]
-    options += [f"--resume_from_checkpoint={told / 'checkpoint-2'}"]
+def test_resumed_run_ends_with_the_same_weights(example, captioned, tmp_path):
+    options = ["--stage=captioning", "--max_steps", "4", "--save_steps", "2", "--bf16"]
+    options += [f"--resume_from_checkpoint={captioned / 'checkpoint-2'}"]
     example.main([f"--output_dir={tmp_path}", *options, *TRAINING, *SIZES])
-    first, second = (load_file(folder / "model.safetensors") for folder in (told, tmp_path))
+    first, second = (load_file(folder / "model.safetensors") for folder in (captioned, tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_grown_model_is_the_same_function(example, told):
-    small = MuEForConditionalGeneration.from_pretrained(told).eval()
+def test_grown_model_is_the_same_function(example, captioned):
+    small = MuEForConditionalGeneration.from_pretrained(captioned).eval()
     for parameter in small.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    processor = MuEProcessor.from_pretrained(told)
+    processor = MuEProcessor.from_pretrained(captioned)
     rows = [SceneDataset(1, split="test")[0]]
     batch = example.SceneCollator(processor)(rows)
     grown = example.grow(small, 5).eval()
@@ -103,11 +102,11 @@ def test_grown_model_is_the_same_function(example, told):
         torch.testing.assert_close(grown(**batch).logits, small(**batch).logits)
 
 
-def test_judging_goes_on_from_telling(example, told, tmp_path):
-    options = [f"--start_from={told}", "--layers=4", "--max_steps=1", "--first_scene=100"]
+def test_entailment_goes_on_from_captioning(example, captioned, tmp_path):
+    options = [f"--start_from={captioned}", "--layers=4", "--max_steps=1", "--first_scene=100"]
     still = ["--learning_rate=0", "--muon_learning_rate=1e-12"]
     example.main([f"--output_dir={tmp_path}", *TRAINING, *options, *still])
-    first, second = (load_file(folder / "model.safetensors") for folder in (told, tmp_path))
+    first, second = (load_file(folder / "model.safetensors") for folder in (captioned, tmp_path))
     assert torch.equal(first["model.shared.weight"], second["model.shared.weight"])
     assert torch.equal(second["model.decoder.layers.2.fc1.weight"], first["model.decoder.layers.1.fc1.weight"])
 
@@ -116,7 +115,9 @@ def test_stage_about_some_relations_has_no_others(example):
     data = example.DataArguments(kinds=["existence", "relation", "two_relations"], relations=["left of", "above"])
     rows = [example.Scenes(data, count=40, batch=4)[index] for index in range(40)]
     texts = [text for row in rows for text in row["hypothesis"]]
-    assert all(len(row[name]) == data.statements for row in rows for name in ("hypothesis", "label", "kind", "told"))
+    assert all(
+        len(row[name]) == data.statements for row in rows for name in ("hypothesis", "label", "kind", "captions")
+    )
     for relation, expected in {"left of": True, "above": True, "right of": False, "below": False}.items():
         assert any(relation in text for text in texts) == expected
     whole = SceneDataset(40, statements=32, kinds=["relation", "two_relations"])
@@ -134,18 +135,19 @@ def test_stage_about_some_relations_has_no_others(example):
         example.main(["--output_dir=none", "--max_steps=1", "--relations", "beside"])
 
 
-def test_telling_learns_words_of_true_statements_and_places_of_objects(example, told):
-    processor = MuEProcessor.from_pretrained(told)
-    row = example.Scenes(example.DataArguments(told_share=0.5), count=20, batch=1)[3]
-    batch = example.SceneCollator(processor, telling=True)([row])
+def test_captioning_learns_words_of_true_statements_and_places_of_objects(example, captioned):
+    processor = MuEProcessor.from_pretrained(captioned)
+    row = example.Scenes(example.DataArguments(caption_share=0.5), count=20, batch=1)[3]
+    batch = example.SceneCollator(processor, captioning=True)([row])
     assert batch["input_ids"].shape[0] == 1
     caption, *learnt = [processor.decode(ids[ids != -100]).split() for ids in batch["labels"]]
     assert " ".join(caption) in [f"{text}</s>" for text in row["references"]]
     for index, (text, label) in enumerate(zip(row["hypothesis"], row["label"], strict=True)):
         words, bins = text.split(), row["places"][index]
         following = [bins.get(place, word) for place, word in enumerate([*words[1:], '"?'])]
-        told = [words[0], *following] if row["told"][index] and label == "entailment" else list(bins.values())
-        expected = " ".join([*told, f"{processor.entailment_answers[label]}</s>"])
+        whole = row["captions"][index] and label == "entailment"
+        learnt_words = [words[0], *following] if whole else list(bins.values())
+        expected = " ".join([*learnt_words, f"{processor.entailment_answers[label]}</s>"])
         # bins are added tokens, decoded without a space
         assert "".join(learnt[index]) == expected.replace(" ", "")
 
@@ -163,17 +165,17 @@ def test_places_are_those_of_the_named_objects(example):
     assert example.places(scene, f"there is a {absent}", Random(0)) == {4: "<bin_32>"}
 
 
-def test_seeing_changes_the_trunk_alone(example, told, tmp_path):
-    options = [f"--start_from={told}", "--layers=2", "--stage=seeing", "--max_steps=2"]
+def test_classification_changes_the_trunk_alone(example, captioned, tmp_path):
+    options = [f"--start_from={captioned}", "--layers=2", "--stage=classification", "--max_steps=2"]
     report = example.main([f"--output_dir={tmp_path}", *options, *TRAINING])
     assert report["accuracy"] == {}
-    first, second = (load_file(folder / "model.safetensors") for folder in (told, tmp_path))
+    first, second = (load_file(folder / "model.safetensors") for folder in (captioned, tmp_path))
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert changed and all(name.startswith("model.encoder.embed_images.") for name in changed)
 
 
-def test_cells_hold_what_is_drawn_there(example, told):
-    processor = MuEProcessor.from_pretrained(told)
+def test_cells_hold_what_is_drawn_there(example, captioned):
+    processor = MuEProcessor.from_pretrained(captioned)
     for index in range(20):
         scene, cells = make_scene(index, 3), example.Cells(0, 20, 3, "train", processor)[index]
         assert int((cells["kinds"][0] > 1).sum()) == len(scene.visible)
@@ -192,18 +194,27 @@ def test_batches_are_short_or_long(example):
     assert [scenes[index]["image_id"] for index in (0, 7)] == ["train-0-0000007", "train-0-0000014"]
 
 
-def test_words_are_single_tokens(told):
-    tokenizer = MuEProcessor.from_pretrained(told).tokenizer
+def test_words_are_single_tokens(captioned):
+    tokenizer = MuEProcessor.from_pretrained(captioned).tokenizer
     row = SceneDataset(400, split="test")[399]
     for text in (*row["references"], *row["hypothesis"]):
         assert len(tokenizer(f" {text}", add_special_tokens=False)["input_ids"]) == len(text.split())
 
 
-def test_the_old_name_of_a_stage_is_accepted_and_warned_of(example, tmp_path, capsys):
+def test_old_names_are_accepted_and_warned_of(example, tmp_path, capsys):
     with pytest.raises(SystemExit):
         example.main([f"--output_dir={tmp_path}", "--lesson", "seeing"])
     said = capsys.readouterr().err
-    assert said.startswith("--lesson is now --stage\n") and "--max_steps must be given" in said
+    assert said.startswith("--lesson is now --stage\nseeing is now classification\n")
+    assert "--max_steps must be given" in said
+    # a folder may be called like a stage
+    words = ["--output_dir", "telling", "--told_share", "0.5", "--stage=judging"]
+    expected = ["--output_dir", "telling", "--caption_share", "0.5", "--stage", "entailment"]
+    assert example.current_names(words) == expected and example.current_names(expected) == expected
+    parser = example.HfArgumentParser(example.DataArguments)
+    (data,) = parser.parse_args_into_dataclasses(expected[2:])
+    assert (data.stage, data.caption_share) == ("entailment", 0.5)
+    assert capsys.readouterr().err == "--told_share is now --caption_share\njudging is now entailment\n"
 
 
 @pytest.mark.skipif(which("make") is None, reason="make is not installed")
@@ -217,13 +228,13 @@ def test_commands_of_make_reproduce_parse(example, tmp_path):
         if "examples/train_scenes.py" in words:
             parser = example.HfArgumentParser((example.ModelArguments, example.DataArguments))
             sizes, data, _ = parser.parse_args_into_dataclasses(words[3:], return_remaining_strings=True)
-            assert sizes.joint == (data.stage == "telling")
+            assert sizes.joint == (data.stage == "captioning")
             parser = example.HfArgumentParser(example.SceneTrainingArguments)
             assert parser.parse_args_into_dataclasses(words[3:], return_remaining_strings=True)[0].max_steps > 0
             stages.append(data.stage)
         elif words and words[0].endswith("/mue-hf"):
             commands.append(cli.build_parser(words[1]).parse_args(words[1:]).command)
-    assert stages == ["seeing", *["telling"] * 6, "judging"]
+    assert stages == ["classification", *["captioning"] * 6, "entailment"]
     assert commands == ["calibrate", "calibrate", "evaluate"]
 
 
@@ -251,14 +262,14 @@ def test_bad_options_are_refused_before_training(options, message, example, tmp_
     assert not list(tmp_path.glob("run/*.safetensors"))
 
 
-def test_comparison_of_two_variants(compare, told, tmp_path, monkeypatch, capsys):
+def test_comparison_of_two_variants(compare, captioned, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="the comparison draws: pip install mue-hf[eval]")
     monkeypatch.setattr(compare, "TRAINING", TRAINING)
     monkeypatch.setattr(compare, "LAYERS", 3)
-    options = "--steps 2 --telling_share 0.5 --timing_steps 1 --scenes 2 --time_rows 1".split()
+    options = "--steps 2 --captioning_share 0.5 --timing_steps 1 --scenes 2 --time_rows 1".split()
     arguments = [
         f"--output_dir={tmp_path}",
-        f"--start_from={told}",
+        f"--start_from={captioned}",
         *options,
         "--variants",
         "joint-encoder",
@@ -275,16 +286,18 @@ def test_comparison_of_two_variants(compare, told, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.endswith(f"{table}\n") and table.count("\n|") == 3
     assert "\n\n16 test statements about 2 scenes; trained in float32; " in table
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
-    # what is finished is not made again
+    # what is finished is not made again, nor what version 0.1 finished
     monkeypatch.setattr(compare, "train", None)
+    record = tmp_path / "layers-2" / "record.json"
+    record.write_text(record.read_text().replace('"captioning_share"', '"telling_share"'))
     compare.main([*arguments, f"--table={tmp_path / 'other' / 'variants.md'}"])
     assert (tmp_path / "other" / "variants.md").read_text() == table
     with pytest.raises(ValueError, match="`--output_dir` must hold runs of these options"):
         compare.main([*arguments, "--steps=3"])
 
 
-def test_comparison_starts_from_what_can_grow(compare, told, tmp_path, capsys):
-    config = MuEForConditionalGeneration.from_pretrained(told).config
+def test_comparison_starts_from_what_can_grow(compare, captioned, tmp_path, capsys):
+    config = MuEForConditionalGeneration.from_pretrained(captioned).config
     config.encoder_layers = config.decoder_layers = 3
     config.save_pretrained(tmp_path / "deep")
     with pytest.raises(SystemExit):
@@ -292,15 +305,15 @@ def test_comparison_starts_from_what_can_grow(compare, told, tmp_path, capsys):
     assert "--start_from must have at most 2 layers, as the smallest variant, got 3" in capsys.readouterr().err
 
 
-def test_joint_and_decomposed_start_from_either(example, told, tmp_path):
+def test_joint_and_decomposed_start_from_either(example, captioned, tmp_path):
     still = ["--layers=2", "--max_steps=1", "--learning_rate=0", "--muon_learning_rate=1e-12"]
-    example.main([f"--output_dir={tmp_path / 'joint'}", f"--start_from={told}", *TRAINING, *still, "--joint"])
+    example.main([f"--output_dir={tmp_path / 'joint'}", f"--start_from={captioned}", *TRAINING, *still, "--joint"])
     assert not MuEForConditionalGeneration.from_pretrained(tmp_path / "joint").config.modality_decomposition
     example.main([f"--output_dir={tmp_path / 'apart'}", f"--start_from={tmp_path / 'joint'}", *TRAINING, *still])
     assert MuEForConditionalGeneration.from_pretrained(tmp_path / "apart").config.modality_decomposition
 
 
-def test_comparison_needs_steps_for_judging(compare, told, tmp_path, capsys):
+def test_comparison_needs_steps_for_entailment(compare, captioned, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        compare.main([f"--output_dir={tmp_path}", f"--start_from={told}", "--telling_share", "1"])
-    assert "must leave steps for judging" in capsys.readouterr().err
+        compare.main([f"--output_dir={tmp_path}", f"--start_from={captioned}", "--captioning_share", "1"])
+    assert "must leave steps for entailment" in capsys.readouterr().err
