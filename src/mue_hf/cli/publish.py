@@ -1,8 +1,8 @@
 """`mue-hf publish`: a checkpoint with its code and model card on the Hugging Face Hub, or in a folder."""
 
 import argparse
-import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,21 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what `mue-hf publish` takes."""
     parser.epilog = EPILOG
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint folder, of `save_pretrained` or a trainer")
-    parser.add_argument(
-        "name", nargs="?", metavar="ORG/NAME", help="repository of the Hub, made if it does not exist; not with --to"
-    )
+    repository = "repository of the Hub, made if it does not exist; not with --to"
+    parser.add_argument("name", nargs="?", metavar="ORG/NAME", help=repository)
     card = parser.add_argument_group("model card")
-    card.add_argument(
-        "--about",
-        metavar="FILE.toml",
-        help="what the card states: summary, language, base_model, datasets, training, license, license_name, "
-        "license_link, license_note, commands, limits, data_names",
-    )
-    card.add_argument(
-        "--evaluation",
-        metavar="FILE.jsonl",
-        help="records of `mue-hf evaluate` on these weights; needs the extra eval",
-    )
+    stated = f"what the card states: {', '.join(field.name for field in fields(About))}"
+    card.add_argument("--about", metavar="FILE.toml", help=stated)
+    records = "records of `mue-hf evaluate` on these weights; needs the extra eval"
+    card.add_argument("--evaluation", metavar="FILE.jsonl", help=records)
     hub = parser.add_argument_group("on the Hub")
     either = hub.add_mutually_exclusive_group()
     either.add_argument("--revision", metavar="BRANCH", help="made if it does not exist (default: main)")
@@ -59,33 +51,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Publishes, lists, or writes the card alone.
-
-    Returns:
-        `int`: 0.
-    """
+    """Publishes, lists, or writes the card alone."""
     checkpoint = Path(args.checkpoint)
     name = _repository(args)
     about = About() if args.about is None else read_about(args.about)
     if args.card is not None:
         check_folder(checkpoint)
         write_card(checkpoint, args.card, name, about, args.evaluation, f"{args.card.stem}.evaluation")
-        sys.stdout.write(f"{args.card}\n")
+        print(args.card)
     elif args.to is not None:
         files = publish_to_folder(checkpoint, args.to, name, about, args.evaluation, args.overwrite)
-        sys.stdout.write(f"{_listing(files, args.to)}\n{args.to}\n")
+        print(_listing(files, args.to), args.to, sep="\n")
     else:
         with TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            sys.stdout.write(
-                _listing(stage(checkpoint, folder, name, about, args.evaluation, link=True), folder) + "\n"
-            )
-            sys.stdout.flush()
-            address = "Nothing was sent."
-            if not args.dry_run:
-                options = {name: getattr(args, name) for name in ("private", "revision", "create_pr", "token")}
-                address = upload(folder, name, **options)
-        sys.stdout.write(f"{address}\n")
+            files = stage(checkpoint, folder, name, about, args.evaluation, link=True)
+            print(_listing(files, folder), flush=True)
+            options = {option: getattr(args, option) for option in ("private", "revision", "create_pr", "token")}
+            print("Nothing was sent." if args.dry_run else upload(folder, name, **options))
     return 0
 
 
@@ -102,12 +85,9 @@ def _repository(args: argparse.Namespace) -> str:
 
 
 def _listing(files: Sequence[Path], folder: Path) -> str:
-    sizes = [path.stat().st_size for path in files]
-    lines = [
-        f"  {tqdm.format_sizeof(size, 'B'):>7}  {path.relative_to(folder)}"
-        for size, path in zip(sizes, files, strict=True)
-    ]
-    return "\n".join([*lines, f"  {tqdm.format_sizeof(sum(sizes), 'B'):>7}  in {len(files)} files"])
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    lines = sizes | {f"in {len(files)} files": sum(sizes.values())}
+    return "\n".join(f"  {tqdm.format_sizeof(size, 'B'):>7}  {text}" for text, size in lines.items())
 
 
 __all__ = ["add_arguments", "run"]

@@ -1,7 +1,7 @@
 """What a checkpoint must have to be published: whole files, and presets and records of its own weights."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..model.exit_options_mue import resolve_options
-from ..model.generation_mue import weights_fingerprint
 from ..model.modeling_mue import MuEForConditionalGeneration
+from ..training.card import exit_presets
 
 NEEDED = ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -20,12 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """
-    The files that `from_pretrained` reads weights from, the index of several among them.
-
-    Raises:
-        ValueError: if there are none, or some of several are missing.
-    """
+    """The files that `from_pretrained` reads weights from, the index of several among them; all of them are there."""
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -44,12 +39,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_folder(folder: Path) -> None:
-    """
-    Looks for what a published checkpoint must have, before anything is loaded.
-
-    Raises:
-        ValueError: if it is no folder with a MuE model, or lacks files.
-    """
+    """Raises a ValueError unless this is a folder with all files of a MuE model and its processor; loads nothing."""
     if not folder.is_dir():
         raise ValueError(f"the checkpoint must be a folder, got {folder}; download or convert it first.")
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
@@ -69,55 +59,38 @@ def check_folder(folder: Path) -> None:
 
 
 def load_complete_model(folder: Path, dtype: str = "float32") -> MuEForConditionalGeneration:
-    """
-    The model of a checkpoint folder, all of whose weights are there.
-
-    Raises:
-        ValueError: if the weights are damaged or are not all that the configuration asks for.
-    """
+    """The model of a checkpoint folder, in evaluation mode; a ValueError if weights are damaged or missing."""
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     try:
-        # The annotation of `from_pretrained` does not know that it may return two things.
-        loaded: Any = MuEForConditionalGeneration.from_pretrained(
-            folder, dtype=getattr(torch, dtype), output_loading_info=True
-        )
+        # The annotation does not know that it may return two things.
+        loaded: Any = MuEForConditionalGeneration.from_pretrained(folder, **options)
         model, info = loaded
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder} cannot be loaded: {error}; save the model again.") from error
-    if info["missing_keys"]:
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"the weights in {folder} lack {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} "
-            "among them; save the model again."
+            f"the weights in {folder} lack {len(missing)} tensors, {missing[0]} among them; save the model again."
         )
     return model.eval()
 
 
-class Fingerprints:
-    """Those of a checkpoint folder's weights by dtype, each loaded when it is first asked for."""
-
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        self.folder = folder
-        self.known = {"float32": weights_fingerprint(model)}
-
-    def __getitem__(self, dtype: str) -> str | None:
-        if dtype not in self.known:
-            self.known[dtype] = weights_fingerprint(load_complete_model(self.folder, dtype))
-        return self.known[dtype]
-
-
 def matching_records(
-    model: PreTrainedModel, fingerprints: Fingerprints, records: Sequence[Mapping[str, Any]]
+    folder: Path,
+    model: PreTrainedModel,
+    fingerprint: Callable[[str], str | None],
+    records: Sequence[Mapping[str, Any]],
 ) -> list[Mapping[str, Any]]:
-    """
-    The records that were measured on the weights and presets of a checkpoint folder.
+    """The records that were measured on the weights and presets of a checkpoint; `fingerprint` is that of its weights
+    in a dtype.
 
     Raises:
         ValueError: if none was measured on these weights, or one with thresholds that its preset has no more.
     """
-    kept = [record for record in records if record["weights_fingerprint"] == fingerprints[record["dtype"]]]
+    kept = [record for record in records if record["weights_fingerprint"] == fingerprint(record["dtype"])]
     if not kept:
         raise ValueError(
-            f"`--evaluation` must hold records of the weights in {fingerprints.folder}, got {len(records)} of other "
-            "weights; run `mue-hf evaluate` on this checkpoint."
+            f"`--evaluation` must hold records of the weights in {folder}, got {len(records)} of other weights; run "
+            "`mue-hf evaluate` on this checkpoint."
         )
     saved = model.generation_config.to_dict()
     for record in kept:
@@ -132,34 +105,21 @@ def matching_records(
     return kept
 
 
-def preset_dtypes(fingerprints: Fingerprints, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """
-    The dtype in which each calibrated preset holds, by name.
-
-    Raises:
-        ValueError: if one was calibrated on other weights.
-    """
+def preset_dtypes(folder: Path, model: PreTrainedModel, fingerprint: Callable[[str], str | None]) -> dict[str, str]:
+    """The dtype in which each calibrated preset holds, by name; a ValueError if one is of other weights."""
     dtypes = {}
-    for name, preset in presets.items():
+    for name, preset in exit_presets(model).items():
         expected = preset.get("weights_fingerprint")
         if expected is None:
             continue
-        found = next((dtype for dtype in DTYPES if fingerprints[dtype] == expected), None)
+        found = next((dtype for dtype in DTYPES if fingerprint(dtype) == expected), None)
         if found is None:
             raise ValueError(
-                f"the preset {name!r} was calibrated on other weights than those in {fingerprints.folder}: what it "
-                "promises does not hold; run `mue-hf calibrate` again, or remove it from generation_config.json."
+                f"the preset {name!r} was calibrated on other weights than those in {folder}: what it promises does "
+                "not hold; run `mue-hf calibrate` again, or remove it from generation_config.json."
             )
         dtypes[name] = found
     return dtypes
 
 
-__all__ = [
-    "WEIGHTS_INDEX",
-    "Fingerprints",
-    "check_folder",
-    "load_complete_model",
-    "matching_records",
-    "preset_dtypes",
-    "weight_files",
-]
+__all__ = ["WEIGHTS_INDEX", "check_folder", "load_complete_model", "matching_records", "preset_dtypes", "weight_files"]

@@ -5,6 +5,7 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -29,12 +30,7 @@ GROUPED = ("task", "data", "decoding", "prompt_type", "premise", "images", "dtyp
 
 
 def read_about(path: str | os.PathLike) -> About:
-    """
-    Reads what a card states beside measurements.
-
-    Raises:
-        ValueError: if the file cannot be read, or has a name or a type that [`About`] does not have.
-    """
+    """What a card states beside measurements, from a TOML file; a ValueError if it does not fit [`About`]."""
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -52,12 +48,8 @@ def read_about(path: str | os.PathLike) -> About:
 
 
 def read_evaluation(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """
-    The records of a file that `mue-hf evaluate` wrote; of points with one name the last.
-
-    Raises:
-        ValueError: if the file cannot be read or holds something else.
-    """
+    """The records of a file that `mue-hf evaluate` wrote, of points with one name the last; a ValueError if it holds
+    something else."""
     points: dict[str, dict[str, Any]] = {}
     try:
         for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -74,17 +66,14 @@ def read_evaluation(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def public_record(record: Mapping[str, Any], model_id: str) -> dict[str, Any]:
     """A record for others to read: under the model's public name, and without the folders of this machine."""
-    images = {
-        name: [{**one, "image_id": _without_folders(one["image_id"])} for one in record[name]]
-        for name in ("easiest", "hardest")
-    }
-    source = {**record["source"], "data": _without_folders(record["source"]["data"])}
-    return {**record, **images, "model": model_id, "source": source}
 
+    def public(holder: Mapping[str, Any], name: str) -> dict[str, Any]:
+        path = PurePath(holder[name])
+        outside = path.is_absolute() or holder[name].startswith((".", "~"))
+        return {**holder, name: path.name if outside else holder[name]}
 
-def _without_folders(path: str) -> str:
-    outside = PurePath(path).is_absolute() or path.startswith((".", "~"))
-    return PurePath(path).name if outside else path
+    ends = {end: [public(one, "image_id") for one in record[end]] for end in ("easiest", "hardest")}
+    return {**record, **ends, "model": model_id, "source": public(record["source"], "data")}
 
 
 def evaluation_groups(records: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
@@ -104,8 +93,7 @@ def render_card(
     dtypes: Mapping[str, str] | None = None,
     carries_code: bool = True,
 ) -> str:
-    """
-    The card as Markdown with a metadata block.
+    """The card as Markdown with a metadata block.
 
     Args:
         model ([`MuEForConditionalGeneration`]): whose configuration and exit presets are described.
@@ -121,8 +109,7 @@ def render_card(
         for name, preset in exit_presets(model).items()
     }
     described = [
-        _describe_group(group, about) | {"plot": plots[index] if index < len(plots) else ""}
-        for index, group in enumerate(groups)
+        _describe_group(group, about) | {"plot": plot} for group, plot in zip_longest(groups, plots, fillvalue="")
     ]
     results = [result for group in groups for result in _index(group, about)]
     return fill_card(model, model_id, about, promises, described, results, carries_code)
@@ -150,21 +137,18 @@ def _data_name(record: Mapping[str, Any], about: About) -> str:
 
 def _describe_group(group: Sequence[Mapping[str, Any]], about: About) -> dict[str, str | None]:
     first = group[0]
-    notes = {"shuffled": ["shuffled images"], "none": ["without images"]}.get(first["images"], [])
-    if first["task"] == "entailment" and not first["premise"]:
-        notes.append("without premises")
+    title = f"{first['task'].capitalize()} on {_data_name(first, about)}"
+    title += {"shuffled": ", shuffled images", "none": ", without images"}.get(first["images"], "")
     rows = f"{first['rows']} rows of {first['image_count']} images"
-    title = ", ".join([f"{first['task'].capitalize()} on {_data_name(first, about)}", *notes])
-    decoding = {
-        name: value for name, value in first["decoding"].items() if value is not None and "token_id" not in name
-    }
-    settings = ", ".join(f"{name}={value!r}" for name, value in sorted(decoding.items()))
     machine, versions = describe_environment(first)
     lines = [f"Split {first['source']['split']}, {rows}, {first['dtype']}, {first['measured_at'][:10]}."]
     if first["task"] == "captioning":
-        lines.append(f"Decoding: `{settings}`.")
-    timed = next((record["time"] for record in group if record["time"]), None)
-    if timed:
+        decoding = sorted(first["decoding"].items())
+        told = [f"{name}={value!r}" for name, value in decoding if value is not None and "token_id" not in name]
+        lines.append(f"Decoding: `{', '.join(told)}`.")
+    elif not first["premise"]:
+        title += ", without premises"
+    if timed := next((record["time"] for record in group if record["time"]), None):
         lines.append(
             f"Time is end to end without reading the image, at batch {timed['batch_size']}, in turns with full depth, "
             f"medians of {timed['repeats']} runs on {timed['rows']} rows ({machine})."
@@ -180,31 +164,20 @@ def _index(group: Sequence[Mapping[str, Any]], about: About) -> list[EvalResult]
         if record["criterion"] not in ("full", "presets") or record["images"] != "own":
             continue
         name = _data_name(record, about)
+        shared = {
+            "task_type": "image-to-text" if record["task"] == "captioning" else "visual-question-answering",
+            "task_name": record["task"],
+            "dataset_type": name.lower().replace(" ", "-"),
+            "dataset_name": name,
+            "dataset_split": record["source"]["split"],
+        }
         for score, value in record["quality"].items():
             plain = score.removesuffix("_plain").removesuffix("_pretokenized")
-            if plain not in INDEXED:
-                continue
-            metric, label = INDEXED[plain]
-            results.append(
-                EvalResult(
-                    task_type="image-to-text" if record["task"] == "captioning" else "visual-question-answering",
-                    task_name=record["task"],
-                    dataset_type=name.lower().replace(" ", "-"),
-                    dataset_name=name,
-                    dataset_split=record["source"]["split"],
-                    metric_type=metric,
-                    metric_name=f"{label}, {record['name']}",
-                    metric_value=round(value, 4),
-                )
-            )
+            if plain in INDEXED:
+                metric, label = INDEXED[plain]
+                scored = {"metric_name": f"{label}, {record['name']}", "metric_value": round(value, 4)}
+                results.append(EvalResult(metric_type=metric, **scored, **shared))
     return results
 
 
-__all__ = [
-    "About",
-    "evaluation_groups",
-    "public_record",
-    "read_about",
-    "read_evaluation",
-    "render_card",
-]
+__all__ = ["About", "evaluation_groups", "public_record", "read_about", "read_evaluation", "render_card"]

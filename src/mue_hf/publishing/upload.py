@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,19 +13,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
-from ..evaluation.plots import draw_plots, require_matplotlib
+from ..evaluation.plots import draw_plots
 from ..files import whole_folder, write_whole
 from ..model.configuration_mue import MuEConfig
+from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
-from .checkpoint import (
-    WEIGHTS_INDEX,
-    Fingerprints,
-    check_folder,
-    load_complete_model,
-    matching_records,
-    preset_dtypes,
-    weight_files,
-)
+from .checkpoint import WEIGHTS_INDEX, check_folder, load_complete_model, matching_records, preset_dtypes, weight_files
 from .model_card import About, evaluation_groups, public_record, read_evaluation, render_card
 
 # What an older state of the repository may have and the new one lacks: loaders would take it for a part of the new.
@@ -40,16 +33,12 @@ def write_card(
     evaluation: str | os.PathLike | None = None,
     stem: str = "evaluation",
 ) -> None:
-    """
-    Writes the card of a checkpoint folder, beside it the records that it shows, and a plot for each table of several
-    points.
+    """Writes a checkpoint's card, beside it the records that it shows, and a plot for each table of several points.
 
     Args:
         checkpoint (`Path`): a folder that passed [`check_folder`].
         card (`Path`): the file.
-        model_id (`str`): Hub id or folder by which readers load the model.
-        about ([`About`]): what the card states.
-        evaluation (path, *optional*): records of `mue-hf evaluate`; what is written of them is in [`public_record`].
+        model_id, about, evaluation: see [`publish_to_folder`].
         stem (`str`, *optional*, defaults to `"evaluation"`): what the names of records and plots begin with.
 
     Raises:
@@ -57,12 +46,15 @@ def write_card(
         ImportError: if the extras that evaluations need are not installed.
     """
     model = load_complete_model(checkpoint)
-    fingerprints = Fingerprints(checkpoint, model)
-    dtypes = preset_dtypes(fingerprints, getattr(model.generation_config, "exit_presets", None) or {})
-    records: list[Mapping[str, Any]] = []
+
+    @cache
+    def fingerprint(dtype: str) -> str | None:
+        return weights_fingerprint(model if dtype == "float32" else load_complete_model(checkpoint, dtype))
+
+    dtypes, records = preset_dtypes(checkpoint, model, fingerprint), []
     if evaluation is not None:
-        records = matching_records(model, fingerprints, read_evaluation(evaluation))
-        records = [public_record(record, model_id) for record in records]
+        measured = matching_records(checkpoint, model, fingerprint, read_evaluation(evaluation))
+        records = [public_record(record, model_id) for record in measured]
     groups = evaluation_groups(records)
     # One point makes no curve.
     names = [f"{stem}-{number}.png" if len(group) > 1 else "" for number, group in enumerate(groups, start=1)]
@@ -72,18 +64,12 @@ def write_card(
     card.parent.mkdir(parents=True, exist_ok=True)
     for group, name in zip(groups, names, strict=True):
         if name:
-            _draw(group, card.with_name(name))
+            with TemporaryDirectory(dir=card.parent) as folder:
+                draw_plots(group, folder)
+                os.replace(Path(folder, "quality_flops.png"), card.with_name(name))
     if records:
         write_whole(card.with_name(f"{stem}.jsonl"), "".join(json.dumps(record) + "\n" for record in records))
     write_whole(card, text)
-
-
-def _draw(group: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """The plot of quality against FLOPs skipped."""
-    require_matplotlib()
-    with TemporaryDirectory(dir=target.parent) as folder:
-        draw_plots(group, folder)
-        os.replace(Path(folder) / "quality_flops.png", target)
 
 
 def stage(
@@ -94,22 +80,15 @@ def stage(
     evaluation: str | os.PathLike | None = None,
     link: bool = False,
 ) -> list[Path]:
-    """
-    Puts all that is published into a folder.
+    """Puts all that is published into an empty folder, and returns the files.
 
     Configurations and source files are written by the installed package, so that they fit each other; weights and
     generation config are those of the checkpoint, byte for byte.
 
     Args:
-        checkpoint (`Path`): a checkpoint folder.
-        folder (`Path`): an empty folder.
-        model_id (`str`): the repository or folder that the card names.
-        about ([`About`]): what the card states.
-        evaluation (path, *optional*): records of `mue-hf evaluate`.
+        checkpoint, model_id, about, evaluation: see [`publish_to_folder`].
+        folder (`Path`): the empty folder.
         link (`bool`, *optional*, defaults to `False`): True links the weights where links can be made.
-
-    Returns:
-        `list[Path]`: the files, in `folder`.
 
     Raises:
         ValueError, ImportError: see [`check_folder`], [`load_complete_model`] and [`write_card`].
@@ -139,20 +118,23 @@ def publish_to_folder(
     evaluation: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """
-    Writes all that [`upload`] would send into a new folder, whole or not at all; it loads without this package.
+    """Writes all that [`upload`] would send into a new folder, whole or not at all; it loads without this package.
 
     Args:
-        checkpoint, model_id, about, evaluation: see [`stage`].
+        checkpoint (`Path`): a checkpoint folder.
         target (`Path`): the folder, which must be empty or none yet.
+        model_id (`str`): the Hub id or folder by which the card says that readers load the model.
+        about ([`About`]): what the card states.
+        evaluation (path, *optional*): records of `mue-hf evaluate`; what is written of them is in [`public_record`].
         overwrite (`bool`, *optional*, defaults to `False`): True replaces a checkpoint that is there.
 
     Returns:
         `list[Path]`: the files.
 
     Raises:
-        ValueError: if something else is in `target`, or the checkpoint itself.
-        ValueError, ImportError: see [`stage`].
+        ValueError: if something else is in `target`, or the checkpoint itself, or if the checkpoint, its presets or
+            the records are not whole and of one state.
+        ImportError: if there are records and matplotlib is missing.
     """
     if checkpoint.resolve().is_relative_to(target.resolve()):
         raise ValueError(f"`--to` must be another folder than that of the checkpoint, got {target}; choose another.")
@@ -170,8 +152,7 @@ def upload(
     create_pr: bool = False,
     token: str | None = None,
 ) -> str:
-    """
-    Sends a staged folder to the Hub, as one commit; makes the repository and the branch if they do not exist.
+    """Sends a staged folder to the Hub, as one commit; makes the repository and the branch if they do not exist.
 
     Args:
         folder (`Path`): see [`stage`].
@@ -199,14 +180,9 @@ def upload(
             )
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message="Publish the checkpoint with mue-hf",
-            revision=revision,
-            create_pr=create_pr,
-            delete_patterns=REPLACED,
-        )
+        place: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "create_pr": create_pr}
+        message = "Publish the checkpoint with mue-hf"
+        commit = api.upload_folder(folder_path=folder, commit_message=message, delete_patterns=REPLACED, **place)
     # What huggingface_hub makes of a file that did not arrive: RuntimeError, and where it uses Xet the other two.
     except (HfHubHTTPError, httpx.HTTPError, RuntimeError, ConnectionError, TimeoutError) as error:
         raise OSError(_explain(error, repo_id)) from error
@@ -214,9 +190,8 @@ def upload(
 
 
 def _explain(error: Exception, repo_id: str) -> str:
-    status, details = None, ""
-    if isinstance(error, HfHubHTTPError):
-        status, details = error.response.status_code, error.server_message or ""
+    details = getattr(error, "server_message", None) or ""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401:
         return (
             f"the Hub does not accept the token, or there is none (401: {details}). Log in with `hf auth login`, or "
