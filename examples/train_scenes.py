@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["mue-hf[timm,train]"]
+# dependencies = ["mue-hf[train]"]
 # ///
 """Train a small MuE from scratch on generated scenes: captions, and yes / no / maybe statements. No data is needed.
 
