@@ -32,8 +32,7 @@ def measure_cell(
     Args:
         variants: those named "lossless" and "stock" are what the others are compared with.
         decoding (`dict`): options of `generate` that all share, `return_dict_in_generate` and `max_new_tokens` too.
-        repeats (`int`): rounds.
-        max_seconds (`float`, *optional*): no further round begins after this time, but for the first three.
+        repeats, max_seconds: rounds, and seconds after which none but the first three begins.
         advance (`Callable`): called after each run of a variant, at most `repeats` + 3 times for each.
 
     Returns:
@@ -88,7 +87,7 @@ def mean_layers(variant: Variant, output: Any, decoding: Mapping[str, Any]) -> d
     if config.model_type != "mue":
         return None
     of = {"image": config.encoder_layers, "text": config.encoder_layers, "decoder": config.decoder_layers}
-    mean = {name: float(layers) for name, layers in of.items()}
+    mean = {stream: float(layers) for stream, layers in of.items()}
     if "executed_layers" in output:
         tokens = variant.inputs["input_ids"].shape[0] * decoding["num_beams"] * decoding["max_new_tokens"]
         mean = {

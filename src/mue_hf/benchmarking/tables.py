@@ -83,13 +83,8 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def draw_plot(record: Mapping[str, Any], folder: Path) -> Path:
-    """
-    Draws FLOPs against time, both as shares of the variant "lossless": a colour for each cell and a label for each
-    variant, without peers. On the dotted line all that is saved in FLOPs is saved in time.
-
-    Raises:
-        ImportError: where matplotlib is missing.
-    """
+    """Draws FLOPs against time, both as shares of the variant "lossless": a colour for each cell and a label for each
+    variant, without peers. On the dotted line all that is saved in FLOPs is saved in time."""
     require_matplotlib()
     from matplotlib.figure import Figure
 

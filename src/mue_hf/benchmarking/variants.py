@@ -27,8 +27,7 @@ def variant_names() -> list[str]:
 
 @dataclass(frozen=True)
 class DepthPattern:
-    """
-    Layers to run, given instead of decided.
+    """Layers to run, given instead of decided.
 
     Args:
         image (`LongTensor` [batch]): encoder layers of each image.
@@ -102,13 +101,11 @@ def _out_of_reach(criterion: type[Criterion]) -> float:
 
 @dataclass(frozen=True)
 class Variant:
-    """
-    One way to generate.
+    """One way to generate.
 
     Args:
         name (`str`): what it is called in the record.
-        model (`PreTrainedModel`): whose `generate` is called.
-        inputs (`dict`): what it is called with.
+        model (`PreTrainedModel`), inputs (`dict`): whose `generate` is called, and what with.
         options (`dict`): options of `generate` beyond those of all variants.
         pattern (`DepthPattern`, *optional*): forced depths.
     """
@@ -148,8 +145,7 @@ def make_variants(
     beams: int,
     steps: int,
 ) -> list[Variant]:
-    """
-    The variants of one cell on one model.
+    """The variants of one cell on one model.
 
     Args:
         names (iterable of `str`): among [`variant_names`].

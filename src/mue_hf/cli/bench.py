@@ -69,11 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_timed_model(args: argparse.Namespace) -> TimedModel:
-    """The model that the arguments of [`add_model_arguments`] name.
-
-    Raises:
-        ValueError: for arguments that contradict each other, and a device or an image size that cannot be.
-    """
+    """The model that the arguments of [`add_model_arguments`] name; a ValueError if they contradict each other."""
     where = {"device": args.device, "dtype": args.dtype, "threads": args.threads}
     if args.model is None:
         if args.images:

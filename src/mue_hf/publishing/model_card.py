@@ -5,7 +5,6 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -108,9 +107,8 @@ def render_card(
         name: _promise(preset, (dtypes or {}).get(name)) if "risk" in preset else "none: chosen by hand"
         for name, preset in exit_presets(model).items()
     }
-    described = [
-        _describe_group(group, about) | {"plot": plot} for group, plot in zip_longest(groups, plots, fillvalue="")
-    ]
+    pairs = zip(groups, plots or [""] * len(groups), strict=True)
+    described = [_describe_group(group, about) | {"plot": plot} for group, plot in pairs]
     results = [result for group in groups for result in _index(group, about)]
     return fill_card(model, model_id, about, promises, described, results, carries_code)
 
