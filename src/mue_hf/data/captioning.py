@@ -21,8 +21,7 @@ def load_captioning(
     caption_column: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Dataset | IterableDataset:
-    """
-    Images with their captions, one row per image, checked.
+    """Images with their captions, one row per image, checked.
 
     Args:
         source (`str` or `os.PathLike`): a JSONL, JSON, CSV or parquet file, whose images are paths relative to it or
@@ -79,8 +78,7 @@ def load_captioning(
 
 
 class CaptionPairs(TorchDataset):
-    """
-    One row per caption, as OFA counts its epochs: a row of `rows` for each of its captions, with that one alone.
+    """One row per caption, as OFA counts its epochs: a row of `rows` for each of its captions, with that one alone.
 
     Args:
         rows (sequence of `dict`): images, or their features, with captions.

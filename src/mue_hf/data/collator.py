@@ -25,15 +25,13 @@ def _as_list(value: Any) -> list[Any]:
 
 @dataclass
 class MuEDataCollator:
-    """
-    Makes training batches of rows of captioning, of entailment, or of both at once.
+    """Makes training batches of rows of captioning, of entailment, or of both at once.
 
     A row has "image" (anything that the processor reads) or "image_features" [channels, rows, columns] (see
     [`cache_trunk_features`]), and "references", or "hypothesis", "label" and optionally "premise", which may be lists
-    (several statements on one image), or all of these. The image is encoded once whatever hangs on it:
-
-    * captions alone are `captions_per_image` decoder rows per image, which share its prompt too;
-    * statements are one row each in encoder and decoder; where captions are beside them, these are such rows as well.
+    (several statements on one image), or all of these. The image is encoded once. Captions alone are
+    `captions_per_image` decoder rows per image, which share its prompt too; statements, and captions beside them, are
+    one row each in encoder and decoder.
 
     Texts become what OFA trains on: captions in lower case, without punctuation; hypothesis and premise normalised and
     put in the prompt; the answer "yes", "maybe" or "no".
@@ -49,8 +47,7 @@ class MuEDataCollator:
             answer: "prev_output", the prompt of the encoder, or "none", `<s>` alone. Only the answer and `</s>` are
             trained.
 
-    A call with a list of rows, one per image, returns:
-        `dict[str, torch.Tensor]`:
+    A call with a list of rows, one per image, returns tensors by name:
         - **input_ids**, **attention_mask** [texts, text tokens], padded on the right; text t belongs to image
           t // (texts // images).
         - **pixel_values** [images, 3, height, width] or **image_features** [images, channels, rows, columns].

@@ -30,8 +30,7 @@ def load_entailment(
     label_names: Sequence[str] | None = None,
     **options: Any,
 ) -> Dataset | IterableDataset:
-    """
-    Pairs of an image, with or without a premise, and a hypothesis, one row per pair, checked.
+    """Pairs of an image, with or without a premise, and a hypothesis, one row per pair, checked.
 
     Args:
         source, split, options: see [`load_captioning`].

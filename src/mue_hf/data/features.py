@@ -71,8 +71,7 @@ def image_digest(image: Any) -> str:
 
 
 class TrunkFeatureDataset(Dataset):
-    """
-    Rows with "image_features" [channels, rows, columns] (float32) in place of "image", from [`cache_trunk_features`].
+    """Rows with "image_features" [channels, rows, columns] (float32) for "image", made by [`cache_trunk_features`].
 
     Features are memory-mapped; each worker process opens them for itself. Of an image and its mirror image one is
     drawn at each access.
@@ -139,8 +138,7 @@ def cache_trunk_features(
     dtype: torch.dtype = torch.float16,
     batch_size: int = 16,
 ) -> TrunkFeatureDataset:
-    """
-    A data set with the trunk's features in place of its images, computed where `folder` does not hold them yet.
+    """A data set with the trunk's features in place of its images, computed where `folder` does not hold them yet.
 
     Features are found again by the image's content, the trunk's weights and the image processor's settings, so that a
     folder may serve several data sets and models. They are written in shards of 256 images, each whole: an interrupted

@@ -17,11 +17,9 @@ COLORS = {
 SPLITS = ("train", "dev", "test")
 
 # Lengths are in units of which a picture has GRID, whatever its size in pixels.
-GRID = 64
+GRID, SEPARATION = 64, 3
 RADIUS = {"small": 4, "large": 7}
-SEPARATION = 3
-MOST_VISIBLE, MOST_HIDDEN = 6, 3
-PANEL_SHARE = 0.35
+MOST_VISIBLE, MOST_HIDDEN, PANEL_SHARE = 6, 3, 0.35
 # The quadrant as (column, row), 0 or 1 each.
 Panel = tuple[int, int] | None
 
@@ -49,8 +47,8 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows: `visible` objects, the `hidden` ones under the panel, the quadrant of the `panel` as
-    (column, row) of 0 or 1, None without a panel, and the colours of background and panel."""
+    """What a picture shows: `visible` objects, the `hidden` ones under the panel, the quadrant of the `panel` if there
+    is one, as (column, row) of 0 or 1, and the colours of background and panel."""
 
     visible: tuple[SceneObject, ...]
     hidden: tuple[SceneObject, ...]
@@ -103,8 +101,9 @@ def _place(rng: random.Random, others: Sequence[SceneObject], panel: Panel, hidd
 
 
 def _objects(rng: random.Random, count: int, panel: Panel, hidden: bool) -> list[SceneObject] | None:
+    """So many objects; None if one found no place."""
     objects: list[SceneObject] = []
-    for _ in range(count):
+    while len(objects) < count:
         placed = _place(rng, objects, panel, hidden)
         if placed is None:
             return None
@@ -113,16 +112,12 @@ def _objects(rng: random.Random, count: int, panel: Panel, hidden: bool) -> list
 
 
 def make_scene(index: int, seed: int = 0, split: str = "train") -> Scene:
-    """
-    The scene number `index` of a seed and split: always the same, however many are drawn.
+    """The scene number `index`, from 0, of a seed and split: always the same, however many are drawn.
 
     Args:
-        index (`int`): from 0.
-        seed (`int`, *optional*, defaults to 0): another seed, other scenes.
-        split (`str`, *optional*, defaults to `"train"`): "train", "dev" or "test"; they share no random numbers.
-
-    Raises:
-        ValueError: if the split has another name.
+        index, seed (`int`): another seed, other scenes.
+        split (`str`, *optional*, defaults to `"train"`): "train", "dev" or "test", which share no random numbers;
+            ValueError for others.
     """
     check_split(split)
     rng = seeded(seed, split, index, "scene")

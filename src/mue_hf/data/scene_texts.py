@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import permutations, product
 from typing import Any
 
-from .scene_drawing import COLORS, SHAPES, Scene, SceneObject, check_split, make_scene, seeded
+from .scene_drawing import COLORS, SHAPES, Scene, SceneObject, make_scene, seeded
 
 # Not above MOST_HIDDEN: hidden objects alone must be able to make a statement true.
 NUMBERS = {"two": 2, "three": 3}
@@ -30,8 +30,7 @@ EASIER = {"counting": "existence", "relation": "existence", "two_relations": "re
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A statement on a scene: `text`, `kind` (a key of `FORMS`), and `label` "entailment", "contradiction" or
-    "neutral"."""
+    """A `text` about a scene, its `kind` (of `FORMS`), and its `label` "entailment", "contradiction" or "neutral"."""
 
     text: str
     kind: str
@@ -45,10 +44,8 @@ def check_kinds(kinds: Sequence[str]) -> None:
 
 
 def scene_captions(scene: Scene) -> list[str]:
-    """
-    The two references of a scene: all visible objects in order, "from left small red circle large blue square" and
-    "from top ..."; at most 20 words, so that nothing of them is cut in training.
-    """
+    """The two references of a scene: all visible objects in order, "from left small red circle large blue square" and
+    "from top ..."; at most 20 words, so that nothing of them is cut in training."""
     orders = {"from left": lambda one: one.x, "from top": lambda one: one.y}
     return [
         " ".join([name, *(f"{one.size} {one.color} {one.shape}" for one in sorted(scene.visible, key=key))])
@@ -132,21 +129,15 @@ def _statement(scene: Scene, kind: str, rng: random.Random) -> Statement:
 def scene_statements(
     index: int, count: int, seed: int = 0, split: str = "train", kinds: Sequence[str] = tuple(FORMS)
 ) -> list[Statement]:
-    """
-    Statements on the scene number `index`, whose kinds are drawn evenly from `kinds`; fewer are the first of more.
+    """`count` statements on the scene of [`make_scene`], whose kinds are drawn evenly; fewer are the first of more.
 
     In place of a kind of which the scene has none, such as two relations of two objects, comes the next easier one;
     some statements of a scene may be the same.
 
     Args:
-        index, seed, split: see [`make_scene`].
-        count (`int`): how many.
-        kinds (sequence of `str`, *optional*): of "existence", "counting", "relation" and "two_relations".
-
-    Raises:
-        ValueError: if a kind or the split has another name.
+        kinds (sequence of `str`, *optional*): of "existence", "counting", "relation" and "two_relations"; ValueError
+            for others.
     """
-    check_split(split)
     check_kinds(kinds)
     scene = make_scene(index, seed, split)
     rng = seeded(seed, split, index, "statements")

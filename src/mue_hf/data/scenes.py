@@ -19,8 +19,8 @@ by at least 3 of 64 units in both directions. The kinds, by difficulty:
 * "two_relations": "a red circle is left of a blue square that is above a green cross": one blue square serves both.
   False ones name visible objects too, and fail though at least one of the two relations holds by itself.
 
-Labels are balanced: given the wording up to shapes and colours, and given whether there is a panel, half of the
-statements are yes. So the statement alone, the panel alone, or both predict the answer no better than chance.
+Labels are balanced: given the wording up to shapes and colours, and whether there is a panel, half of the statements
+are yes. So the statement alone, the panel alone, or both predict the answer no better than chance.
 """
 
 import json
@@ -47,18 +47,16 @@ from .scene_texts import FORMS, RELATIONS, Statement, check_kinds, scene_caption
 
 
 class SceneDataset(Dataset):
-    """
-    Scenes drawn on demand, as rows for [`MuEDataCollator`]. The texts do not hold for mirrored pictures.
+    """Scenes drawn on demand, as rows for [`MuEDataCollator`]. The texts do not hold for mirrored pictures.
 
     Each row holds "image" (PIL), "image_id", "references" (two captions), and lists of `statements` entries
     "hypothesis", "label" and "kind": the statements share the picture, which is then encoded once for all of them.
 
     Args:
         scenes (`int`): number of scenes, from index 0 on.
-        seed, split: see [`make_scene`].
+        seed, split, kinds: see [`make_scene`] and [`scene_statements`].
         statements (`int`, *optional*, defaults to 8): statements per scene; 0 for captions alone.
         captions (`bool`, *optional*, defaults to `True`): whether rows have "references".
-        kinds (sequence of `str`, *optional*): see [`scene_statements`].
         image_size (`int`, *optional*, defaults to 64): pixels; better a multiple of 64.
 
     Raises:
@@ -99,8 +97,8 @@ class SceneDataset(Dataset):
             row["references"] = scene_captions(scene)
         if self.statements:
             drawn = scene_statements(index, self.statements, self.seed, self.split, self.kinds)
-            row |= {"hypothesis": [one.text for one in drawn]}
-            row |= {name: [getattr(one, name) for one in drawn] for name in ("label", "kind")}
+            fields = {"hypothesis": "text", "label": "label", "kind": "kind"}
+            row |= {name: [getattr(one, field) for one in drawn] for name, field in fields.items()}
         return row
 
 
@@ -110,12 +108,10 @@ def write_scenes(
     seed: int = 0,
     *,
     statements: int = 8,
-    kinds: Sequence[str] = tuple(FORMS),
-    image_size: int = 64,
     file_format: str = "jsonl",
+    **options: Any,
 ) -> None:
-    """
-    Writes scenes as data that [`load_captioning`] and [`load_entailment`] read, whole or not at all.
+    """Writes scenes as data that [`load_captioning`] and [`load_entailment`] read, whole or not at all.
 
     "jsonl" gives images/*.png, captions.jsonl and entailment.jsonl, "parquet" captions.parquet and entailment.parquet,
     which hold the pictures. Both have a column "split"; entailment has one row per statement and a column "kind".
@@ -123,8 +119,8 @@ def write_scenes(
     Args:
         folder (`str` or `os.PathLike`): must not exist.
         scenes (`dict[str, int]`): number of scenes by split, such as `{"train": 1000, "test": 100}`.
-        seed, statements, kinds, image_size: see [`SceneDataset`].
-        file_format (`str`, *optional*, defaults to `"jsonl"`): "jsonl" or "parquet".
+        seed, statements, options: of [`SceneDataset`]; options are `kinds` and `image_size`.
+        file_format (`str`): "jsonl" or "parquet".
 
     Raises:
         ValueError: if the folder exists, or an argument is out of range.
@@ -137,8 +133,7 @@ def write_scenes(
         raise ValueError(f"`file_format` must be one of {sorted(writers)}, got {file_format!r}; choose one of them.")
     if not scenes or statements < 1:
         raise ValueError(f"`scenes` and `statements` must not be empty, got {scenes} and {statements}; ask for some.")
-    options = {"statements": statements, "kinds": kinds, "image_size": image_size}
-    splits = [SceneDataset(count, seed, split, **options) for split, count in scenes.items()]
+    splits = [SceneDataset(count, seed, split, statements=statements, **options) for split, count in scenes.items()]
     rows = (drawn[index] | {"split": drawn.split} for drawn in splits for index in range(len(drawn)))
     with whole_folder(folder) as part:
         writers[file_format](part, iter(tqdm(rows, total=sum(scenes.values()), desc="scenes", unit="scene")))

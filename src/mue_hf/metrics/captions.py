@@ -33,7 +33,7 @@ def caption_scores(
         references (sequence [images] of sequences of `str`): at least one reference per image.
         metrics (sequence of `str`): out of "bleu", "meteor" (needs Java), "rouge_l", "cider" and "spice" (needs Java
             and jars that do not come with pycocoevalcap). CIDEr is CIDEr-D, whose document frequencies are those of
-            `references`: it depends on the other images of the set, and is 0 for a set of one image.
+            `references`: it depends on the other images, and is 0 for a set of one image.
         tokenizer (`str`, defaults to "ptb"): "ptb" is the one of published scores and needs Java. "plain" takes
             lower-case runs of letters and digits, inner hyphens and apostrophes included; "pretokenized" words between
             spaces. The names of their scores end with "_plain" and "_pretokenized".

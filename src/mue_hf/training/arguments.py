@@ -22,8 +22,7 @@ def cpu_has_bf16() -> bool:
 
 @dataclass
 class MuETrainingArguments(Seq2SeqTrainingArguments):
-    r"""
-    Arguments of [`MuETrainer`]. Without any of its own options set, training follows the paper: all decoder layers
+    r"""Arguments of [`MuETrainer`]. Without any of its own options set, training follows the paper: all decoder layers
     count alike, image and text run through all encoder layers.
 
     Default that differs from `Seq2SeqTrainingArguments`: `remove_unused_columns=False`, since a collator makes the

@@ -75,14 +75,10 @@ def fill_card(
         model_name=name if results else None,
         eval_results=list(results) or None,
     )
-    presets = [
-        {
-            "name": label,
-            "options": ", ".join(f"{option}={value!r}" for option, value in preset.items() if option in CONFIG_NAMES),
-            "promise": promises[label],
-        }
-        for label, preset in exit_presets(model).items()
-    ]
+    presets = []
+    for label, preset in exit_presets(model).items():
+        options = ", ".join(f"{option}={value!r}" for option, value in preset.items() if option in CONFIG_NAMES)
+        presets.append({"name": label, "options": options, "promise": promises[label]})
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),

@@ -27,10 +27,10 @@ def check_arguments(model: Any, args: Any, reward: Any, loss: Any) -> None:
         raise ValueError(f"`model` must be a MuEForConditionalGeneration, got {type(model).__name__}.")
     if loss is not None:
         raise ValueError("`compute_loss_func` would replace the layer-wise loss; use Seq2SeqTrainer for that.")
-    if args.layer_weights is not None and len(args.layer_weights) != config.decoder_layers:
+    factors, layers = args.layer_weights, config.decoder_layers
+    if factors is not None and len(factors) != layers:
         raise ValueError(
-            f"`layer_weights` must hold one factor for each of the {config.decoder_layers} decoder layers, got "
-            f"{args.layer_weights}."
+            f"`layer_weights` must hold one factor for each of the {layers} decoder layers, got {factors}."
         )
     if args.scst_samples and reward is None:
         raise ValueError("`scst_samples` needs `reward`, got None; pass e.g. CiderDReward(training references).")

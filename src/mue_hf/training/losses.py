@@ -77,8 +77,7 @@ def layerwise_loss(
         self_distillation (`float`): weight of KL(last layer || layer), the last layer being detached.
         intermediate_token_share (`float` in (0, 1]): share of the tokens, drawn at random, on which the layers before
             the last are trained; their mean counts for all.
-        row_weights (`Tensor` [rows], *optional*): a factor per row of its cross-entropy, such as the advantage of a
-            sampled caption.
+        row_weights (`Tensor` [rows], *optional*): a factor per row of its cross-entropy, e.g. a caption's advantage.
         piece_tokens (`int`, *optional*): tokens of one layer whose logits exist at a time.
 
     Raises:
@@ -133,11 +132,9 @@ class _Plan:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Weighted sum over layers and tokens of cross-entropy and divergence, from normalised states.
-
-    Layers before the last may have fewer tokens than it: the first ones of the list. Outputs: the sum, the
-    cross-entropy of each layer [layers], and the predictions [layers, tokens], -1 where a layer has no such token.
-    """
+    """Weighted sum over layers and tokens of cross-entropy and divergence, from normalised states; also the
+    cross-entropy of each layer [layers], and the predictions [layers, tokens], -1 where a layer has no such token:
+    layers before the last may have fewer, the first ones of the list."""
 
     @staticmethod
     def forward(

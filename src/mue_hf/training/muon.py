@@ -20,8 +20,7 @@ EPS = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """
-    Muon (Jordan et al., 2024) with the learning rates of AdamW (Liu et al., 2025): the steps of timm's
+    """Muon (Jordan et al., 2024) with the learning rates of AdamW (Liu et al., 2025): the steps of timm's
     `Muon(nesterov=True)`, whose state it can load, but timm has no option for the dtype of the products.
 
     Args:
