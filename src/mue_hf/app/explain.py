@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.signals import SignalRecorder
+from ..model.criteria_mue import CRITERIA, Never, Similarity
 from ..model.exit_options_mue import ExitOptions
 from ..model.modeling_mue import MuEForConditionalGeneration
 
@@ -53,8 +54,7 @@ def record_signals(
     The cosines that decided about a caption, from reading it again with the same exits, token by token without beams.
 
     Args:
-        model ([`MuEForConditionalGeneration`]): what made the caption.
-        inputs (`dict`): of one photo.
+        model, inputs: what made the caption, and its inputs of one photo.
         tokens (sequence of `int`): the caption's new tokens.
         exits (`dict`): exit options of `generate`.
 
@@ -76,21 +76,18 @@ def record_signals(
 
 def draw_signals(signals: Mapping[str, Tensor], options: ExitOptions, num_steps: int) -> Any:
     """
-    The curves that explain the exits: a panel for each encoder stream, and one for the decoder where it decides by
-    similarity. Curves end in a dot where a stream or token exited, red lines are the thresholds.
+    The `matplotlib.figure.Figure` of the curves that explain the exits: a panel for each encoder stream, and one for
+    the decoder where it decides by similarity. Curves end in a dot where a stream or token exited, red lines are the
+    thresholds.
 
     Args:
-        signals (`dict[str, Tensor]`): see [`record_signals`].
-        options ([`ExitOptions`]): those of the run.
+        signals, options: of [`record_signals`], and of the run.
         num_steps (`int`): N of Theta(t), the greatest number of new tokens.
-
-    Returns:
-        `matplotlib.figure.Figure`
     """
     from matplotlib.figure import Figure
 
     streams = [name for name in signals if WHOLE.format(name) in signals]
-    names = [*streams, *(["decoder"] if options.exit_criterion in ("similarity", "never") else [])]
+    names = [*streams, *(["decoder"] if issubclass(CRITERIA[options.exit_criterion], Similarity | Never) else [])]
     figure = Figure(figsize=(3.6 * len(names), 3.4), layout="constrained", dpi=150)
     # Below all curves; thresholds that lie deeper are drawn there.
     bottom = min(float(values.nan_to_num(1.0).min()) for values in signals.values()) - 0.05
@@ -99,16 +96,17 @@ def draw_signals(signals: Mapping[str, Tensor], options: ExitOptions, num_steps:
         policy = options.policy(name, layers)
         if name == "decoder":
             axes.set_title("decoder, each token", fontsize=10)
-            thresholds = {
-                style: policy.at_step(step, num_steps).thresholds
-                for style, step in (("dotted", len(curves) - 1), ("solid", 0))
-            }
+            steps = {"dotted": len(curves) - 1, "solid": 0}
+            thresholds = {style: policy.at_step(step, num_steps).thresholds for style, step in steps.items()}
         else:
             axes.set_title(f"{name} stream", fontsize=10)
             axes.plot(range(1, layers + 1), signals[WHOLE.format(name)][0], ":o", color=QUIET, markersize=3)
             thresholds = {"solid": policy.thresholds}
         for curve in curves:
-            _draw_curve(axes, curve)
+            depth = int((~curve.isnan()).sum())
+            color = shade(depth, layers)
+            axes.plot(range(1, depth + 1), curve[:depth], color=color, linewidth=1.3)
+            axes.plot(depth, curve[depth - 1], "o", color=color, markersize=7, markeredgecolor="white", zorder=3)
         for style, values in thresholds.items():
             _draw_thresholds(axes, values, style, bottom)
         axes.set_xlabel("layer")
@@ -125,13 +123,6 @@ def draw_signals(signals: Mapping[str, Tensor], options: ExitOptions, num_steps:
     return figure
 
 
-def _draw_curve(axes: Any, cosines: Tensor) -> None:
-    depth, layers = int((~cosines.isnan()).sum()), len(cosines)
-    color = shade(depth, layers)
-    axes.plot(range(1, depth + 1), cosines[:depth], color=color, linewidth=1.3)
-    axes.plot(depth, cosines[depth - 1], "o", color=color, markersize=7, markeredgecolor="white", zorder=3)
-
-
 def _draw_thresholds(axes: Any, thresholds: Sequence[float | None], style: str, bottom: float) -> None:
     # The last layer's decides nothing, and no cosine is above 1.
     for layer, value in enumerate(thresholds[:-1], 1):
@@ -140,4 +131,4 @@ def _draw_thresholds(axes: Any, thresholds: Sequence[float | None], style: str, 
             axes.hlines(max(value, bottom), *ends, color=THRESHOLD, linestyle=style, linewidth=2, clip_on=False)
 
 
-__all__ = ["depth_map", "draw_signals", "record_signals", "shade"]
+__all__ = ["depth_map", "draw_signals", "record_signals"]

@@ -1,6 +1,7 @@
 """The page of `mue-hf app`: captions a photo, or judges a statement about it, and shows where and why layers stop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,17 +62,12 @@ def find_photos(folder: str | Path | None) -> list[Path]:
 def build_page(
     model: MuEForConditionalGeneration, processor: MuEProcessor, photos: Sequence[str | Path] = (), repeats: int = 3
 ) -> Any:
-    """
-    The page, to be shown by [`serve`].
+    """The page, a `gradio.Blocks` to be shown by [`serve`].
 
     Args:
-        model ([`MuEForConditionalGeneration`]): on its device, in evaluation mode.
-        processor ([`MuEProcessor`]): that of the model.
+        model, processor: the model on its device, in evaluation mode.
         photos (sequence of paths, *optional*): some to pick from.
         repeats (`int`, *optional*, defaults to 3): timed runs of each way.
-
-    Returns:
-        `gradio.Blocks`
 
     Raises:
         ImportError: without the extra `app`.
@@ -85,9 +81,8 @@ def build_page(
         tab = gr.State("caption")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                photo = gr.Image(
-                    label="Photo", type="pil", image_mode=None, sources=["upload", "clipboard"], height=280
-                )
+                sources = ["upload", "clipboard"]
+                photo = gr.Image(label="Photo", type="pil", image_mode=None, sources=sources, height=280)
                 if photos:
                     gr.Examples([[str(path)] for path in photos], photo, label="or pick one", elem_id="photos")
                 preset, sliders = _exit_inputs(model)
@@ -96,10 +91,10 @@ def build_page(
                     captioned = _caption_outputs()
                 with gr.Tab("Entailment") as entailment_tab:
                     hypothesis, judged = _entailment_outputs()
-        private = {"api_visibility": "private"}
+        places, private = list(sliders.values()), {"api_visibility": "private"}
         work = {
             "fn": _Worker(model, processor, repeats, list(sliders), captioned, judged).refresh,
-            "inputs": [tab, photo, hypothesis, preset, *sliders.values()],
+            "inputs": [tab, photo, hypothesis, preset, *places],
             "outputs": [*captioned, *judged],
             # Of the events that wait while one is worked on, the last one counts.
             "trigger_mode": "always_last",
@@ -108,8 +103,7 @@ def build_page(
             "show_progress": "minimal",
             **private,
         }
-        gr.on([photo.change, hypothesis.submit, *(slider.input for slider in sliders.values())], **work)
-        places = list(sliders.values())
+        gr.on([photo.change, hypothesis.submit, *(slider.input for slider in places)], **work)
         preset.input(lambda name: list(slider_values(model, name).values()), preset, places, **private).then(**work)
         for name, selected in (("caption", caption_tab), ("entailment", entailment_tab)):
             selected.select(partial(str, name), None, tab, **private).then(**work)
@@ -132,7 +126,6 @@ def _exit_inputs(model: MuEForConditionalGeneration) -> tuple[Any, dict[str, Any
 
 
 def _caption_outputs() -> list[Any]:
-    """What shows [`_Worker.caption`]."""
     import gradio as gr
 
     with gr.Row():
@@ -148,7 +141,7 @@ def _caption_outputs() -> list[Any]:
 
 
 def _entailment_outputs() -> tuple[Any, list[Any]]:
-    """The statement, and what shows [`_Worker.judge`]."""
+    """The statement, and the outputs."""
     import gradio as gr
 
     placeholder = "a cat is looking up"
@@ -158,26 +151,17 @@ def _entailment_outputs() -> tuple[Any, list[Any]]:
     return hypothesis, [*labels, gr.HTML(elem_id="answer_figures"), gr.HTML(elem_id="answer_depths")]
 
 
+@dataclass
 class _Worker:
-    """What is done when something on the page changes.
+    """What is done when something on the page changes: arguments of [`build_page`], what the sliders move, and the
+    outputs of both tabs."""
 
-    Args:
-        model, processor, repeats: arguments of [`build_page`].
-        options (sequence of `str`): what the sliders move.
-        captioned, judged: what shows the values of `caption` and `judge`.
-    """
-
-    def __init__(
-        self,
-        model: MuEForConditionalGeneration,
-        processor: MuEProcessor,
-        repeats: int,
-        options: Sequence[str],
-        captioned: list[Any],
-        judged: list[Any],
-    ) -> None:
-        self.model, self.processor, self.repeats, self.options = model, processor, repeats, options
-        self.captioned, self.judged = captioned, judged
+    model: MuEForConditionalGeneration
+    processor: MuEProcessor
+    repeats: int
+    options: list[str]
+    captioned: list[Any]
+    judged: list[Any]
 
     def refresh(self, tab: str, photo: Any, hypothesis: str, preset: str, *values: float) -> Any:
         """New values by component, or a sign that there is nothing to do."""
@@ -187,28 +171,25 @@ class _Worker:
             return gr.skip()
         try:
             exits = exit_choice(self.model, preset, dict(zip(self.options, values, strict=True)))
-            picture = load_image(photo)
             if tab == "entailment":
-                return dict(zip(self.judged, self.judge(picture, hypothesis, exits), strict=True))
-            return dict(zip(self.captioned, self.caption(picture, exits), strict=True))
+                outputs, shown = self.judged, self.judge(load_image(photo), hypothesis, exits)
+            else:
+                outputs, shown = self.captioned, self.caption(load_image(photo), exits)
         except (OSError, ValueError) as error:
             raise gr.Error(str(error)) from error
+        return dict(zip(outputs, shown, strict=True))
 
     def caption(self, photo: Any, exits: dict[str, Any]) -> list[Any]:
         record, figure = caption_photo(self.model, self.processor, photo, exits, self.repeats)
         tokens = [(token["text"].strip(), token["layers"]) for token in record["tokens"]]
-        captions = [record["caption"], record["full_depth_caption"]]
-        return [*captions, *self._html(record, exits, tokens), figure]
+        return [record["caption"], record["full_depth_caption"], *self._html(record, exits, tokens), figure]
 
     def judge(self, photo: Any, hypothesis: str, exits: dict[str, Any]) -> list[Any]:
         record = judge_statement(self.model, self.processor, photo, hypothesis, exits, self.repeats)
         answers = [("answer", depth) for depth in record["answer_exit_layers"]]
-        probabilities = [record["probabilities"], record["full_depth_probabilities"]]
-        return [*probabilities, *self._html(record, exits, answers)]
+        return [record["probabilities"], record["full_depth_probabilities"], *self._html(record, exits, answers)]
 
-    def _html(
-        self, record: Mapping[str, Any], exits: Mapping[str, Any], decoded: Sequence[tuple[str, int]]
-    ) -> tuple[str, str]:
+    def _html(self, record: dict[str, Any], exits: dict[str, Any], decoded: list[tuple[str, int]]) -> tuple[str, str]:
         """The figures, and the map of depths: the encoder's streams and what was decoded."""
         config = self.model.config
         columns = [(name, record[f"{name}_exit_layers"], config.encoder_layers) for name in ("image", "text")]
@@ -217,12 +198,7 @@ class _Worker:
 
 
 def serve(page: Any, **options: Any) -> Any:
-    """
-    Shows a page until it is interrupted.
-
-    Args:
-        page (`gradio.Blocks`): of [`build_page`].
-        options: of `gradio.Blocks.launch`, such as `server_name`, `server_port`, `share`.
+    """Shows a page of [`build_page`], with options of `gradio.Blocks.launch`, until it is interrupted.
 
     Raises:
         OSError: if the port is taken.

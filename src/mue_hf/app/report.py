@@ -36,15 +36,12 @@ def shorten(text: str, font: Font, width: float) -> str:
 
 
 def draw_report(image: Image.Image, record: dict[str, Any]) -> Image.Image:
-    """The picture of one caption.
+    """The picture of one caption: photo, both captions, what was skipped, and a bar of layers for each stream and
+    token, filled where they ran.
 
     Args:
         image (`PIL.Image.Image`): the photo, in RGB.
         record (`dict`): what `mue-hf caption --json` prints for it.
-
-    Returns:
-        `PIL.Image.Image`: photo, both captions, what was skipped, and a bar of layers for the image stream, the text
-        stream and each token. Layers that ran are filled.
     """
     large, normal, small = (ImageFont.load_default(size) for size in (24, 16, 13))
     photo = image.copy()

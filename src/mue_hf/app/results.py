@@ -54,25 +54,20 @@ def judge_statement(
     inputs = processor(images=photo, task="entailment", hypothesis=hypothesis).to(model.device, model.dtype)
     answers = list(processor.entailment_answers.values())
     ids = processor.encode_answers(answers)
-    ways = {
-        way: partial(run_task, model, inputs, options, ids)
-        for way, options in {"exits": exits, "full": {"exit_criterion": "never"}}.items()
-    }
+    ways = {"": exits, "full_depth_": {"exit_criterion": "never"}}
+    calls = {way: partial(run_task, model, inputs, options, ids) for way, options in ways.items()}
     with torch.no_grad():
-        outputs, seconds = compare(ways, repeats, model.device)
-    probabilities = {
-        way: dict(zip(answers, output.scores[0].exp().tolist(), strict=True)) for way, output in outputs.items()
-    }
-    (depths,) = read_depths(outputs["exits"])
+        outputs, seconds = compare(calls, repeats, model.device)
+    facts = {f"{way}seconds": seconds[way] for way in ways}
+    for way, output in outputs.items():
+        facts[f"{way}probabilities"] = dict(zip(answers, output.scores[0].exp().tolist(), strict=True))
+    (depths,) = read_depths(outputs[""])
     return {
+        **facts,
         "image_exit_layers": depths.image_exit_layers,
         "text_exit_layers": depths.text_exit_layers,
-        "probabilities": probabilities["exits"],
-        "full_depth_probabilities": probabilities["full"],
         "answer_exit_layers": list(depths.decoder_exit_layers),
         "layers_skipped": layers_skipped(model.config, depths),
-        "seconds": seconds["exits"],
-        "full_depth_seconds": seconds["full"],
     }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from ..model.criteria_mue import THRESHOLD_OPTIONS
+from ..model.criteria_mue import THRESHOLD_OPTIONS, Similarity
 from ..model.exit_options_mue import SHIPPED_PRESETS, ExitOptions, resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
 
@@ -60,7 +60,7 @@ def exit_choice(model: MuEForConditionalGeneration, preset: str, values: Mapping
     if preset != FULL_DEPTH:
         return {"exit_preset": preset} | moved
     # All sliders, so that no option saved with the checkpoint takes part.
-    return {"exit_criterion": "similarity"} | shown | moved if moved else {"exit_criterion": "never"}
+    return {"exit_criterion": Similarity.name} | shown | moved if moved else {"exit_criterion": "never"}
 
 
 __all__ = ["FULL_DEPTH", "SLIDERS", "exit_choice", "preset_names", "slider_values"]

@@ -8,10 +8,9 @@ from ..inference.sources import Source
 from .bulk import run_bulk
 from .options import add_bulk_arguments, add_exit_arguments, add_model_arguments, at_least
 
-# The first that a table has.
-HYPOTHESIS_COLUMNS = ("hypothesis", "sentence2")
-PREMISE_COLUMNS = ("premise", "sentence1")
-QUESTION_COLUMNS = ("question", "text")
+# Text -> its columns, of which the first that a table has is taken.
+TEXT_COLUMNS = {"hypothesis": ("hypothesis", "sentence2"), "premise": ("premise", "sentence1")}
+TEXT_COLUMNS |= {"question": ("question", "text")}
 EXAMPLE = """example:
   mue-hf answer pairs.jsonl --answers yes,no,maybe --out answers.jsonl --columns scores
   mue-hf answer questions.csv --task vqa --answers cat,dog,neither
@@ -38,15 +37,10 @@ def answer_list(text: str) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what `mue-hf answer` takes."""
     parser.epilog = EXAMPLE
-    parser.add_argument(
-        "tables", nargs="+", metavar="TABLE", help=".jsonl, .csv or .parquet file, or a data set of the Hub"
-    )
-    parser.add_argument(
-        "--answers",
-        type=answer_list,
-        metavar="A,B",
-        help="answers to choose from, or @FILE with one per line (default for entailment: yes,no,maybe)",
-    )
+    tables = ".jsonl, .csv or .parquet file, or a data set of the Hub"
+    parser.add_argument("tables", nargs="+", metavar="TABLE", help=tables)
+    answers = "answers to choose from, or @FILE with one per line (default for entailment: yes,no,maybe)"
+    parser.add_argument("--answers", type=answer_list, metavar="A,B", help=answers)
     parser.add_argument("--task", choices=TASKS[1:], help="default: entailment where the table has a hypothesis")
     add_model_arguments(parser)
     parser.add_argument("--batch-size", type=at_least(1), default=16, metavar="N", help="rows per call (default: 16)")
@@ -54,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("rows")
     output.add_argument("--out", metavar="FILE", help=".jsonl or .parquet file for the answers (default: stdout)")
     output.add_argument("--json", action="store_true", help="with --out: one JSON object for the whole run on stdout")
-    for name in ("hypothesis", "premise", "question"):
+    for name in TEXT_COLUMNS:
         output.add_argument(f"--{name}-column", metavar="NAME", help=f"of the {name}")
     add_bulk_arguments(output, ANSWER_COLUMNS)
 
@@ -63,11 +57,11 @@ def text_columns(args: argparse.Namespace, source: Source) -> tuple[str, dict[st
     """The task, and which column is which text.
 
     Raises:
-        `ValueError`: if the table has neither a hypothesis nor a question, or both and no task was named.
+        ValueError: if the table has neither a hypothesis nor a question, or both and no task was named.
     """
-    hypothesis = source.column("hypothesis_column", args.hypothesis_column, HYPOTHESIS_COLUMNS)
-    premise = source.column("premise_column", args.premise_column, PREMISE_COLUMNS)
-    question = source.column("question_column", args.question_column, QUESTION_COLUMNS)
+    hypothesis, premise, question = (
+        source.column(f"{name}_column", getattr(args, f"{name}_column"), usual) for name, usual in TEXT_COLUMNS.items()
+    )
     if args.task is None and hypothesis is not None and question is not None:
         raise ValueError(f"`--task` must be given, got a hypothesis and a question in {source.columns}; pass one.")
     task = args.task or ("entailment" if question is None else "vqa")
@@ -82,11 +76,7 @@ def text_columns(args: argparse.Namespace, source: Source) -> tuple[str, dict[st
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers the rows.
-
-    Returns:
-        `int`: 0, or 1 if some rows could not be used.
-    """
+    """Answers the rows; 1 if some could not be used."""
     source = Source(args.tables, args.split, args.image_root)
     task, texts = text_columns(args, source)
     args.keep = list(dict.fromkeys([*texts.values(), *args.keep]))

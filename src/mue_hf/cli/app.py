@@ -26,11 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves the page.
-
-    Returns:
-        `int`: 0, once it is interrupted.
-    """
+    """Serves the page until it is interrupted."""
     require_extra()
     photos = find_photos(args.photos)
     page = build_page(*load_model(args), photos, args.repeats)

@@ -9,11 +9,10 @@ from functools import partial
 from hashlib import sha256
 from typing import Any
 
-from ..inference.bulk import COLUMNS, bulk_rows, bulk_settings, bulk_to_file
+from ..inference.bulk import COLUMNS, bulk_rows, bulk_to_file
 from ..inference.journal import Journal
 from ..inference.sources import Row, Source, printable
-from ..model.modeling_mue import MuEForConditionalGeneration
-from ..model.processing_mue import MuEProcessor
+from ..model.generation_mue import weights_fingerprint
 from .options import decoding_options, exit_options, load_model
 
 BULK_BATCH = 16
@@ -22,13 +21,8 @@ BULK_BATCH = 16
 def run_bulk(
     args: argparse.Namespace, source: Source, task: str, answers: Sequence[str] | None = None, **columns: Any
 ) -> int:
-    """Writes the results of a source's rows to `--out`, with a bar and a summary, or as JSON lines to stdout.
-
-    `task` and `answers` are arguments of [`bulk_rows`], `columns` those of [`Source.rows`] that `args` lacks.
-
-    Returns:
-        `int`: 0, or 1 if some rows could not be used.
-    """
+    """Writes the results of a source's rows to `--out`, with a bar and a summary, or as JSON lines to stdout; 1 if
+    some rows could not be used. `columns` are arguments of [`Source.rows`] that `args` lacks."""
     own = {"row", "image", "error", "caption" if task == "captioning" else "answer", *COLUMNS}
     if taken := [name for name in args.keep if name in own]:
         raise ValueError(f"`--keep` must not name columns that results have of their own, got {taken}; rename them.")
@@ -38,8 +32,15 @@ def run_bulk(
     options = exit_options(args, model) | decoding_options(args)
     work = {"task": task, "answers": answers, "options": options, "columns": args.columns}
     batch_size = args.batch_size or BULK_BATCH
-    sizes = {"batch_size": batch_size, "workers": args.workers}
-    process = partial(_process, args, source, columns, model, processor, work | sizes)
+    sized = work | {"batch_size": batch_size, "workers": args.workers}
+    if args.ray is None:
+
+        def process(rows: Iterator[Row], totals: Counter) -> Iterator[dict[str, Any]]:
+            return bulk_rows(model, processor, rows, **sized, totals=totals)
+    else:
+        # What the model refuses is refused here, not by an actor.
+        bulk_rows(model, processor, (), **work, workers=0)
+        process = _on_ray(args, source, columns, sized)
     if args.out is None:
         totals: Counter = Counter()
         for record in process(rows, totals):
@@ -51,35 +52,29 @@ def run_bulk(
     saved = [model.generation_config.to_dict(), processor.image_processor.to_dict()]
     read = {"sources": source.names, "image_root": args.image_root, "split": args.split, **columns}
     checkpoint = sha256(json.dumps(saved, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    settings = bulk_settings(model, **work, **read, checkpoint=checkpoint)
+    weights = {"weights": weights_fingerprint(model), "dtype": str(model.dtype)}
+    settings = {**work, **read, **weights, "checkpoint": checkpoint}
     with Journal(args.out, settings, COLUMNS | {"row": "int"}, args.overwrite) as journal:
         summary = bulk_to_file(journal, rows, process, total=source.total, batch_size=batch_size)
     print(json.dumps(summary) if args.json else _describe(summary))
     return 1 if summary["bad"] else 0
 
 
-def _process(
-    args: argparse.Namespace,
-    source: Source,
-    columns: Mapping[str, Any],
-    model: MuEForConditionalGeneration,
-    processor: MuEProcessor,
-    work: Mapping[str, Any],
-    rows: Iterator[Row],
-    totals: Counter,
-) -> Iterator[dict[str, Any]]:
-    """Turns rows into results, see [`bulk_to_file`]."""
-    if args.ray is None:
-        return bulk_rows(model, processor, rows, **work, totals=totals)
+def _on_ray(args: argparse.Namespace, source: Source, columns: dict[str, Any], work: dict[str, Any]) -> Any:
+    """What turns rows into results, as [`bulk_to_file`] asks for it."""
     # An extra, and slow to import.
     from ..inference.bulk_ray import ray_rows
 
-    # What the model refuses is refused here, not by an actor.
-    bulk_rows(model, processor, (), **{**work, "workers": 0})
-    opened = {"names": source.names, "split": args.split, "image_root": args.image_root}
-    checkpoint = {"name": args.model, "device": args.device, "dtype": args.dtype, "threads": args.threads}
-    ray = {"address": args.ray, "actors": args.actors, "source": opened, "row_arguments": columns}
-    return ray_rows(checkpoint, rows, totals, **ray, total=source.total, work=work)
+    return partial(
+        ray_rows,
+        {"name": args.model, "device": args.device, "dtype": args.dtype, "threads": args.threads},
+        address=args.ray,
+        actors=args.actors,
+        source={"names": source.names, "split": args.split, "image_root": args.image_root},
+        row_arguments=columns,
+        total=source.total,
+        work=work,
+    )
 
 
 def _describe(summary: Mapping[str, Any]) -> str:

@@ -48,27 +48,22 @@ exit code: 0 done; 1 done, but some images could not be used; 2 bad input; 130 i
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what `mue-hf caption` takes."""
     parser.epilog = EXAMPLE
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="image file or URL; with --out also a folder, a list (.txt, one image per line), a table (.jsonl, .csv, "
-        ".parquet) or a data set of the Hub",
+    images = (
+        "image file or URL; with --out also a folder, a list (.txt, one image per line), a table (.jsonl, .csv, "
+        ".parquet) or a data set of the Hub"
     )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=images)
     add_model_arguments(parser)
-    parser.add_argument(
-        "--batch-size", type=at_least(1), metavar="N", help="images per call (default: 1; with --out 16)"
-    )
+    size = "images per call (default: 1; with --out 16)"
+    parser.add_argument("--batch-size", type=at_least(1), metavar="N", help=size)
     add_decoding_arguments(parser)
     parser.add_argument("--repeats", type=at_least(1), default=5, metavar="N", help="timed runs each (default: 5)")
     add_exit_arguments(parser, " of generate, exits or not")
     output = parser.add_argument_group("output")
-    output.add_argument(
-        "--json", action="store_true", help="one JSON object per image on stdout, or with --out one for the whole run"
-    )
-    output.add_argument(
-        "--png", type=Path, default=Path("mue-captions"), metavar="DIR", help="folder of the pictures (mue-captions)"
-    )
+    record = "one JSON object per image on stdout, or with --out one for the whole run"
+    output.add_argument("--json", action="store_true", help=record)
+    folder: dict[str, Any] = {"type": Path, "default": Path("mue-captions"), "metavar": "DIR"}
+    output.add_argument("--png", **folder, help="folder of the pictures (mue-captions)")
     output.add_argument("--no-png", dest="png", action="store_const", const=None, help="draw no pictures")
     bulk = parser.add_argument_group("any number of images")
     bulk.add_argument("--out", metavar="FILE", help=".jsonl or .parquet file for the captions")
@@ -76,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_images(paths: list[str], failed: list[str]) -> Iterator[tuple[str, Image.Image]]:
-    """The readable ones; the others are reported on stderr and added to `failed`."""
+    """The images that can be read; the others are reported on stderr and added to `failed`."""
     for path in paths:
         try:
             yield path, load_image(path)
@@ -119,18 +114,14 @@ def png_path(folder: Path, image: str, taken: set[Path]) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Captions the images.
-
-    Returns:
-        `int`: 0, or 1 if an image could not be read and the others are done.
-    """
+    """Captions the images; 1 if some could not be used."""
     if args.out is None:
         return run_report(args)
     return run_bulk(args, Source(args.images, args.split, args.image_root), "captioning")
 
 
 def run_report(args: argparse.Namespace) -> int:
-    """Captions a few images both ways and shows what the exits skipped; exit codes as of `run`."""
+    """Captions a few images both ways and shows what the exits skipped; 1 if some could not be read."""
     for name in ("columns", "image_column", "image_root", "keep", "overwrite", "ray"):
         if getattr(args, name):
             raise ValueError(f"`--out` must be given with `--{name.replace('_', '-')}`, got none; pass a file name.")

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..inference.loading import DEFAULT_PRESET, SMALL_CHECKPOINT, load_checkpoint
@@ -100,26 +100,18 @@ def add_decoding_arguments(parser: Any) -> None:
 
 def add_bulk_arguments(group: Any, known: Sequence[str]) -> None:
     """Where rows of bulk work come from and go to, besides the sources and --out."""
+    listed: dict[str, Any] = {"type": names, "default": [], "metavar": "A,B"}
+    workers = "processes that decode images (default: 1)"
+    root = "of relative paths in a list or table (default: its own folder)"
+    ray = "work in actors on a Ray cluster, or without an address on a local one (needs the extra ray)"
     group.add_argument("--overwrite", action="store_true", help="start anew where the file, or a part of it, exists")
-    group.add_argument(
-        "--workers", type=at_least(0), default=1, metavar="N", help="processes that decode images (default: 1)"
-    )
-    group.add_argument(
-        "--columns", type=names, default=[], metavar="A,B", help=f"further columns, of {', '.join(known)}"
-    )
-    group.add_argument("--keep", type=names, default=[], metavar="A,B", help="columns of a table to keep")
+    group.add_argument("--workers", type=at_least(0), default=1, metavar="N", help=workers)
+    group.add_argument("--columns", **listed, help=f"further columns, of {', '.join(known)}")
+    group.add_argument("--keep", **listed, help="columns of a table to keep")
     group.add_argument("--image-column", metavar="NAME", help="of a table (default: image, file_name, path, ...)")
-    group.add_argument(
-        "--image-root", metavar="DIR", help="of relative paths in a list or table (default: its own folder)"
-    )
+    group.add_argument("--image-root", metavar="DIR", help=root)
     group.add_argument("--split", default="train", help="of a data set of the Hub (default: train)")
-    group.add_argument(
-        "--ray",
-        nargs="?",
-        const="local",
-        metavar="ADDRESS",
-        help="work in actors on a Ray cluster, or without an address on a local one (needs the extra ray)",
-    )
+    group.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help=ray)
     group.add_argument("--actors", type=at_least(1), default=1, metavar="N", help="with --ray: models (default: 1)")
 
 
@@ -149,9 +141,9 @@ def exit_options(args: argparse.Namespace, model: MuEForConditionalGeneration) -
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `generate` besides exits that the arguments ask for."""
-    options: Mapping[str, Any] = {name: getattr(args, name, None) for name in ("num_beams", "max_new_tokens")}
-    given = {name: value for name, value in options.items() if value is not None}
-    return {name: value for name, value in args.generate if name not in CONFIG_NAMES} | given
+    given = {name: getattr(args, name, None) for name in ("num_beams", "max_new_tokens")}
+    options = {name: value for name, value in args.generate if name not in CONFIG_NAMES}
+    return options | {name: value for name, value in given.items() if value is not None}
 
 
 __all__ = [

@@ -6,6 +6,7 @@ Images are decoded in worker processes while the model runs. A row that cannot b
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..model.generation_mue import weights_fingerprint
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 from .decoders import Decoders
@@ -61,22 +61,20 @@ def bulk_rows(
     """
     Captions, or answers, for a stream of rows.
 
-    Rows come out in the order they went in, one for each, whatever `batch_size` and `workers` are; what they say
-    depends on those no more than the model's own arithmetic does (exact in float64; in float32 a product of another
-    size may differ in its last bits). At most a few batches of rows are in memory.
+    Rows come out in the order they went in, one for each; what they say depends on `batch_size` and `workers` no more
+    than the model's own arithmetic does (in float32 a product of another size may differ in its last bits). At most a
+    few batches of rows are in memory.
 
     Args:
-        model ([`MuEForConditionalGeneration`]): on its device, in its dtype; put into evaluation mode for the time.
-        processor ([`MuEProcessor`]): that of the model.
+        model, processor: on the model's device, in its dtype; put into evaluation mode for the time.
         rows (iterable of [`Row`]): see [`Source`].
         task (`str`, *optional*, defaults to `"captioning"`): or "entailment", whose rows have the texts "hypothesis"
             and maybe "premise", or "vqa", whose rows have a question as "text".
         answers (sequence of `str`, *optional*): those to choose from; "yes", "no" and "maybe" for entailment.
         options (`dict`, *optional*): of `generate`, exits included; for answers exit options alone.
-        columns (sequence of `str`, *optional*): further columns: "image_exit_layers", "text_exit_layers",
-            "decoder_exit_layers" (a list), "layers_skipped" (the paper's share), "flops_skipped" (captions),
-            "scores" (answers: log-probabilities in the order of `answers`), "seconds" (of the batch's model run,
-            divided by its rows), "batch_size".
+        columns (sequence of `str`, *optional*): further columns, of `COLUMNS`: "layers_skipped" is the paper's share,
+            "scores" are log-probabilities in the order of `answers`, "seconds" those of the batch's model run, divided
+            by its rows.
         batch_size (`int`, *optional*, defaults to 16): rows of one shape of pixels that run together.
         workers (`int`, *optional*, defaults to 1): processes that decode images; 0 decodes in this one. A script that
             asks for some needs `if __name__ == "__main__":`.
@@ -103,73 +101,42 @@ def bulk_rows(
 def _results(
     work: "_Work", rows: Iterable[Row], decoders: Decoders, batch_size: int, totals: Counter
 ) -> Iterator[dict[str, Any]]:
-    """Results in the order of the rows."""
-    queue = _Queue(partial(work.guarded, totals=totals), batch_size)
-
-    def ready() -> Iterator[dict[str, Any]]:
-        for record in queue.ready():
+    with closing(decoders), evaluating(work.model):
+        decoded = decoders.decoded(map(work.checked, rows), batch_size)
+        for record in _in_order(work, decoded, batch_size, totals):
             totals.update(rows=1, bad=record["error"] is not None)
             yield record
 
-    try:
-        with evaluating(work.model):
-            for row, pixels in decoders.decoded(map(work.checked, rows), batch_size):
-                if isinstance(pixels, str):
-                    queue.add_done(work.record(row, None, pixels))
-                else:
-                    queue.add(row, pixels)
-                yield from ready()
-            queue.finish()
-            yield from ready()
-    finally:
-        decoders.close()
 
+def _in_order(
+    work: "_Work", decoded: Iterable[tuple[Row, np.ndarray | str]], batch_size: int, totals: Counter
+) -> Iterator[dict[str, Any]]:
+    """Rows of one shape of pixels wait for each other, and results for those of the rows before them."""
+    groups: dict[tuple[int, ...], dict[int, tuple[Row, np.ndarray]]] = {}
+    done: dict[int, dict[str, Any]] = {}
+    given = 0
 
-class _Queue:
-    """Lets rows of one shape of pixels wait for each other, and results for those of the rows before them.
+    def run(shape: tuple[int, ...]) -> None:
+        group = groups.pop(shape)
+        done.update(zip(group, work.guarded(list(group.values()), totals), strict=True))
 
-    Args:
-        run (`Callable`): a list of (row, pixels) to the list of their results.
-        batch_size (`int`): rows that run together.
-    """
-
-    def __init__(self, run: Callable[[list], list], batch_size: int) -> None:
-        self.run, self.batch_size = run, batch_size
-        self.groups: dict[tuple[int, ...], list[tuple[int, tuple[Row, np.ndarray]]]] = {}
-        self.done: dict[int, Any] = {}
-        self.added = self.given = 0
-
-    def add(self, row: Row, pixels: np.ndarray) -> None:
-        """A row that is to be run."""
-        group = self.groups.setdefault(pixels.shape, [])
-        group.append((self.added, (row, pixels)))
-        self.added += 1
-        if len(group) == self.batch_size:
-            self._run(pixels.shape)
-
-    def add_done(self, result: Any) -> None:
-        """The result of a row that cannot be run."""
-        self.done[self.added] = result
-        self.added += 1
-
-    def ready(self) -> Iterator[Any]:
-        """The results that wait for no other."""
+    for position, (row, pixels) in enumerate(decoded):
+        if isinstance(pixels, str):
+            done[position] = work.record(row, None, pixels)
+        else:
+            group = groups.setdefault(pixels.shape, {})
+            group[position] = row, pixels
+            if len(group) == batch_size:
+                run(pixels.shape)
         # The first group has waited longest; the others wait for it.
-        if self.groups and self.added - self.given > WAITING * self.batch_size:
-            self._run(next(iter(self.groups)))
-        while self.given in self.done:
-            result = self.done.pop(self.given)
-            self.given += 1
-            yield result
-
-    def finish(self) -> None:
-        """Runs what is waiting."""
-        while self.groups:
-            self._run(next(iter(self.groups)))
-
-    def _run(self, shape: tuple[int, ...]) -> None:
-        positions, batch = zip(*self.groups.pop(shape), strict=True)
-        self.done.update(zip(positions, self.run(list(batch)), strict=True))
+        if groups and position + 1 - given > WAITING * batch_size:
+            run(next(iter(groups)))
+        while given in done:
+            yield done.pop(given)
+            given += 1
+    for shape in list(groups):
+        run(shape)
+    yield from (done[position] for position in sorted(done))
 
 
 class _Work:
@@ -256,21 +223,13 @@ class _Work:
                 ran, full = 1 - facts["layers_skipped"], 1.0
                 facts["scores"] = output.scores[index].tolist()
             totals.update(ran=ran, full=full)
-            records.append(self.record(row, results[index], None, facts))
+            records.append(self.record(row, results[index], None, **facts))
         return records
 
-    def record(
-        self, row: Row, result: str | None, error: str | None, facts: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def record(self, row: Row, result: str | None, error: str | None, **facts: Any) -> dict[str, Any]:
         """What comes out for a row."""
-        asked = {name: (facts or {}).get(name) for name in self.columns}
+        asked = {name: facts.get(name) for name in self.columns}
         return {"row": row.number, "image": row.name, **row.fields, self.result: result, "error": error, **asked}
-
-
-def bulk_settings(model: MuEForConditionalGeneration, **settings: Any) -> dict[str, Any]:
-    """All that the rows of a run depend on, for a [`Journal`] to compare: arguments of [`bulk_rows`] and what else
-    decides, and the model by its weights and dtype."""
-    return {**settings, "weights": weights_fingerprint(model), "dtype": str(model.dtype)}
 
 
 def bulk_to_file(
@@ -291,8 +250,7 @@ def bulk_to_file(
         process (`Callable`): (rows, totals) to results, as [`bulk_rows`] makes them.
         total (`int`, *optional*): number of rows, for the bar.
         batch_size (`int`, *optional*, defaults to 16): results that are written at once.
-        progress (`bool`, *optional*, defaults to `True`): whether a bar with rows per second and the share of compute
-            that exits saved is shown.
+        progress (`bool`, *optional*, defaults to `True`): whether a bar is shown.
 
     Returns:
         `dict`: "out", "rows" and "bad" of the whole file; of this run "new_rows", "seconds", "rows_per_second" and the
@@ -312,30 +270,22 @@ def bulk_to_file(
         with tqdm(total=total, initial=journal.counts["rows"], unit=" images", disable=not progress) as bar:
             for written in batches(results, batch_size):
                 journal.append(written)
-                skipped = _skipped(totals)
+                skipped = _run_facts(totals, start, counted)[f"{counted}_skipped"]
                 shown = {f"{counted} skipped": "-" if skipped is None else f"{skipped:.0%}"}
                 bar.set_postfix(shown | {"bad": journal.counts["bad"]}, refresh=False)
                 bar.update(len(written))
         if not journal.counts["rows"]:
             raise ValueError("`source` must have rows, got none; check it.")
-        journal.finish({"run": _speed(totals, start, counted)})
-    return {"out": str(journal.out), **journal.counts, **_speed(totals, start, counted)}
+        journal.finish({"run": _run_facts(totals, start, counted)})
+    return {"out": str(journal.out), **journal.counts, **_run_facts(totals, start, counted)}
 
 
-def _skipped(totals: Counter) -> float | None:
-    return 1 - totals["ran"] / totals["full"] if totals["full"] else None
+def _run_facts(totals: Counter, start: float, counted: str) -> dict[str, Any]:
+    seconds = time.perf_counter() - start
+    skipped = 1 - totals["ran"] / totals["full"] if totals["full"] else None
+    speed = {"new_rows": totals["rows"], "seconds": seconds, "rows_per_second": totals["rows"] / seconds}
+    # "compute_skipped" is its name in 0.1, whatever was counted
+    return {**speed, f"{counted}_skipped": skipped, "compute_skipped": skipped}
 
 
-def _speed(totals: Counter, start: float, counted: str) -> dict[str, Any]:
-    seconds, skipped = time.perf_counter() - start, _skipped(totals)
-    return {
-        "new_rows": totals["rows"],
-        "seconds": seconds,
-        "rows_per_second": totals["rows"] / seconds,
-        f"{counted}_skipped": skipped,
-        # its name in 0.1, whatever was counted
-        "compute_skipped": skipped,
-    }
-
-
-__all__ = ["ANSWER_COLUMNS", "CAPTION_COLUMNS", "COLUMNS", "TASKS", "bulk_rows", "bulk_settings", "bulk_to_file"]
+__all__ = ["ANSWER_COLUMNS", "CAPTION_COLUMNS", "COLUMNS", "TASKS", "bulk_rows", "bulk_to_file"]

@@ -16,11 +16,10 @@ from .timing import compare
 
 
 class Captioner:
-    """
-    Captions images both ways.
+    """Captions images both ways.
 
     Args:
-        model ([`MuEForConditionalGeneration`]), processor ([`MuEProcessor`]): what captions.
+        model, processor: what captions.
         exits, options (`dict`): options of `generate`, exits and others.
         repeats (`int`): timed runs each.
     """

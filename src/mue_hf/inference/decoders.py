@@ -20,18 +20,13 @@ from .sources import Row
 
 
 class Decoders:
-    """
-    Decodes the images of rows.
-
-    Args:
-        image_processor (`Callable`): what makes pixels of an image.
-        workers (`int`): processes that do it; with 0 this one does.
+    """Decodes the images of rows in `workers` processes; with 0 this one does.
 
     Raises:
         ValueError: if processes cannot be started here.
     """
 
-    def __init__(self, image_processor: Any, workers: int) -> None:
+    def __init__(self, image_processor: Callable, workers: int) -> None:
         self.decode: Callable[[Any], np.ndarray | str] = partial(_decode, image_processor)
         self.workers = workers
         self.pool = _pool(workers) if workers else None
@@ -68,14 +63,13 @@ class Decoders:
 
     def _submit(self, row: Row) -> Future:
         future: Future = Future()
-        if row.fault is not None or self.pool is None:
-            future.set_result(row.fault)
-            return future
         try:
-            return self.pool.submit(self.decode, row.image)
+            if row.fault is None:
+                return self.pool.submit(self.decode, row.image)
+            future.set_result(row.fault)
         except BrokenProcessPool as error:
             future.set_exception(error)
-            return future
+        return future
 
     def _alone(self, row: Row) -> np.ndarray | str:
         with _pool(1) as pool:

@@ -1,6 +1,5 @@
 """The depths that a call reached, and R: the share of layers that it skipped as the MuE paper counts it."""
 
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,8 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class Depths:
-    """
-    Layers that one output took.
-
-    Args:
-        image_exit_layers, text_exit_layers (`int`): encoder layers that each stream ran; 0 without that stream.
-        decoder_exit_layers (`tuple[int, ...]`): decoder layers of each new token, or of each branching node of the
-            answers' trie.
-    """
+    """Layers that one output took: of each encoder stream, 0 without that stream, and of the decoder for each new
+    token, or for each branching node of the answers' trie."""
 
     image_exit_layers: int
     text_exit_layers: int
@@ -27,14 +20,10 @@ class Depths:
 def read_depths(output: Any) -> list[Depths]:
     """Depths by row of what `generate(..., return_dict_in_generate=True)` or `score_answers(..., return_dict=True)`
     returned, one output to a row."""
-    rows = zip(
-        output.image_exit_layers.tolist(),
-        output.text_exit_layers.tolist(),
-        output.decoder_exit_layers.tolist(),
-        strict=True,
-    )
+    columns = (output.image_exit_layers, output.text_exit_layers, output.decoder_exit_layers)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
     # 0 stands where a row had ended before the others
-    return [Depths(image, text, tuple(depth for depth in tokens if depth)) for image, text, tokens in rows]
+    return [Depths(image, text, tuple(filter(None, tokens))) for image, text, tokens in rows]
 
 
 def new_tokens(output: Any) -> list[tuple[int, ...]]:
@@ -45,38 +34,29 @@ def new_tokens(output: Any) -> list[tuple[int, ...]]:
 
 
 def expected_time_reduction(config: PreTrainedConfig, outputs: Iterable[Depths]) -> dict[str, float | None]:
-    """
-    R of the MuE paper over all words: 1 - sum(n_E + n_D) / sum(N_E + N_D). A layer counts the same whatever it costs,
-    so this is neither FLOPs nor time, and a stream that an output lacks does not count.
-
-    The paper does not say how the depths of image and text make n_E.
+    """R of the MuE paper over all words: 1 - sum(n_E + n_D) / sum(N_E + N_D). A layer counts the same whatever it
+    costs, and a stream that an output lacks does not count.
 
     Returns:
-        `dict`: "mean" (n_E is their mean), "sum" (n_E is their sum, N_E both stacks), "without_text" (n_E is the
-        image's alone: the constant prompt of captioning has next to no cost, and would count in full; None where an
-        output has no image).
+        `dict`: the paper does not say how the depths of image and text make n_E: "mean" (n_E is their mean), "sum"
+        (n_E is their sum, N_E both stacks), "without_text" (n_E is the image's alone: the constant prompt of
+        captioning has next to no cost, and would count in full; None where an output has no image).
     """
-    encoder, decoder = config.encoder_layers, config.decoder_layers
-    ran: defaultdict[str, float] = defaultdict(float)
-    full: defaultdict[str, float] = defaultdict(float)
-    images = True
+    outputs, encoder = list(outputs), config.encoder_layers
+    ran, full = (dict.fromkeys(("mean", "sum", "without_text"), 0.0) for _ in range(2))
     for one in outputs:
         words, tokens = len(one.decoder_exit_layers), sum(one.decoder_exit_layers)
-        image = one.image_exit_layers
-        streams = [depth for depth in (image, one.text_exit_layers) if depth]
+        streams = [depth for depth in (one.image_exit_layers, one.text_exit_layers) if depth]
         parts = {
             "mean": (sum(streams) / max(len(streams), 1), encoder * bool(streams)),
             "sum": (sum(streams), encoder * len(streams)),
-            "without_text": (image, encoder * bool(image)),
+            "without_text": (one.image_exit_layers, encoder * bool(one.image_exit_layers)),
         }
         for name, (depth, deepest) in parts.items():
             ran[name] += words * depth + tokens
-            full[name] += words * (deepest + decoder)
-        images = images and bool(image)
-    reductions: dict[str, float | None] = {
-        name: 1 - ran[name] / full[name] if full[name] else 0.0 for name in ("mean", "sum", "without_text")
-    }
-    return reductions if images else reductions | {"without_text": None}
+            full[name] += words * (deepest + config.decoder_layers)
+    reductions: dict[str, float | None] = {name: 1 - ran[name] / full[name] if full[name] else 0.0 for name in ran}
+    return reductions if all(one.image_exit_layers for one in outputs) else reductions | {"without_text": None}
 
 
 def layers_skipped(config: PreTrainedConfig, depths: Depths) -> float:

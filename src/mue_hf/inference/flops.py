@@ -6,6 +6,7 @@ look-ups are left out, as `torch.utils.flop_counter` leaves them out.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,15 +30,8 @@ CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _at
 
 
 def trunk_flops(model: PreTrainedModel, pixel_shape: Sequence[int]) -> tuple[int, int, int]:
-    """Runs the image trunk once on zeros and counts.
-
-    Args:
-        model (`MuEForConditionalGeneration`): its trunk is run in evaluation mode.
-        pixel_shape (`Sequence[int]`): (3, height, width) of one image.
-
-    Returns:
-        `tuple[int, int, int]`: FLOPs of one image, channels and number of image tokens that come out.
-    """
+    """FLOPs of one image [3, height, width] in the trunk, which is run once, channels and number of tokens that come
+    out."""
     trunk = model.get_encoder().embed_images
     weight = next(trunk.parameters())
     pixels = torch.zeros(1, *pixel_shape, dtype=weight.dtype, device=weight.device)
@@ -69,11 +63,8 @@ def decoder_layer_flops(config: PreTrainedConfig, position: int, encoder_tokens:
 
 def filled_layers(depths: Sequence[int]) -> list[int]:
     """Layers that each token was given keys and values for after its exit, because a later token went deeper."""
-    deepest, filled = 0, []
-    for depth in reversed(depths):
-        filled.append(max(deepest - depth, 0))
-        deepest = max(deepest, depth)
-    return filled[::-1]
+    deepest = list(accumulate(reversed(depths), max))[::-1]
+    return [most - depth for most, depth in zip(deepest, depths, strict=True)]
 
 
 def caption_flops(
@@ -95,26 +86,24 @@ def caption_flops(
 
     Args:
         config (`MuEConfig`): sizes of the model.
-        decoder_exit_layers (`Sequence[int]`): layers that each generated token ran, in order; with beams, those of the
-            returned sequence stand for the others.
+        decoder_exit_layers (`Sequence[int]`): layers of each generated token; with beams, of the returned sequence.
         image_tokens, text_tokens (`int`): encoder tokens of the image and of the prompt.
         image_exit_layers, text_exit_layers (`int`): encoder layers that each stream ran; equal in the joint mode.
         channels (`int`): channels of the trunk's output.
         max_tokens (`int`): tokens that the call could have generated: it prepares that many positions.
         trunk (`int`, *optional*, defaults to 0): FLOPs of the trunk for this image.
         beams (`int`, *optional*, defaults to 1): rows that are decoded for the image.
-        exit_kv (`str`, *optional*, defaults to `"project"`): what a skipped layer costs when it is needed later: its
-            key and value projections ("project"), nothing ("copy") or the layer itself ("exact").
-        criterion (`str`, *optional*, defaults to `"similarity"`): one that needs intermediate logits, such as
-            "confidence", runs the whole output head after every layer but the last, those without an exit included.
-            What `generate` emits takes the rows of text alone.
+        exit_kv (`str`, *optional*, defaults to `"project"`): a skipped layer that is needed later costs its key and
+            value projections ("project"), nothing ("copy") or the layer itself ("exact").
+        criterion (`str`, *optional*, defaults to `"similarity"`): one that needs intermediate logits runs the whole
+            output head after every layer but the last; what `generate` emits takes the rows of text alone.
 
     Returns:
         `dict[str, int]`: "trunk", "image_encoder", "text_encoder" ("encoder" in the joint mode), "cross_keys",
         "decoder", "fill", "head".
 
     Raises:
-        `ValueError`: `exit_kv` is not one of the three policies.
+        ValueError: if `exit_kv` is not one of the three policies.
     """
     if exit_kv not in ("copy", "exact", "project"):
         raise ValueError(f'`exit_kv` must be "project", "copy" or "exact", got {exit_kv!r}.')
@@ -129,11 +118,9 @@ def caption_flops(
     # The position keys of the encoder tokens are shared by all layers.
     parts["cross_keys"] = (2 * max(decoder_exit_layers, default=0) + 1) * 2 * encoder_tokens * width**2
     layers = fill = 0
-    for position, (depth, filled) in enumerate(
-        zip(decoder_exit_layers, filled_layers(decoder_exit_layers), strict=True)
-    ):
+    for position, filled in enumerate(filled_layers(decoder_exit_layers)):
         layer = decoder_layer_flops(config, position, encoder_tokens)
-        layers += depth * layer
+        layers += decoder_exit_layers[position] * layer
         fill += filled * {"project": 2 * 2 * width**2, "copy": 0, "exact": layer}[exit_kv]
     # Position biases are made once for all layers, rows and steps.
     positions = 3 * 2 * max_tokens * width**2 + 2 * max_tokens * (max_tokens + encoder_tokens) * width
@@ -167,12 +154,10 @@ def max_new_tokens(model: PreTrainedModel, options: Mapping[str, Any]) -> int:
 
 
 class FlopCount:
-    """
-    FLOPs of outputs, for the depths that were reached and at full depth.
+    """FLOPs of outputs, for the depths that were reached and at full depth.
 
     Args:
-        model (`MuEForConditionalGeneration`): its trunk is run once for each shape of images.
-        options (`dict`): of `generate`, exits included.
+        model (`MuEForConditionalGeneration`), options (`dict`): what runs, and its options of `generate`.
         count (`Callable`, *optional*): what counts one output: [`caption_flops`], or what takes its arguments.
     """
 
@@ -193,13 +178,7 @@ class FlopCount:
     def __call__(
         self, pixel_shape: Sequence[int] | None, text_tokens: int, depths: Depths
     ) -> tuple[dict[str, int], dict[str, int]]:
-        """What one output took and would have taken at full depth, by parts.
-
-        Args:
-            pixel_shape (`Sequence[int]` or None): (3, height, width) of its image; None without one.
-            text_tokens (`int`): tokens of its prompt.
-            depths ([`Depths`]): layers that it took.
-        """
+        """What an output took and would have taken at full depth, by parts; without an image the shape is None."""
         trunk, channels, image_tokens = (0, 0, 0) if pixel_shape is None else self.trunk(tuple(pixel_shape))
         sizes = {"max_tokens": self.max_tokens, "beams": self.beams, "text_tokens": text_tokens}
         sizes |= {"trunk": trunk, "channels": channels, "image_tokens": image_tokens}

@@ -1,7 +1,6 @@
 """The file of a long run: rows are added as they are done, a killed run goes on, and the result appears whole."""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -10,8 +9,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..files import whole_file, write_whole
-from .sources import Row, batches, printable
+from ..files import json_lines, whole_file, write_whole
+from .sources import Row, batches, parquet_library, printable
 
 FORMATS = (".jsonl", ".parquet")
 # Rows of a parquet file that are in memory at a time.
@@ -23,7 +22,7 @@ class Journal:
     Rows on their way into `out`, in order, each once, whatever ends the process.
 
     Beside `out` lie, while the work lasts, `out`.part (a JSON line for each row that is done) and `out`.lock; and, for
-    good, `out`.run.json: the settings, and at the end the counts. The rows become `out` when all of them are done.
+    good, `out`.run.json: the settings, and at the end the counts.
 
     Args:
         out (`str` or `os.PathLike`): a .jsonl or .parquet file.
@@ -46,10 +45,7 @@ class Journal:
             raise ValueError(f"`out` must be in a folder that exists, got {str(out)!r}; make the folder.")
         if self.out.suffix == ".parquet":
             # Not after hours of work.
-            try:
-                import pyarrow.parquet  # noqa: F401
-            except ImportError as error:
-                raise ImportError(f"parquet needs the extra `train` ({error}): pip install 'mue-hf[train]'") from error
+            parquet_library()
         # As it reads when it comes back from the file.
         self.settings = json.loads(json.dumps(settings, default=str))
         self.part, self.run, lock = (
@@ -87,51 +83,43 @@ class Journal:
         if self.overwrite:
             for path in (self.out, self.part, self.run):
                 path.unlink(missing_ok=True)
-        known = self._known()
+        run = self._read_run()
         for path, named in ((self.out, "counts"), (self.part, "settings")):
-            if named not in known and path.exists():
+            if named not in run and path.exists():
                 raise ValueError(
                     f"`out` must be new, or made by such a run, but {path} exists and {self.run.name} has no {named}; "
                     "name another file, or pass --overwrite (`overwrite=True`)."
                 )
-        if known:
-            self._compare(known["settings"])
-            self.complete = self.out.exists()
-            if self.complete:
-                self.counts = known["counts"]
-                # left behind by a kill
-                self.part.unlink(missing_ok=True)
-                return
+        old, new = run.get("settings", self.settings), self.settings
+        if names := [name for name in old | new if old.get(name) != new.get(name)]:
+            changes = "; ".join(f"{name} {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
+            raise ValueError(
+                f"`out` must be of a run with the same settings, but {self.out} was begun with others: {changes}; "
+                "name another file, or pass --overwrite (`overwrite=True`)."
+            )
+        if self.out.exists():
+            self.complete, self.counts = True, run["counts"]
+            # left behind by a kill
+            self.part.unlink(missing_ok=True)
+            return
         write_whole(self.run, json.dumps({"settings": self.settings}, indent=2))
         self._file = open(self.part, "a+b")
 
-    def _known(self) -> dict[str, Any]:
+    def _read_run(self) -> dict[str, Any]:
         if not self.run.exists():
             return {}
         try:
-            known = json.loads(self.run.read_bytes())
-            known["settings"].keys()
+            run = json.loads(self.run.read_bytes())
+            run["settings"].keys()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.run} must hold the settings of a run as JSON, got an error: {error!r}; delete it and "
                 f"{self.part}."
             ) from error
-        return known
-
-    def _compare(self, known: dict[str, Any]) -> None:
-        names = [name for name in known | self.settings if known.get(name) != self.settings.get(name)]
-        if names:
-            changes = "; ".join(f"{name} {known.get(name)!r} there, {self.settings.get(name)!r} now" for name in names)
-            raise ValueError(
-                f"`out` must be of a run with the same settings, but {self.out} was begun with others: {changes}; "
-                "name another file, or pass --overwrite (`overwrite=True`)."
-            )
+        return run
 
     def remaining(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """
-        The rows that are not done yet.
-
-        Cuts off what a kill has torn, and makes sure that what is done belongs to these rows, before it returns.
+        """The rows that are not done yet; cuts off what a kill has torn.
 
         Raises:
             ValueError: if what is done is of another source.
@@ -140,7 +128,7 @@ class Journal:
         self._file.seek(0)
         end = 0
         for line in self._file:
-            record = _whole(line)
+            record = _record(line)
             if record is None or record.get("row") != self.counts["rows"]:
                 break
             row = next(rows, None)
@@ -162,12 +150,13 @@ class Journal:
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows; when it returns they outlive a loss of power."""
-        lines = (json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records)
-        self._file.write(printable("".join(lines)).encode("utf-8"))
+        for record in records:
+            # JSON knows neither NaN nor infinity.
+            finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
+            self._file.write(printable(json.dumps(finite, ensure_ascii=False) + "\n").encode())
+            self._count(record)
         self._file.flush()
         os.fsync(self._file.fileno())
-        for record in records:
-            self._count(record)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Makes `out` of the rows. `summary` is kept with the counts."""
@@ -184,7 +173,7 @@ class Journal:
         self.complete = True
 
 
-def _whole(line: bytes) -> dict[str, Any] | None:
+def _record(line: bytes) -> dict[str, Any] | None:
     """The row of a line; None if the line is not whole."""
     if not line.endswith(b"\n"):
         return None
@@ -195,45 +184,28 @@ def _whole(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity."""
-    if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _chunks(part: Path) -> Iterator[list[dict[str, Any]]]:
-    with open(part, encoding="utf-8") as file:
-        for lines in batches(file, CHUNK):
-            yield [json.loads(line) for line in lines]
-
-
 def _write_parquet(part: Path, whole: Path, types: Mapping[str, str]) -> None:
     import pyarrow as pa
-    from pyarrow.parquet import ParquetWriter
 
-    arrow = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
-    arrow |= {"ints": pa.list_(pa.int64()), "floats": pa.list_(pa.float64())}
     # Kept columns hold what their source holds: one pass to learn of what type that is.
     seen: dict[str, set[type]] = {}
-    for chunk in _chunks(part):
-        for record in chunk:
-            for name, value in record.items():
-                seen.setdefault(name, set()).add(type(value))
-    schema = pa.schema([(name, arrow[types.get(name) or _type(found)]) for name, found in seen.items()])
-    with ParquetWriter(whole, schema) as writer:
-        for chunk in _chunks(part):
+    for record in json_lines(part):
+        for name, value in record.items():
+            seen.setdefault(name, set()).add(type(value))
+    arrow = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
+    arrow |= {"ints": pa.list_(pa.int64()), "floats": pa.list_(pa.float64())}
+    kinds = {name: types.get(name) or _kind(found - {type(None)}) for name, found in seen.items()}
+    schema = pa.schema([(name, arrow[kind]) for name, kind in kinds.items()])
+    with parquet_library().ParquetWriter(whole, schema) as writer:
+        for chunk in batches(json_lines(part), CHUNK):
             for record in chunk:
                 for name, value in record.items():
-                    if value is not None and schema.field(name).type == pa.string() and not isinstance(value, str):
+                    if kinds[name] == "str" and not isinstance(value, str | None):
                         record[name] = json.dumps(value)
             writer.write_table(pa.Table.from_pylist(chunk, schema))
 
 
-def _type(found: set[type]) -> str:
-    found = found - {type(None)}
+def _kind(found: set[type]) -> str:
     if found in ({bool}, {int}):
         return found.pop().__name__
     return "float" if found and found <= {int, float} else "str"

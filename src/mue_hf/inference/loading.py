@@ -43,25 +43,6 @@ def check_device(device: str) -> None:
         raise ValueError(f"`--device` must be one that torch can use here, got {device!r}: {reason}") from error
 
 
-def _checked_name(name: str | None) -> str:
-    if name is None:
-        if not SMALL_CHECKPOINT.is_dir():
-            raise ValueError(
-                f"`--model` is needed: {SMALL_CHECKPOINT} is not in this folder. Pass a checkpoint folder or a Hub "
-                "id, or run in a clone of the repository."
-            )
-        return str(SMALL_CHECKPOINT)
-    if not Path(name).is_dir():
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise ValueError(
-                f"`--model` must be a checkpoint folder that exists, or a Hub id such as ORG/NAME, got {name!r}; "
-                "check the path."
-            ) from error
-    return name
-
-
 def load_checkpoint(
     name: str | None = None, *, device: str = "cpu", dtype: str = "float32", threads: int | None = None
 ) -> tuple[MuEForConditionalGeneration, MuEProcessor]:
@@ -73,10 +54,23 @@ def load_checkpoint(
         threads (`int`, *optional*): CPU threads of this process from now on; default: as they are.
 
     Raises:
-        `ValueError`: no model is named and the small checkpoint is not here, the folder does not exist, the checkpoint
-            holds another kind of model, or the device does not exist.
+        ValueError: if no model is named and the small checkpoint is not here, the folder or the device does not exist,
+            or the checkpoint holds another kind of model.
     """
-    name = _checked_name(name)
+    if name is None and not SMALL_CHECKPOINT.is_dir():
+        raise ValueError(
+            f"`--model` is needed: {SMALL_CHECKPOINT} is not in this folder. Pass a checkpoint folder or a Hub id, or "
+            "run in a clone of the repository."
+        )
+    name = str(SMALL_CHECKPOINT) if name is None else name
+    if not Path(name).is_dir():
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(
+                f"`--model` must be a checkpoint folder that exists, or a Hub id such as ORG/NAME, got {name!r}; "
+                "check the path."
+            ) from error
     check_device(device)
     model_type = AutoConfig.from_pretrained(name).model_type
     if model_type != "mue":

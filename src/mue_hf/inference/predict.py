@@ -46,7 +46,6 @@ class Prediction(Depths):
     What one row gave, and the depths that it took.
 
     Args:
-        image_id (`str`): that of the row.
         output (`str`): the caption, without punctuation as OFA evaluates it, or the answer "yes", "no" or "maybe".
         token_ids (`tuple[int, ...]`): the new tokens with their `</s>`; of an answer its tokens alone.
         text_tokens (`int`): tokens of the prompt.
@@ -78,8 +77,7 @@ def predict(
     of the batch have equally many rows.
 
     Args:
-        model ([`MuEForConditionalGeneration`]): on its device, in its dtype; put into evaluation mode for the time.
-        processor ([`MuEProcessor`]): that of the model.
+        model, processor: on the model's device, in its dtype; put into evaluation mode for the time.
         rows (sequence of `dict`): as [`load_captioning`] or [`load_entailment`] gives them: "image_id", "image" (None
             for a row without one) or "image_features" [channels, rows, columns], and for entailment "hypothesis" and
             "premise".
@@ -89,7 +87,7 @@ def predict(
             first.
         batch_size (`int`, *optional*, defaults to 16): rows per call.
         prompt_type (`str`, *optional*, defaults to `"prev_output"`): for entailment, what the decoder reads before the
-            answer: "prev_output", the prompt of the encoder, or "none", `<s>` alone. See [`MuEDataCollator`].
+            answer: the prompt of the encoder, or with "none" `<s>` alone.
         progress (`bool`, *optional*, defaults to `True`): whether a bar is shown.
 
     Returns:
@@ -98,7 +96,7 @@ def predict(
     Raises:
         ValueError: if the task, an option or a row is not one of these, before the first row is run.
     """
-    _check(model, rows, task, batch_size, prompt_type)
+    _check(rows, task, batch_size, prompt_type)
     options = task_options(task, options or {})
     for name, value in options.items():
         if isinstance(value, Tensor) and len(value) != len(rows):
@@ -118,9 +116,7 @@ def predict(
     return predictions
 
 
-def _check(
-    model: MuEForConditionalGeneration, rows: Sequence[Mapping[str, Any]], task: str, batch_size: int, prompt_type: str
-) -> None:
+def _check(rows: Sequence[Mapping[str, Any]], task: str, batch_size: int, prompt_type: str) -> None:
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {list(TASKS)}, got {task!r}; choose one of them.")
     if not len(rows):
@@ -191,7 +187,8 @@ def _run(
     prompt_type: str,
 ) -> list[Prediction]:
     groups = [list(group) for _, group in groupby(batch, key=lambda row: row["image_id"])]
-    inputs = model_inputs(model, processor, batch, [group[0] for group in groups], task, prompt_type)
+    inputs = _inputs(processor, batch, [group[0] for group in groups], task, prompt_type)
+    inputs = inputs.to(model.device, model.dtype)
     text_tokens = inputs["attention_mask"].sum(1).tolist()
     answers = list(processor.entailment_answers.values()) if task == "entailment" else []
     answer_ids = processor.encode_answers(answers) if answers else None
@@ -220,16 +217,10 @@ def _run(
     ]
 
 
-def model_inputs(
-    model: MuEForConditionalGeneration,
-    processor: MuEProcessor,
-    batch: Sequence[Mapping[str, Any]],
-    pictures: Sequence[Mapping[str, Any]],
-    task: str,
-    prompt_type: str,
+def _inputs(
+    processor: MuEProcessor, batch: list[Mapping], pictures: list[Mapping], task: str, prompt_type: str
 ) -> BatchFeature:
-    """The model's inputs, on its device and in its dtype, for the texts of the rows `batch` and the images of the rows
-    `pictures`."""
+    """The model's inputs for the texts of the rows `batch` and the images of the rows `pictures`."""
     inputs = encode_texts(processor, task, batch)
     if prompt_type == "none":
         for name in ("decoder_input_ids", "decoder_attention_mask"):
@@ -240,7 +231,7 @@ def model_inputs(
         # Its texts are those of captioning, one per image; they are not used.
         encoded = processor(images=[row["image"] for row in pictures])
         inputs |= {name: encoded[name] for name in ("pixel_values", "patch_mask") if name in encoded}
-    return inputs.to(model.device, model.dtype)
+    return inputs
 
 
 def _spread(

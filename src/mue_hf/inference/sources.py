@@ -5,14 +5,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ..files import json_lines
 
 T = TypeVar("T")
+Record = dict[str, Any] | str
 
 #: Files of a folder that count as images; a damaged one is a bad row, other files are passed over.
 IMAGE_SUFFIXES = frozenset(
@@ -49,14 +49,14 @@ class Row:
     fault: str | None = None
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One thing that was named: its columns, its records (a `dict`, or a `str` that says what is wrong), the folder
-    of relative paths, and the number of records where that is cheap to know."""
+class _Part(NamedTuple):
+    """One thing that was named; a record that is a `str` says what is wrong with it."""
 
     columns: Sequence[str]
-    records: Callable[[Sequence[str]], Iterator[dict[str, Any] | str]]
+    records: Callable[[Sequence[str]], Iterator[Record]]
+    # where relative paths start
     root: Path | None = None
+    # number of records, where that is cheap to know
     total: int | None = None
 
 
@@ -72,17 +72,29 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def parquet_library() -> Any:
+    """`pyarrow.parquet`, which only those who have such files need.
+
+    Raises:
+        ImportError: without the extra `train`.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"parquet needs the extra `train` ({error}): pip install 'mue-hf[train]'") from error
+    return pyarrow.parquet
+
+
 class Source:
     """
     Images and what goes with them, by the names of files, folders and data sets.
 
     Args:
-        names (sequence of `str`):
-            In any number and mixture: an image file or an http(s) URL; a folder, of whose subfolders all images count,
-            in the order of their names; a .txt or .lst file with one path or URL per line; a .jsonl, .csv or .parquet
-            table; a data set of the Hub. Relative paths in a list or table start at its folder.
+        names (sequence of `str`): in any number and mixture: an image file or an http(s) URL; a folder, of whose
+            subfolders all images count, in the order of their names; a .txt or .lst file with one path or URL per
+            line; a .jsonl, .csv or .parquet table; a data set of the Hub.
         split (`str`, *optional*, defaults to `"train"`): of a data set.
-        image_root (`str`, *optional*): where relative paths in a list or table start instead.
+        image_root (`str`, *optional*): where relative paths in a list or table start; default: its folder.
 
     Raises:
         ValueError: if one of them does not exist, or is empty, or cannot be read.
@@ -92,12 +104,9 @@ class Source:
         root = None if image_root is None else Path(image_root)
         self.names = list(names)
         self.parts = [_part(name, split, root) for name in self.names]
-
-    @cached_property
-    def columns(self) -> list[str]:
-        """Names of the columns that all parts have; a list or a folder has "image" alone."""
         first, *others = [part.columns for part in self.parts]
-        return [name for name in first if all(name in columns for columns in others)]
+        #: Names of the columns that all parts have; a list or a folder has "image" alone.
+        self.columns = [name for name in first if all(name in columns for columns in others)]
 
     @property
     def total(self) -> int | None:
@@ -140,36 +149,22 @@ class Source:
         texts = texts or {}
         for name in (*texts.values(), *keep):
             self.column("columns", name, ())
-        return self._rows(image_column, texts, keep)
-
-    def _rows(self, image_column: str, texts: Mapping[str, str], keep: Sequence[str]) -> Iterator[Row]:
-        number = 0
         needed = list(dict.fromkeys([image_column, *texts.values(), *keep]))
-        for part in self.parts:
-            for record in part.records(needed):
-                yield _row(number, record, part.root, image_column, texts, keep)
-                number += 1
+        records = ((part.root, record) for part in self.parts for record in part.records(needed))
+        return (_row(number, record, root, image_column, texts, keep) for number, (root, record) in enumerate(records))
 
 
 def _row(
-    number: int,
-    record: dict[str, Any] | str,
-    root: Path | None,
-    image_column: str,
-    texts: Mapping[str, str],
-    keep: Sequence[str],
+    number: int, record: Record, root: Path | None, image_column: str, texts: Mapping[str, str], keep: Sequence[str]
 ) -> Row:
-    fields = dict.fromkeys(keep)
     if isinstance(record, str):
-        return Row(number, None, fields=fields, fault=printable(record))
+        return Row(number, None, fields=dict.fromkeys(keep), fault=printable(record))
     fields = {name: _plain(record.get(name)) for name in keep}
-    image = record.get(image_column)
+    words = {argument: record.get(column) for argument, column in texts.items()}
+    image = path = record.get(image_column)
     if isinstance(image, Mapping):
         path, image = image.get("path"), image.get("bytes") or image.get("path")
-    else:
-        path = image
     name = printable(path) if isinstance(path, str) else None
-    words = {argument: record.get(column) for argument, column in texts.items()}
     if image is None or image == "":
         return Row(number, None, name, words, fields, f"`{image_column}` must hold an image, got none.")
     if isinstance(image, str) and root is not None and "://" not in image:
@@ -190,7 +185,13 @@ def _plain(value: Any) -> Any:
 def _part(name: str, split: str, root: Path | None) -> _Part:
     path, suffix = Path(name), Path(name).suffix.lower()
     if path.is_dir():
-        return _folder(name)
+        total = sum(1 for _ in _images(name))
+        if not total:
+            raise ValueError(
+                f"`source` must be a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none in {name}; "
+                "a table or a list is named itself, not its folder."
+            )
+        return _Part(["image"], lambda _: ({"image": path} for path in _images(name)), None, total)
     if path.is_file():
         root = root or path.parent
         if suffix in LIST_SUFFIXES:
@@ -211,17 +212,7 @@ def _part(name: str, split: str, root: Path | None) -> _Part:
     return _hub(name, split)
 
 
-def _folder(name: str) -> _Part:
-    total = sum(1 for _ in _walk(name))
-    if not total:
-        raise ValueError(
-            f"`source` must be a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none in {name}; "
-            "a table or a list is named itself, not its folder."
-        )
-    return _Part(["image"], lambda _: ({"image": path} for path in _walk(name)), None, total)
-
-
-def _walk(folder: str) -> Iterator[str]:
+def _images(folder: str) -> Iterator[str]:
     """Paths of the images, sorted within each folder; only one folder's names are in memory at a time."""
 
     def refuse(error: OSError) -> None:
@@ -242,7 +233,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield {"image": line}
 
 
-def _csv(path: Path) -> Iterator[dict[str, Any] | str]:
+def _csv(path: Path) -> Iterator[Record]:
     with open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
         reader = csv.DictReader(file)
         while True:
@@ -256,19 +247,15 @@ def _csv(path: Path) -> Iterator[dict[str, Any] | str]:
 
 
 def _parquet(path: Path, root: Path) -> _Part:
-    # An extra; only those who have such files need it.
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ImportError(f"parquet needs the extra `train` ({error}): pip install 'mue-hf[train]'") from error
+    parquet = parquet_library()
 
     def read(needed: Sequence[str]) -> Iterator[dict[str, Any]]:
-        with ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(needed)):
                 yield from batch.to_pylist()
 
     try:
-        with ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             return _Part(file.schema_arrow.names, read, root, file.metadata.num_rows)
     except OSError as error:
         raise ValueError(f"`source` must be a parquet file, got an error in {path}: {error}; fix it.") from error
@@ -289,8 +276,7 @@ def _hub(name: str, split: str) -> _Part:
     for column, kind in (rows.features or {}).items():
         if isinstance(kind, Image):
             rows = rows.cast_column(column, Image(decode=False))
-
     return _Part(columns, lambda needed: iter(rows.select_columns(list(needed))))
 
 
-__all__ = ["IMAGE_SUFFIXES", "Row", "Source", "batches", "printable"]
+__all__ = ["LIST_SUFFIXES", "TABLE_SUFFIXES", "Row", "Source", "batches", "parquet_library", "printable"]
