@@ -13,15 +13,21 @@ from transformers import GenerationConfig
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
 
+SPECIAL_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
 PHOTO_SIZE = (90, 60)
 BALANCED = {"image_exit_threshold": -2.0, "text_exit_threshold": 2.0, "decoder_exit_threshold": -2.0}
 DAMAGES = ("truncated", "text", "empty", "bomb", "postscript", "missing")
 
 
+def byte_tokenizer() -> MuETokenizer:
+    """Its tokens are the bytes."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
+    return MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
+
+
 def make_checkpoint(folder: Path) -> Path:
     """A tiny random model whose tokens are bytes, and its processor."""
-    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
-    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
+    tokenizer = byte_tokenizer()
     config = MuEConfig(
         vocab_size=len(tokenizer),
         d_model=32,
@@ -47,10 +53,7 @@ def make_checkpoint(folder: Path) -> Path:
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     model.generation_config = GenerationConfig(
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=0,
+        **SPECIAL_IDS,
         max_new_tokens=5,
         # Five different letters, and no early end.
         no_repeat_ngram_size=1,

@@ -2,17 +2,21 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from bulk_fixtures import PHOTO_SIZE, make_checkpoint
+from bulk_fixtures import PHOTO_SIZE, SPECIAL_IDS, byte_tokenizer, make_checkpoint
 from PIL import Image
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GenerationConfig
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
 
+# Of generation, for `byte_parts`: texts of letters, and a preset.
+FIRST_PRESET = {
+    "suppress_tokens": [0, 1, 2, 3],
+    "exit_presets": {"first": {"image_exit_threshold": -2.0, "decoder_exit_threshold": -2.0}},
+}
 SHARED = Path(__file__).parents[2] / "shared"
-SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 @pytest.fixture(scope="session")
@@ -87,21 +91,25 @@ def tiny_inputs(batch: int = 3, length: int = 7, dtype: torch.dtype = torch.floa
 def character_tokenizer() -> MuETokenizer:
     """One token per byte of printable ASCII, no merges, no codes: enough for every law that is not about OFA's ids."""
     letters = ["Ġ", *(chr(code) for code in range(33, 127))]
-    vocab = {token: index for index, token in enumerate([*SPECIALS, *letters, "<mask>"])}
+    vocab = {token: index for index, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters, "<mask>"])}
     return MuETokenizer(vocab=vocab, merges=[], num_codes=0, num_bins=0)
 
 
-def byte_checkpoint(folder: Path, image_size: int, num_beams: int = 1, **overrides) -> Path:
-    """Saves a tiny model whose tokens are bytes, and its processor."""
-    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
-    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 160}
-    model = tiny_model(dtype=torch.float32, **sizes | overrides)
-    tokens = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
-    model.generation_config = GenerationConfig(**tokens, max_new_tokens=6, num_beams=num_beams)
-    model.save_pretrained(folder)
-    size = {"height": image_size, "width": image_size}
-    MuEProcessor(MuEImageProcessor(size=size), tokenizer).save_pretrained(folder)
+def byte_parts(
+    image_size: int = 64, generation: dict | None = None, **overrides
+) -> tuple[MuEForConditionalGeneration, MuEProcessor]:
+    """A tiny model whose tokens are bytes, with options of generation, and its processor."""
+    tokenizer = byte_tokenizer()
+    model = tiny_model(**{"vocab_size": len(tokenizer), "max_position_embeddings": 128} | overrides)
+    model.generation_config = GenerationConfig(**SPECIAL_IDS, **{"max_new_tokens": 4} | (generation or {}))
+    return model, MuEProcessor(MuEImageProcessor(size={"height": image_size, "width": image_size}), tokenizer)
+
+
+def byte_checkpoint(folder: Path, max_shard_size: str = "5GB", **options) -> Path:
+    """Saves `byte_parts` in single precision."""
+    model, processor = byte_parts(dtype=torch.float32, **options)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -124,6 +132,15 @@ def tiny_sizes(monkeypatch):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> str:
+    """A picture without symmetry."""
+    rows, columns = np.mgrid[0:40, 0:50]
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.fromarray(np.stack([rows * 6, columns * 5, rows * columns % 256], -1).astype(np.uint8)).save(path)
+    return str(path)
 
 
 @pytest.fixture

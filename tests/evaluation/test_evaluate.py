@@ -10,13 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import FIRST_PRESET, byte_checkpoint, tiny_config
 from PIL import Image
-from tokenizers.pre_tokenizers import ByteLevel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GenerationConfig
 
-from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, cli
+from mue_hf import MuEForConditionalGeneration, MuEProcessor, cli
 from mue_hf.data.features import trunk_fingerprint
 from mue_hf.data.scenes import write_scenes
 from mue_hf.evaluation.arguments import EvaluationArguments
@@ -34,28 +32,14 @@ from mue_hf.inference.loading import load_checkpoint
 from mue_hf.inference.predict import Prediction, predict
 
 FAST = ["--tokenizer", "plain", "--metrics", "bleu,cider", "--resamples", 20, "--time-rows", 0]
+SHUFFLED_AND_ORACLE = ["--sweep", "similarity=0.5", "--shuffled-depths", "similarity 0.5", "--oracle"]
 EXITS = {"image_exit_threshold": 0.9, "text_exit_threshold": 0.6, "decoder_exit_threshold": 0.5}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A folder with a tiny random model whose tokens are bytes."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
-    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
-    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128, dtype=torch.float32)
-    model.generation_config = GenerationConfig(
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=0,
-        max_new_tokens=4,
-        suppress_tokens=[0, 1, 2, 3],
-        exit_presets={"first": {"image_exit_threshold": -2.0, "decoder_exit_threshold": -2.0}},
-    )
-    model.save_pretrained(folder)
-    MuEProcessor(MuEImageProcessor(size={"height": 64, "width": 64}), tokenizer).save_pretrained(folder)
-    return folder
+    return byte_checkpoint(tmp_path_factory.mktemp("checkpoint"), generation=FIRST_PRESET)
 
 
 @pytest.fixture(scope="module")
@@ -246,18 +230,7 @@ def test_features_stand_for_images(evaluate, tmp_path):
 
 
 def test_shuffled_depths_and_oracle(evaluate):
-    code, records, _ = evaluate(
-        *(
-            "captioning",
-            "--sweep",
-            "similarity=0.5",
-            "--shuffled-depths",
-            "similarity 0.5",
-            "--oracle",
-            "--num-beams",
-            1,
-        )
-    )
+    code, records, _ = evaluate("captioning", *SHUFFLED_AND_ORACLE, "--num-beams", 1)
     assert code == 0
     full, similar, shuffled, oracle = records
     assert shuffled["shuffled_depths_of"] == "similarity 0.5"
@@ -533,15 +506,7 @@ def test_fingerprints_follow_the_data(tmp_path):
 @pytest.mark.parametrize("task", ["captioning", "entailment"])
 def test_two_processes_give_what_one_gives(task, evaluate, checkpoint, tmp_path):
     """One command of each kind in two processes; five scenes and forty statements do not divide by the batches."""
-    sweep = [
-        "--sweep",
-        "similarity=0.5",
-        "--shuffled-depths",
-        "similarity 0.5",
-        "--oracle",
-        "--thresholds-split",
-        "dev",
-    ]
+    sweep = [*SHUFFLED_AND_ORACLE, "--thresholds-split", "dev"]
     data = "scenes:1:5"
     _, expected, _ = evaluate(task, *sweep, "--thresholds-rows", 4, "--num-thresholds", 1, data=data)
     (tmp_path / "out").rename(tmp_path / "one")

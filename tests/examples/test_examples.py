@@ -33,7 +33,7 @@ def example(monkeypatch):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A tiny model whose tokens are bytes."""
-    return byte_checkpoint(tmp_path_factory.mktemp("checkpoint"), image_size=64)
+    return byte_checkpoint(tmp_path_factory.mktemp("checkpoint"), generation={"max_new_tokens": 6})
 
 
 @pytest.fixture(scope="module")

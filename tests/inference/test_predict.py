@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_model
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import GenerationConfig
+from conftest import byte_parts
 
-from mue_hf import MuEImageProcessor, MuEProcessor, MuETokenizer
 from mue_hf.data.scenes import SceneDataset
 from mue_hf.inference.predict import predict
 
@@ -16,13 +13,7 @@ EXITS = {"image_exit_threshold": 0.9, "text_exit_threshold": 0.6, "decoder_exit_
 @pytest.fixture(scope="module")
 def parts():
     """A tiny random model in float64 whose tokens are bytes, and its processor."""
-    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
-    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
-    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128)
-    model.generation_config = GenerationConfig(
-        bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=0, max_new_tokens=5
-    )
-    return model, MuEProcessor(MuEImageProcessor(size={"height": 64, "width": 64}), tokenizer)
+    return byte_parts(generation={"max_new_tokens": 5})
 
 
 @pytest.fixture(scope="module")

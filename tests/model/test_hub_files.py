@@ -10,8 +10,7 @@ import doors
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
-from PIL import Image
+from conftest import character_tokenizer, tiny_model
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -113,19 +112,8 @@ def model():
 def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
-    letters = ["Ġ", *(chr(code) for code in range(33, 127))]
-    vocab = {token: index for index, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters, "<mask>"])}
-    tokenizer = MuETokenizer(vocab=vocab, merges=[], num_codes=0, num_bins=0)
-    MuEProcessor(MuEImageProcessorPil(size={"height": 64, "width": 48}), tokenizer).save_pretrained(folder)
+    MuEProcessor(MuEImageProcessorPil(size={"height": 64, "width": 48}), character_tokenizer()).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory):
-    rows, columns = np.mgrid[0:40, 0:50]
-    path = tmp_path_factory.mktemp("photo") / "photo.png"
-    Image.fromarray(np.stack([rows * 6, columns * 5, rows * columns % 256], -1).astype(np.uint8)).save(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

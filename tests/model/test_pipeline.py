@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 import torch
+from conftest import character_tokenizer, tiny_config
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -23,11 +24,8 @@ from transformers import (
     pipeline,
 )
 
-from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessorPil, MuEProcessor, MuETokenizer
+from mue_hf import MuEForConditionalGeneration, MuEImageProcessorPil, MuEProcessor, MuETokenizer
 from mue_hf.model.pipeline_mue import MuEImageTextToTextPipeline, MuEImageToTextPipeline
-
-SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
-LETTERS = ["Ġ", *(chr(code) for code in range(33, 127))]
 
 
 @pytest.fixture(scope="module")
@@ -35,32 +33,9 @@ def checkpoint(tmp_path_factory):
     """A model that says different things about different images, and its processor."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
-    config = MuEConfig(
-        vocab_size=100,
-        d_model=16,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=128,
-        token_bucket_size=16,
-        image_bucket_size=4,
-        init_std=0.5,
-        backbone_config={
-            "model_type": "resnet",
-            "embedding_size": 8,
-            "hidden_sizes": [8, 16, 16],
-            "depths": [1, 1, 1],
-            "layer_type": "bottleneck",
-            "out_features": ["stage3"],
-        },
-    )
+    config = tiny_config(vocab_size=100, max_position_embeddings=128, init_std=0.5)
     MuEForConditionalGeneration(config).save_pretrained(folder)
-    vocab = {token: index for index, token in enumerate([*SPECIALS, *LETTERS, "<mask>"])}
-    tokenizer = MuETokenizer(vocab=vocab, merges=[], num_codes=0, num_bins=0)
-    MuEProcessor(MuEImageProcessorPil(size={"height": 64, "width": 64}), tokenizer).save_pretrained(folder)
+    MuEProcessor(MuEImageProcessorPil(size={"height": 64, "width": 64}), character_tokenizer()).save_pretrained(folder)
     return folder
 
 

@@ -10,20 +10,16 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import hub_client
-import numpy as np
 import pytest
-import torch
-from conftest import tiny_model
+from conftest import FIRST_PRESET, byte_checkpoint, tiny_model
 from hub_standin import HubStandIn
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import httpx
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import GenerationConfig, pipeline
+from transformers import pipeline
 
 import mue_hf
-from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, cli
+from mue_hf import MuEForConditionalGeneration, MuEProcessor, cli
 from mue_hf.calibration import write_preset
 from mue_hf.model.generation_mue import weights_fingerprint
 from mue_hf.publishing.model_card import About, public_record, read_about, read_evaluation
@@ -67,21 +63,9 @@ CALIBRATED = {
 def checkpoint(tmp_path_factory):
     """A folder as a trainer leaves it: a tiny random model in three files whose tokens are bytes, and other things."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
-    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
-    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128, dtype=torch.float32)
-    model.generation_config = GenerationConfig(
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=0,
-        max_new_tokens=4,
-        suppress_tokens=[0, 1, 2, 3],
-        exit_presets={"first": {"image_exit_threshold": -2.0, "decoder_exit_threshold": -2.0}},
-    )
-    model.save_pretrained(folder, max_shard_size="150KB")
+    byte_checkpoint(folder, max_shard_size="150KB", generation=FIRST_PRESET)
     assert len(list(folder.glob("*.safetensors"))) >= 3
-    MuEProcessor(MuEImageProcessor(size={"height": 64, "width": 64}), tokenizer).save_pretrained(folder)
+    model = MuEForConditionalGeneration.from_pretrained(folder)
     write_preset(folder, "certified", CALIBRATED | {"weights_fingerprint": weights_fingerprint(model)})
     (folder / "optimizer.pt").write_bytes(b"not for others")
     # an old copy of the code, which must not go out
@@ -113,14 +97,6 @@ def evaluation(checkpoint, tmp_path_factory):
     command += ["--preset", "first", "--preset", "certified", "--metrics", "cider", "--tokenizer", "plain"]
     assert cli.main([*command, "--time-rows", "2", "--time-repeats", "1", "--output", str(path)]) == 0
     return path
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory):
-    rows, columns = np.mgrid[0:40, 0:50]
-    path = tmp_path_factory.mktemp("photo") / "photo.png"
-    Image.fromarray(np.stack([rows * 6, columns * 5, rows * columns % 256], -1).astype(np.uint8)).save(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

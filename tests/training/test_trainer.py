@@ -11,20 +11,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_inputs, tiny_model
+from conftest import byte_parts, tiny_inputs, tiny_model
 from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
-from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install mue-hf[train]")
 
 from accelerate.state import AcceleratorState
 
-from mue_hf import MuEImageProcessor, MuEProcessor, MuETokenizer
 from mue_hf.data import MuEDataCollator
 from mue_hf.data.scenes import SceneDataset
 from mue_hf.evaluation.processes import finish_processes
@@ -289,13 +287,8 @@ class TestLogs:
 @pytest.fixture(scope="module")
 def parts():
     """A model whose tokens are bytes, and whose answers differ."""
-    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
-    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
-    model = tiny_model(std=0.3, seed=2, vocab_size=len(tokenizer), max_position_embeddings=128)
-    tokens = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     # exits that are saved with the model hold for both
-    model.generation_config = GenerationConfig(**tokens, max_new_tokens=5, image_exit_threshold=0.9)
-    return model, MuEProcessor(MuEImageProcessor(size={"height": 64, "width": 64}), tokenizer)
+    return byte_parts(std=0.3, seed=2, generation={"max_new_tokens": 5, "image_exit_threshold": 0.9})
 
 
 @pytest.fixture(scope="module")

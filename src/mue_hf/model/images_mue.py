@@ -21,7 +21,6 @@ MAX_PIXELS = 2**27
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 #: Seconds that a download may take, from the first byte sent to the last one received.
 DOWNLOAD_SECONDS = 20.0
-MAX_REDIRECTS = 5
 # Characters of an address or a path that a message repeats.
 SHOWN = 200
 
@@ -113,7 +112,7 @@ def _read_url(url: str, name: str, timeout: float) -> bytes:
     received, deadline = bytearray(), time.monotonic() + timeout
     # What comes packed may unpack to any size.
     headers = {"Accept-Encoding": "identity"}
-    client = httpx.Client(timeout=timeout, follow_redirects=True, max_redirects=MAX_REDIRECTS, headers=headers)
+    client = httpx.Client(timeout=timeout, follow_redirects=True, max_redirects=5, headers=headers)
     # The client's own timeout starts anew with every byte; without a connection the transfer ends.
     timer = Timer(timeout, client.close)
     timer.daemon = True

@@ -122,9 +122,8 @@ class MuEImageMixin:
         """The settings; where the source file is saved beside them, both classes by backend."""
         output = super().to_dict()
         if "AutoImageProcessor" in output.get("auto_map", {}):
-            classes = {"torchvision": "MuEImageProcessor", "pil": "MuEImageProcessorPil"}
-            references = {backend: f"processing_mue.{name}" for backend, name in classes.items()}
-            output["auto_map"] = {"AutoImageProcessor": references}
+            name = "processing_mue.MuEImageProcessor"
+            output["auto_map"] = {"AutoImageProcessor": {"torchvision": name, "pil": f"{name}Pil"}}
         return output
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
