@@ -9,16 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import GenerationConfig
+from conftest import byte_parts
 
-from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer, cli
+from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, cli
 from mue_hf.calibration import calibrate, write_preset
 from mue_hf.calibration.bounds import smallest_budget
 from mue_hf.calibration.certify import Outcome, certify, check_size, split_images
 from mue_hf.calibration.runner import Runner, Split
-from mue_hf.calibration.search import Candidate, StreamExit, pareto_path, thinned
+from mue_hf.calibration.search import Candidate, pareto_path, thinned
 from mue_hf.data.features import cache_trunk_features
 from mue_hf.data.scenes import SceneDataset
 from mue_hf.evaluation.measure import Meter
@@ -36,14 +34,7 @@ IMAGES = 24
 
 
 def make_parts(dtype=torch.float32, **overrides):
-    """A tiny random model whose tokens are bytes, and its processor."""
-    names = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
-    tokenizer = MuETokenizer({name: index for index, name in enumerate(names)}, [], num_codes=0, num_bins=0)
-    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128, dtype=dtype, **overrides)
-    model.generation_config = GenerationConfig(
-        bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=0, max_new_tokens=4
-    )
-    return model, MuEProcessor(MuEImageProcessor(size={"height": 48, "width": 48}), tokenizer)
+    return byte_parts(image_size=48, dtype=dtype, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +209,8 @@ class TestCandidateThresholds:
 
 class TestSearch:
     def test_path_is_what_nothing_beats(self):
-        image = [StreamExit({"image": 1}, 0.1, 0.0), StreamExit({"image": 2}, 0.3, 0.2)]
-        decoder = [StreamExit({"decoder": 1}, 0.2, 0.01), StreamExit({"decoder": 2}, 0.2, 0.5)]
+        image = [Candidate({"image": 1}, 0.9, 0.0), Candidate({"image": 2}, 0.7, 0.2)]
+        decoder = [Candidate({"decoder": 1}, 0.8, 0.01), Candidate({"decoder": 2}, 0.8, 0.5)]
         path = pareto_path([image, decoder])
         assert [one.options for one in path] == [
             {"image": 1},
@@ -227,7 +218,7 @@ class TestSearch:
             {"image": 2, "decoder": 1},
         ]
         assert [one.cost for one in path] == pytest.approx([0.9, 0.7, 0.5])
-        assert pareto_path([[StreamExit({}, -0.1, 0.0)]]) == []
+        assert pareto_path([[Candidate({}, 1.1, 0.0)]]) == []
 
     def test_thinning_keeps_the_ends(self):
         path = [Candidate({}, 1 - step / 20, step / 100) for step in range(1, 15)]
@@ -279,7 +270,7 @@ class TestSearch:
 
             streams = [
                 [
-                    StreamExit({stream: setting}, saving, losses({stream: setting}, 100).mean())
+                    Candidate({stream: setting}, 1 - saving, losses({stream: setting}, 100).mean())
                     for setting, saving in enumerate(savings)
                 ]
                 for stream in true_risk

@@ -1,8 +1,7 @@
-"""Statistics of calibration: what a sample of losses in [0, 1] says about their mean, with a stated confidence.
+"""Statistics of calibration: what losses in [0, 1] of independent units (images) say about their true mean.
 
-Losses are those of independent units (images), one number each. A p-value belongs to the hypothesis that the true mean
-is above the allowed risk: where it is at most delta, the risk is certified with confidence 1 - delta. All functions
-raise a ValueError where an argument is out of its range.
+Where the p-value of the hypothesis that it is above the allowed risk is at most delta, the risk is certified with
+confidence 1 - delta. All functions raise a ValueError where an argument is out of its range.
 """
 
 from collections.abc import Iterable
@@ -59,33 +58,29 @@ METHODS = {"hoeffding-bentkus": _hoeffding_bentkus, "betting": _betting}
 def risk_pvalue(losses: ArrayLike, risk: float, delta: float = 0.05, method: str = "hoeffding-bentkus") -> float:
     """P-value of the hypothesis that the mean loss is above `risk`.
 
-    Two tests, both valid at every sample size for independent losses of one distribution on [0, 1]:
-
-    - "hoeffding-bentkus": the smaller one of Hoeffding's bound in its relative-entropy form and of Bentkus' bound, e
-      times a binomial tail (Bates et al., arXiv 2101.02703, section 3.1; Angelopoulos et al., "Learn then Test", arXiv
-      2110.01052). It depends on the mean alone.
-    - "betting": the capital of a gambler who bets on losses below `risk` (Waudby-Smith and Ramdas, arXiv 2010.09686;
-      with the bets of Bates et al., section 3.1). It gains from a small variance. It depends on the order of the
-      losses, which must not depend on their values: shuffle them where files are sorted by difficulty.
-
     Args:
-        losses (array [units]): one loss per independent unit, each in [0, 1].
+        losses (array [units]): independent losses of one distribution on [0, 1].
         risk (`float`): the allowed mean loss, in (0, 1).
-        delta (`float`, defaults to 0.05): probability of a false certificate, in (0, 1); the size of the bets.
-        method (`str`, defaults to "hoeffding-bentkus"): one of the two.
+        delta (`float`): probability of a false certificate, in (0, 1); the size of the bets.
+        method (`str`): a test, valid at every sample size. "hoeffding-bentkus": the smaller one of Hoeffding's bound
+            in its relative-entropy form and of Bentkus' bound, e times a binomial tail, which depend on the mean alone
+            (Bates et al., arXiv 2101.02703, section 3.1; Angelopoulos et al., "Learn then Test", arXiv 2110.01052).
+            "betting": the capital of a gambler who bets on losses below `risk`, which gains from a small variance
+            (Waudby-Smith and Ramdas, arXiv 2010.09686; with the bets of Bates et al.). It depends on the order of the
+            losses, which must not depend on their values: shuffle them where files are sorted by difficulty.
 
     Returns:
         `float`: in [0, 1], never rising with `risk`.
     """
-    _check_probability("risk", risk)
-    losses, delta = _checked(losses, delta, method)
+    check_share("risk", risk)
+    losses = _checked(losses, delta, method)
     return METHODS[method](losses, risk, delta)
 
 
 def risk_upper_bound(losses: ArrayLike, delta: float = 0.05, method: str = "hoeffding-bentkus") -> float:
     """The smallest risk in (0, 1] that `losses` certify, 1 where they exclude nothing: the true mean is at or below it
     with probability 1 - `delta`. The arguments are those of [`risk_pvalue`]."""
-    losses, delta = _checked(losses, delta, method)
+    losses = _checked(losses, delta, method)
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -108,21 +103,15 @@ def smallest_budget(units: int, delta: float = 0.05, method: str = "hoeffding-be
 
 
 def fixed_sequence(pvalues: Iterable[float], delta: float = 0.05) -> int:
-    """Tests candidates in an order that was fixed beforehand and stops at the first that fails.
-
-    All candidates before it are certified together with confidence 1 - `delta`, without a correction for their number
-    (fixed-sequence testing in "Learn then Test", arXiv 2110.01052). The order, best from safest to fastest, may come
-    from any data but those behind the p-values.
+    """How many candidates, from the first on, are certified together with confidence 1 - `delta`: those before the
+    first that fails (fixed-sequence testing in "Learn then Test", arXiv 2110.01052).
 
     Args:
-        pvalues (iterable of `float`): one per candidate. It is read no further than the first failure, so a generator
-            can run the model for one candidate at a time.
-        delta (`float`, defaults to 0.05): probability that any certificate is false, in (0, 1).
-
-    Returns:
-        `int`: how many candidates from the first on are certified.
+        pvalues (iterable of `float`): one per candidate, in an order, best from safest to fastest, that does not
+            depend on the data behind them. It is read until the first failure: a generator can run the model.
+        delta (`float`): probability that any certificate is false, in (0, 1).
     """
-    _check_probability("delta", delta)
+    check_share("delta", delta)
     certified = 0
     for pvalue in pvalues:
         if not 0.0 <= pvalue <= 1.0:
@@ -133,27 +122,34 @@ def fixed_sequence(pvalues: Iterable[float], delta: float = 0.05) -> int:
     return certified
 
 
-def _checked(losses: ArrayLike, delta: float, method: str) -> tuple[NDArray, float]:
+def _checked(losses: ArrayLike, delta: float, method: str) -> NDArray:
     losses = np.asarray(losses, dtype=np.float64)
     if losses.ndim != 1 or not losses.size:
         raise ValueError(f"`losses` must be one number per unit, got shape {losses.shape}; average over each unit.")
     if not np.all((losses >= 0) & (losses <= 1)):
         found = f"{losses.min()} to {losses.max()}"
         raise ValueError(f"`losses` must be in [0, 1], got values from {found}; scale or clip them.")
-    _check_probability("delta", delta)
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}; choose one of them.")
-    return losses, delta
+    check_share("delta", delta)
+    check_choice("method", method, METHODS)
+    return losses
 
 
-def _check_probability(name: str, value: float) -> None:
-    if not 0.0 < value < 1.0:
+def check_share(name: str, value: float | None) -> None:
+    """Raises a ValueError unless `value` is in (0, 1), or None."""
+    if value is not None and not 0.0 < value < 1.0:
         raise ValueError(f"`{name}` must be above 0 and below 1, got {value}; choose such as 0.05.")
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raises a ValueError unless `value` is known."""
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}; choose one of them.")
 
 
 __all__ = [
     "METHODS",
-    "binomial_tail",
+    "check_choice",
+    "check_share",
     "fixed_sequence",
     "risk_pvalue",
     "risk_upper_bound",

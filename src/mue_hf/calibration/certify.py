@@ -26,9 +26,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Tested:
-    """A candidate on the held-out split: exit options, mean loss, FLOPs and seconds as shares of full depth, the
-    p-value of the hypothesis that the true loss is above the budget (None without a budget), and the upper bound of
-    the true loss, had only this candidate been tested."""
+    """A candidate on the held-out split: exit options, mean loss, the p-value of the hypothesis that the true loss is
+    above the budget (None without a budget), the upper bound of the true loss, had only this candidate been tested,
+    and FLOPs and seconds as shares of full depth."""
 
     options: dict[str, Any]
     loss: float
@@ -41,15 +41,9 @@ class Tested:
 def certify(
     path: Sequence[Candidate], measure: Callable[[dict[str, Any]], Outcome], budget: float, delta: float, method: str
 ) -> tuple[list[Tested], int]:
-    """Runs candidates, chosen without the held-out split, on it, from the first until one fails to keep `budget`.
-
-    Args:
-        measure (`Callable`): exit options to the [`Outcome`] of real runs on the held-out split.
-        delta (`float`): probability that any certificate is false.
-
-    Returns:
-        `tuple[list[Tested], int]`: what was run, and how many of them, from the first, are certified.
-    """
+    """Runs candidates on the held-out split, which did not choose them, until one fails to keep `budget`: what was
+    run, and how many of them, from the first, are certified. `measure` takes exit options; `delta` is the probability
+    that any certificate is false."""
     tested: list[Tested] = []
 
     def pvalues() -> Iterator[float]:

@@ -7,7 +7,7 @@ from typing import Any
 from ..inference.predict import TASKS
 from ..model.criteria_mue import CRITERIA
 from ..model.exit_options_mue import CONFIG_NAMES
-from .bounds import METHODS
+from .bounds import METHODS, check_choice, check_share
 
 RISKS = ("disagreement", "metric")
 OBJECTIVES = ("flops", "time")
@@ -40,7 +40,7 @@ class Goal:
             check_share(name, getattr(self, name))
         choices = {"task": TASKS, "risk": RISKS, "objective": OBJECTIVES, "method": METHODS}
         for name, known in choices.items():
-            _check_choice(name, getattr(self, name), list(known))
+            check_choice(name, getattr(self, name), known)
 
     @property
     def most_risk(self) -> float:
@@ -57,24 +57,13 @@ class Goal:
             raise ValueError(f'`data` must have `{needed}` for `risk="metric"`, got some without; use "disagreement".')
 
 
-def check_share(name: str, value: float | None) -> None:
-    """Raises a ValueError unless `value` is in (0, 1), or None."""
-    if value is not None and not 0.0 < value < 1.0:
-        raise ValueError(f"`{name}` must be above 0 and below 1, got {value}; choose such as 0.05.")
-
-
-def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}; choose one of them.")
-
-
 def check_search(criteria: Sequence[str], betas: Sequence[float], **counts: int) -> None:
     """Raises a ValueError unless there is something to try."""
     for name, count in {**counts, "criteria": len(criteria), "betas": len(betas)}.items():
         if count < 1:
             raise ValueError(f"`{name}` must be at least 1, got {count}; pass more.")
     for criterion in criteria:
-        _check_choice("criteria", criterion, calibrated_criteria())
+        check_choice("criteria", criterion, calibrated_criteria())
     if not all(0.0 < beta <= 1.0 for beta in betas):
         raise ValueError(f"`betas` must be above 0 and at most 1, got {list(betas)}; 1 is no decay.")
 
@@ -100,5 +89,4 @@ __all__ = [
     "calibrated_criteria",
     "check_options",
     "check_search",
-    "check_share",
 ]

@@ -4,24 +4,20 @@ The images are split in two. On the search split one run at full depth records s
 for each stream. Real runs with one stream's exits at a time say what they save and change. Combinations that look best
 run for real too, which gives a path of candidates from safest to fastest. On the held-out split, which the search
 never saw, they run in that order until one cannot be certified ("Learn then Test", arXiv 2110.01052).
-
-Every run leaves its outputs in a folder, if there is one for them: an interrupted calibration goes on from there.
 """
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ..evaluation.rows import EvaluationData
 from ..evaluation.store import content_key
-from ..inference.predict import Prediction
 from ..metrics.rewards import CiderDReward
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.presets_mue import weights_fingerprint
@@ -29,7 +25,7 @@ from ..model.processing_mue import MuEProcessor
 from .certify import Outcome, Tested, certify, check_size, split_images, summarize
 from .goal import SHARED_OPTIONS, Goal, check_options, check_search, check_share
 from .runner import DEFAULTS, Runner, Split
-from .search import Candidate, StreamExit, expected_risk, front, pareto_path, thinned, within
+from .search import Candidate, expected_risk, front, pareto_path, thinned, within
 from .thresholds import stream_candidates
 
 
@@ -75,15 +71,12 @@ def calibrate(
     drawn as these were, under these options of `generate`, weights and dtype.
 
     Args:
-        model ([`MuEForConditionalGeneration`]), processor ([`MuEProcessor`]): on their device, in the dtype that will
-            be used.
+        model, processor: on their device, in the dtype that will be used.
         data ([`EvaluationData`]): from [`describe_rows`], of images that the model was not trained on.
         task (`str`): "captioning" or "entailment".
-        budget (`float`): allowed mean loss, in (0, 1). The fastest candidate that is certified for it becomes the
-            preset.
-        compute (`float`): with `budget=None`, the allowed cost as a share of full depth, in (0, 1). The candidate with
-            the least expected loss within it becomes the preset, together with an upper bound on its loss. That cost
-            is kept on the search split, not promised.
+        budget (`float`): allowed mean loss, in (0, 1). The fastest candidate certified for it becomes the preset.
+        compute (`float`): with `budget=None`, the allowed cost as a share of full depth, in (0, 1), kept on the search
+            split, not promised. The candidate of the least expected loss within it becomes the preset, with a bound.
         delta (`float`): probability that the promise is false.
         risk (`str`): the loss of a row. "disagreement" needs no labels: 1 if the output differs from that at full
             depth. "metric": by how much it is worse, at most 1: for captions the drop of CIDEr-D, where 1 is what is
@@ -92,19 +85,17 @@ def calibrate(
         objective (`str`): what cost means: "flops", or "time", measured once for each candidate.
         method (`str`): see [`risk_pvalue`].
         criteria (sequence of `str`): criteria to try; the best setting of any of them becomes the preset. Where one is
-            about the decoder alone, encoder streams exit by similarity. The best may be that the decoder runs in full.
+            about the decoder alone, encoder streams exit by similarity.
         per_layer (`bool`): one threshold per layer for similarity, see [`candidate_thresholds`].
         betas (sequence of `float`): values in (0, 1] of the decoder's `exit_decay_beta` to try.
         num_thresholds (`int`): candidate thresholds per stream, criterion and beta; each runs the search split once.
-            Of "fixed" all depths are tried.
+            Of "fixed" all depths are tried. `levels` is its deprecated name.
         candidates (`int`): combinations to run on the search and held-out split at most.
-        search_share (`float`): share of the images in the search split, in (0, 1); `seed` (`int`) is of the split.
+        search_share (`float`), seed (`int`): share of the images in the search split, in (0, 1), and how it is drawn.
         options (`dict`): of `generate`, for every run; of exit options `exit_decay_tau`, `exit_kv`, `exit_min_layers`.
-        batch_size, prompt_type: see [`predict`].
-        folder (`str` or `os.PathLike`): where the outputs of all runs are kept, so that a calibration of the same
-            weights, data and options runs nothing twice; made if it does not exist.
-        progress (`bool`): whether a bar is shown.
-        levels (`int`): deprecated name of `num_thresholds`.
+        batch_size, prompt_type, progress: see [`predict`].
+        folder (`str` or `os.PathLike`): where the outputs of all runs are kept, so that an interrupted calibration of
+            the same weights, data and options goes on from there; made if it does not exist.
 
     Raises:
         ValueError: before the first run, if an argument is out of range, the outputs are sampled, a label or reference
@@ -124,7 +115,6 @@ def calibrate(
     search, held_out = (Split.of(data, some) for some in images)
     if budget is not None:
         check_size(len(held_out.counts), budget, delta, method)
-    folder = None if folder is None else Path(folder)
     runner = Runner(model, processor, data, goal, dict(options or {}), batch_size, prompt_type, folder)
     if risk == "metric" and task == "captioning":
         # of the search split: losses on the held-out split must not depend on each other's images
@@ -141,12 +131,7 @@ def calibrate(
 
 
 def _search(
-    runner: Runner,
-    split: Split,
-    criteria: Sequence[str],
-    stream_exits: partial[list[dict[str, Any]]],
-    count: int,
-    bar: tqdm,
+    runner: Runner, split: Split, criteria: Sequence[str], stream_exits: Callable, count: int, bar: tqdm
 ) -> list[Candidate]:
     """At most `count` candidates from safest to fastest, from real runs on the search split. `stream_exits` gives the
     options to try for a criterion and a stream."""
@@ -155,16 +140,18 @@ def _search(
     if goal.objective == "time":
         # The recorded run was slowed by recording.
         full = runner.predictions(split, None)
+
+    def measured(exits: dict[str, Any]) -> Candidate:
+        outcome = runner.outcome(split, full, exits)
+        bar.update()
+        return Candidate(exits, outcome.cost(goal.objective), expected_risk(outcome.losses))
+
     found = [[stream_exits(runner, signals, name, stream) for stream in runner.layers] for name in criteria]
     bar.set_description("searching")
-    tried: dict[str, StreamExit] = {}
     # Encoder streams exit alike under several criteria.
     different = {content_key(exits): exits for streams in found for some in streams for exits in some}
     bar.total = len(different)
-    for key, exits in different.items():
-        outcome = runner.outcome(split, full, exits)
-        tried[key] = StreamExit(exits, 1.0 - outcome.cost(goal.objective), expected_risk(outcome.losses))
-        bar.update()
+    tried = {key: measured(exits) for key, exits in different.items()}
     path = front(
         candidate
         for streams in found
@@ -177,16 +164,10 @@ def _search(
         )
     path = thinned(within(path, goal), goal.most_risk, count)
     bar.total = bar.n + 2 * len(path)
-    path = [_refined(runner, split, full, candidate, bar) for candidate in path]
+    expected = [candidate.risk for candidate in path]
+    path = [measured(candidate.options) for candidate in path]
+    path = [replace(one, risk=max(one.risk, risk)) for one, risk in zip(path, expected, strict=True)]
     return front(path) or path[:1]
-
-
-def _refined(runner: Runner, split: Split, full: list[Prediction], candidate: Candidate, bar: tqdm) -> Candidate:
-    """The candidate with its cost, and its risk where that is greater than expected, from a real run on `split`."""
-    outcome = runner.outcome(split, full, candidate.options)
-    bar.update()
-    risk = max(candidate.risk, expected_risk(outcome.losses))
-    return Candidate(candidate.options, outcome.cost(runner.goal.objective), risk)
 
 
 def _test(runner: Runner, split: Split, path: Sequence[Candidate], count: int, bar: tqdm) -> tuple[list[Tested], int]:

@@ -1,5 +1,6 @@
 """Real runs of candidates, compared with full depth: losses by image, FLOPs and seconds."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -71,7 +72,7 @@ class Runner:
     options: dict[str, Any]
     batch_size: int
     prompt_type: str
-    folder: Path | None = None
+    folder: str | os.PathLike | None = None
     reward: CiderDReward | None = None
 
     def __post_init__(self) -> None:
@@ -80,18 +81,15 @@ class Runner:
         self.shared = DEFAULTS | {name: value for name, value in self.options.items() if name in SHARED_OPTIONS}
         self.others = {name: value for name, value in self.options.items() if name not in SHARED_OPTIONS}
         self.num_steps = max_new_tokens(self.model, self.others)
-        self.common: dict[str, Any] = {}
-        if self.folder is not None:
-            # What outputs and seconds depend on, beside rows and options.
-            self.common = conditions(
-                self.model, self.processor, self.data.fingerprint, self.goal.task, self.prompt_type
-            ) | {
-                "features": isinstance(self.data.rows, TrunkFeatureDataset),
-                "batch_size": self.batch_size,
-                "device": str(self.model.device),
-                "threads": torch.get_num_threads(),
-                "version": version("mue-hf"),
-            }
+        # What outputs and seconds depend on, beside rows and options.
+        common = conditions(self.model, self.processor, self.data.fingerprint, self.goal.task, self.prompt_type)
+        self.common = common | {
+            "features": isinstance(self.data.rows, TrunkFeatureDataset),
+            "batch_size": self.batch_size,
+            "device": str(self.model.device),
+            "threads": torch.get_num_threads(),
+            "version": version("mue-hf"),
+        }
 
     def exits(self, exits: Mapping[str, Any] | None) -> dict[str, Any]:
         """All exit options of a candidate, or of full depth for None."""
@@ -133,47 +131,34 @@ class Runner:
     def _path(self, kind: str, split: Split, options: Mapping[str, Any]) -> Path | None:
         if self.folder is None:
             return None
-        return self.folder / f"{kind}-{content_key([self.common, split.rows.indices, options])}.jsonl"
+        return Path(self.folder) / f"{kind}-{content_key([self.common, split.rows.indices, options])}.jsonl"
 
     def _run(self, split: Split, options: Mapping[str, Any]) -> list[Prediction]:
-        return predict(
-            self.model,
-            self.processor,
-            split.rows,
-            self.goal.task,
-            options,
-            batch_size=self.batch_size,
-            prompt_type=self.prompt_type,
-            progress=False,
-        )
+        how: dict[str, Any] = {"batch_size": self.batch_size, "prompt_type": self.prompt_type, "progress": False}
+        return predict(self.model, self.processor, split.rows, self.goal.task, options, **how)
 
     def outcome(self, split: Split, full: list[Prediction], exits: Mapping[str, Any]) -> Outcome:
         """A candidate on a split, given the full-depth run of that."""
         found = self.predictions(split, exits)
+        meter = Meter(self.model, self.processor, self.goal.task, split.texts, self.others, self.prompt_type)
+        ran, most = (meter.flops(some, self.exits(by))["mean"] for some, by in ((found, exits), (full, None)))
         return Outcome(
-            split.by_image(self.losses(split, full, found)),
-            self.flops(split, found, exits) / self.flops(split, full, None),
+            split.by_image(self._losses(meter, full, found)),
+            ran / most,
             sum(one.seconds for one in found) / sum(one.seconds for one in full),
         )
 
-    def flops(self, split: Split, predictions: list[Prediction], exits: Mapping[str, Any] | None) -> float:
-        """Mean FLOPs of an output, its image's trunk included."""
-        meter = Meter(self.model, self.processor, self.goal.task, split.texts, self.others, self.prompt_type)
-        return meter.flops(predictions, self.exits(exits))["mean"]
-
-    def losses(self, split: Split, full: list[Prediction], found: list[Prediction]) -> list[float]:
-        """The loss of every row."""
+    def _losses(self, meter: Meter, full: list[Prediction], found: list[Prediction]) -> Sequence[float]:
         if self.goal.risk == "disagreement":
             return [float(one.output != other.output) for one, other in zip(found, full, strict=True)]
-        drops = np.subtract(self._quality(split, full), self._quality(split, found))
-        return np.clip(drops, 0.0, 1.0).tolist()
+        drops = np.subtract(self._quality(meter, full), self._quality(meter, found))
+        return np.clip(drops, 0.0, 1.0)
 
-    def _quality(self, split: Split, predictions: list[Prediction]) -> list[float]:
-        if self.reward is not None:
-            references = [self.processor.encode_captions(row["references"]) for row in split.texts]
-            return self.reward([one.token_ids for one in predictions], references)
-        answers = self.processor.entailment_answers
-        return [float(one.output == answers[row["label"]]) for one, row in zip(predictions, split.texts, strict=True)]
+    def _quality(self, meter: Meter, predictions: list[Prediction]) -> list[float]:
+        if self.reward is None:
+            return meter.right_answers(predictions)
+        references = [self.processor.encode_captions(row["references"]) for row in meter.fields]
+        return self.reward([one.token_ids for one in predictions], references)
 
 
 __all__ = ["DEFAULTS", "Runner", "Split"]

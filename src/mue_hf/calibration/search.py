@@ -8,28 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..evaluation.thresholds import nearest
 from .goal import Goal
 
 
 @dataclass(frozen=True)
-class StreamExit:
-    """
-    One way for one stream to exit.
-
-    Args:
-        options (`dict`): its exit options.
-        saving (`float`): share of the full-depth cost that it saves.
-        risk (`float`): [`expected_risk`] on the search split while the other streams run in full.
-    """
-
-    options: dict[str, Any]
-    saving: float
-    risk: float
-
-
-@dataclass(frozen=True)
 class Candidate:
-    """Exit options of all streams, with the cost (1 is full depth) and the risk that the search split lets expect."""
+    """Exit options of one stream or several, with the cost (1 is full depth) and the [`expected_risk`] that the search
+    split lets expect while other streams run in full."""
 
     options: dict[str, Any]
     cost: float
@@ -41,18 +27,14 @@ def expected_risk(losses: NDArray) -> float:
     return (float(np.sum(losses)) + 0.5) / (len(losses) + 1)
 
 
-def pareto_path(streams: Sequence[Sequence[StreamExit]]) -> list[Candidate]:
-    """
-    Candidates from safest to fastest: the [`front`] of all combinations of an exit per stream or none, if savings and
-    risks of the streams add up.
-    """
+def pareto_path(streams: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+    """Candidates from safest to fastest: the [`front`] of all combinations of an exit per stream or none, if savings
+    and risks of the streams add up."""
     combined = []
-    for exits in product(*([None, *stream] for stream in streams)):
-        chosen = [one for one in exits if one is not None]
-        if chosen:
-            options = {name: value for one in chosen for name, value in one.options.items()}
-            cost = 1.0 - sum(one.saving for one in chosen)
-            combined.append(Candidate(options, cost, min(1.0, sum(one.risk for one in chosen))))
+    for exits in product(*([Candidate({}, 1.0, 0.0), *stream] for stream in streams)):
+        options = {name: value for one in exits for name, value in one.options.items()}
+        cost = 1.0 - sum(1.0 - one.cost for one in exits)
+        combined.append(Candidate(options, cost, min(1.0, sum(one.risk for one in exits))))
     return front(combined)
 
 
@@ -60,7 +42,8 @@ def front(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Those that save something and that no other one beats in both risk and cost, from safest to fastest."""
     path: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda one: (one.risk, one.cost)):
-        if candidate.cost < (path[-1].cost if path else 1.0):
+        # Costs that differ by rounding alone are the same.
+        if candidate.cost < (path[-1].cost if path else 1.0) - 1e-9:
             path.append(candidate)
     return path
 
@@ -72,8 +55,7 @@ def thinned(path: Sequence[Candidate], most_risk: float, count: int) -> list[Can
     if len(path) <= count:
         return path
     targets = np.linspace(path[0].cost, path[-1].cost, count)
-    kept = {min(range(len(path)), key=lambda i: abs(path[i].cost - target)) for target in targets}
-    return [path[i] for i in sorted(kept)]
+    return [path[i] for i in nearest([candidate.cost for candidate in path], targets)]
 
 
 def within(path: Sequence[Candidate], goal: Goal) -> list[Candidate]:
@@ -89,4 +71,4 @@ def within(path: Sequence[Candidate], goal: Goal) -> list[Candidate]:
     return affordable
 
 
-__all__ = ["Candidate", "StreamExit", "expected_risk", "front", "pareto_path", "thinned", "within"]
+__all__ = ["Candidate", "expected_risk", "front", "pareto_path", "thinned", "within"]

@@ -64,12 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--objective", choices=OBJECTIVES, default="flops", help="what is to be saved (flops)")
     goal.add_argument("--method", choices=METHODS, default="hoeffding-bentkus", help="of the test (hoeffding-bentkus)")
     settings = parser.add_argument_group("settings to try")
-    criteria = calibrated_criteria()
-    alone = ", ".join(name for name in criteria if not CRITERIA[name].in_encoder)
-    known = f"to choose from: {', '.join(criteria)} (similarity); with {alone} encoder streams exit by similarity"
-    settings.add_argument(
-        "--criterion", nargs="+", choices=criteria, default=["similarity"], metavar="NAME", help=known
-    )
+    criteria: dict[str, Any] = {"choices": calibrated_criteria(), "default": ["similarity"]}
+    alone = ", ".join(name for name in criteria["choices"] if not CRITERIA[name].in_encoder)
+    known = f"to choose from: {', '.join(criteria['choices'])} (similarity)"
+    known += f"; with {alone} encoder streams exit by similarity"
+    settings.add_argument("--criterion", nargs="+", **criteria, metavar="NAME", help=known)
     settings.add_argument("--per-layer", action="store_true", help="a threshold for each layer, of similarity")
     decays = "decays of the decoder's threshold (1)"
     settings.add_argument("--beta", type=float, nargs="+", default=[1.0], metavar="B", help=decays)
@@ -81,9 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(runs)
     runs.add_argument("--batch-size", **count, default=16, help="rows per call (16)")
     add_decoding_arguments(runs)
-    kept = (
-        "folder where outputs are kept, so that the same command goes on where it was interrupted (runs/calibration)"
-    )
+    kept = "folder where outputs are kept: the same command goes on where it was interrupted (runs/calibration)"
     runs.add_argument("--runs", type=Path, default=Path("runs/calibration"), metavar="DIR", help=kept)
     shared = ", ".join(SHARED_OPTIONS)
     add_generate_argument(runs, f"any other option of generate, or one of {shared}; may be repeated")
@@ -93,10 +90,8 @@ def _show(calibration: Calibration, name: str, written: bool) -> str:
     lines = ["   loss  bound  p-value  FLOPs   time  options"]
     for one in calibration.tested:
         pvalue = "-" if one.pvalue is None else f"{one.pvalue:.3g}"
-        lines.append(
-            f"  {one.loss:5.3f}  {one.bound:5.3f}  {pvalue:>7}  {one.flops:5.0%}  {one.seconds:5.0%}  "
-            + json.dumps(one.options)
-        )
+        cost = f"{one.flops:5.0%}  {one.seconds:5.0%}"
+        lines.append(f"  {one.loss:5.3f}  {one.bound:5.3f}  {pvalue:>7}  {cost}  {json.dumps(one.options)}")
     preset = calibration.preset
     if preset is None:
         lines.append("No setting could be certified: already the safest one lost too much. Nothing was written.")
@@ -111,11 +106,7 @@ def _show(calibration: Calibration, name: str, written: bool) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Calibrates and writes the preset.
-
-    Returns:
-        `int`: 0, or 1 if nothing could be certified.
-    """
+    """Calibrates and writes the preset; the exit code is 0, or 1 if nothing could be certified."""
     check_preset(args.model, args.preset)
     rows = load_rows(args.task, args.data, args.split, limit=args.limit, **dict(args.data_options))
     data = describe_rows(rows)

@@ -11,7 +11,7 @@ from ..evaluation.arguments import EvaluationArguments
 from ..evaluation.plots import require_matplotlib
 from ..evaluation.processes import Processes, finish_processes
 from ..evaluation.run import Evaluation
-from ..evaluation.settings import known_sweeps
+from ..evaluation.settings import known_sweeps, sets_depths
 from ..evaluation.tables import describe_records, make_table
 from ..files import write_whole
 from ..inference.predict import TASKS
@@ -64,7 +64,8 @@ def sweep(text: str) -> tuple[str, Any]:
         return "file", content
     name, equals, values = text.partition("=")
     sweeps = known_sweeps()
-    if name not in (*sweeps, "all") or (equals and (name == "all" or not sweeps[name].takes_values)):
+    # Depths that are given are all tried.
+    if name not in (*sweeps, "all") or (equals and (name == "all" or sets_depths(sweeps[name].criterion))):
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(sweeps)}, all, or a .json file; got {text!r}")
     return name, [json.loads(value) for value in values.split(",")] if equals else None
 
@@ -81,22 +82,12 @@ def add_data_arguments(parser: argparse.ArgumentParser, split: str, features: st
     data.add_argument("--data", required=True, metavar="SOURCE", help=sources)
     data.add_argument("--split", default=split, help=f"which rows; all for every one (default: {split})")
     data.add_argument("--limit", type=at_least(fewest), metavar="N", help="the first N rows alone")
-    data.add_argument(
-        "--data-option",
-        dest="data_options",
-        type=setting,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of load_captioning or load_entailment, e.g. image_root=photos; may be repeated",
-    )
+    repeated: dict[str, Any] = {"dest": "data_options", "type": setting, "action": "append", "default": []}
+    loader = "of load_captioning or load_entailment, e.g. image_root=photos; may be repeated"
+    data.add_argument("--data-option", **repeated, metavar="NAME=VALUE", help=loader)
     data.add_argument("--features", metavar="DIR", help=f"folder where the trunk's features are cached{features}")
-    data.add_argument(
-        "--prompt-type",
-        choices=["prev_output", "none"],
-        default="prev_output",
-        help="what the decoder reads before an answer: the prompt, or <s> alone (default: prev_output)",
-    )
+    prompts = "what the decoder reads before an answer: the prompt, or <s> alone (default: prev_output)"
+    data.add_argument("--prompt-type", choices=["prev_output", "none"], default="prev_output", help=prompts)
     return data
 
 
@@ -161,9 +152,8 @@ def _add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _arguments(args: argparse.Namespace) -> EvaluationArguments:
-    same = {
-        field.name: getattr(args, field.name) for field in fields(EvaluationArguments) if hasattr(args, field.name)
-    }
+    known = {field.name for field in fields(EvaluationArguments)}
+    same = {name: value for name, value in vars(args).items() if name in known}
     others = {
         "data_options": dict(args.data_options),
         "decoding": decoding_options(args),
@@ -175,11 +165,7 @@ def _arguments(args: argparse.Namespace) -> EvaluationArguments:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures the points that are missing, and prints all of them.
-
-    Returns:
-        `int`: 0.
-    """
+    """Measures the points that are missing, and prints all of them; the exit code is 0."""
     arguments = _arguments(args)
     if args.plots is not None:
         require_matplotlib()

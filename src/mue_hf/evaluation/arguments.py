@@ -1,4 +1,4 @@
-"""What one evaluation is asked for."""
+"""The arguments of one evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +12,7 @@ class EvaluationArguments:
     Which points are compared, on which data, and how they are scored and timed. Checked when it is made.
 
     Args:
-        task (`str`): "captioning" or "entailment".
-        data, split, limit, kind_column, data_options: the rows, see [`load_rows`].
+        task, data, split, limit, kind_column, data_options: the rows, see [`load_rows`].
         output (`Path`): a .jsonl file that records are added to; outputs by row go to a folder beside it.
         features (`str`): folder where the trunk's features are cached.
         premise, images: controls of entailment: no premises; every image in another one's place ("shuffled"), or none.

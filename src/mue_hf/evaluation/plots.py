@@ -10,15 +10,16 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..files import write_whole
 from ..model.criteria_mue import CRITERIA
 from .settings import sets_depths
 from .tables import main_score
 
-# More lines than these cannot be told apart.
-MOST_LINES = 6
-# Okabe and Ito's, which people see apart who do not see all colours.
+# Okabe and Ito's, which people see apart who do not see all colours. More lines cannot be told apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MOST_LINES = len(COLORS)
 QUIET = "#777777"
 # Points of these curves lie on no line and have names of their own.
 NAMED = {"presets": "presets", "chosen": "chosen settings", "given": "given options"}
@@ -38,7 +39,7 @@ def draw_plots(
     records: Sequence[Mapping[str, Any]], folder: str | os.PathLike, curves: Mapping[str, Any] | None = None
 ) -> list[Path]:
     """
-    Draws what the records of one run allow, as PNG files that are written whole.
+    Draws what the records of one run allow, as PNG files.
 
     Args:
         records: points as `mue-hf evaluate` writes them, of one task, model and data set.
@@ -48,9 +49,6 @@ def draw_plots(
     Returns:
         `list[Path]`: quality and share of identical outputs against FLOPs and time, similarity by layer, decoder depth
         by token position, depth and accuracy by kind of statement; those for which there are figures.
-
-    Raises:
-        ImportError: where matplotlib is missing.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
@@ -82,8 +80,16 @@ def draw_plots(
         axes = draw(f"identical_{what}", f"Outputs as at full depth against {against}", x_label, "share identical")
         _points(axes, _values(some, x, None), order)
     if curves:
-        _curves(draw("similarity_layers", "Saturation", "layer", "cosine of input and output"), curves)
-    some = _spread([record for record in records if _finds_depths(record)] or records)
+        axes = draw("similarity_layers", "Saturation", "layer", "cosine of input and output")
+        agreeing = {
+            f"{name}: share as last layer": one["agreeing"] for name, one in curves.items() if "agreeing" in one
+        }
+        _lines(axes, {name: curve["mean"] for name, curve in curves.items()} | agreeing)
+        for color, curve in zip(COLORS, curves.values(), strict=False):
+            axes.fill_between(range(1, len(curve["mean"]) + 1), curve["low"], curve["high"], color=color, alpha=0.2)
+    some = [record for record in records if _finds_depths(record)] or records
+    some = sorted(some, key=lambda record: record["flops"]["skipped"])
+    some = [some[i] for i in sorted({round(at) for at in np.linspace(0, len(some) - 1, MOST_LINES)})]
     if records[0]["depth_by_position"]:
         depths = {one["name"]: [place["depth"] for place in one["depth_by_position"]] for one in some}
         _lines(draw("depth_position", "Decoder depth by token position", "token", "mean layers"), depths)
@@ -91,7 +97,10 @@ def draw_plots(
         for what, name in (("depth", "image + decoder layers, mean"), ("accuracy", "accuracy")):
             axes = draw(f"{what}_kind", f"{what.capitalize()} by kind of statement", "", name)
             kinds = list(records[0]["by_kind"])
-            _lines(axes, {one["name"]: [_of_kind(one, kind, what) for kind in kinds] for one in some}, ":o")
+            found = {one["name"]: [one["by_kind"][kind][what] for kind in kinds] for one in some}
+            if what == "depth":
+                found = {name: [one["image"] + one["decoder"] for one in depths] for name, depths in found.items()}
+            _lines(axes, found, ":o")
             axes.set_xticks(range(1, len(kinds) + 1), kinds)
     for path, figure in drawn:
         save_figure(figure, path)
@@ -157,8 +166,8 @@ def _points(axes: Any, curves: Mapping[str, Sequence[Point]], order: Sequence[st
             axes.errorbar(x, y, (below, above), elinewidth=0.8, markersize=4, **style)
             ends = zip(names, x, y, strict=True) if name in NAMED else [(_curve_label(name), x[-1], y[-1])]
             labels += [(*end, color) for end in ends]
-    if rest := [name for name in order[MOST_LINES:] if name in curves]:
-        note = f"Not drawn, see the table: {'; '.join(map(_curve_label, rest))}."
+    if rest := [_curve_label(name) for name in order[MOST_LINES:] if name in curves]:
+        note = f"Not drawn, see the table: {'; '.join(rest)}."
         axes.figure.supxlabel(fill(note, 130), fontsize=7, color=QUIET)
     left, right = axes.get_xlim()
     for point in curves.get("full", ()):
@@ -170,21 +179,12 @@ def _points(axes: Any, curves: Mapping[str, Sequence[Point]], order: Sequence[st
     _label_points(axes, [one for one in labels if one not in aside])
 
 
-def _curves(axes: Any, curves: Mapping[str, Any]) -> None:
-    lines = {name: curve["mean"] for name, curve in curves.items()}
-    agreeing = {f"{name}: share as last layer": one["agreeing"] for name, one in curves.items() if "agreeing" in one}
-    _lines(axes, lines | agreeing)
-    for color, curve in zip(COLORS, curves.values(), strict=False):
-        axes.fill_between(range(1, len(curve["mean"]) + 1), curve["low"], curve["high"], color=color, alpha=0.2)
-
-
 def _lines(axes: Any, lines: Mapping[str, Sequence[float]], style: str = "-o") -> None:
     """A line for each name over 1, 2, ..., with its name at its end."""
-    for color, values in zip(COLORS, lines.values(), strict=False):
+    ends = []
+    for color, (name, values) in zip(COLORS, lines.items(), strict=False):
         axes.plot(range(1, len(values) + 1), values, style, color=color, markersize=3)
-    ends = [
-        (name, len(values), values[-1], color) for color, (name, values) in zip(COLORS, lines.items(), strict=False)
-    ]
+        ends.append((name, len(values), values[-1], color))
     label_ends(axes, ends)
 
 
@@ -250,18 +250,6 @@ def _finds_depths(record: Mapping[str, Any]) -> bool:
     criterion = CRITERIA.get(exits.get("exit_criterion", ""))
     given = criterion is not None and (sets_depths(criterion) or not criterion.sweep_options)
     return not given and record["criterion"] not in ("random", "shuffled depths")
-
-
-def _of_kind(record: Mapping[str, Any], kind: str, what: str) -> float:
-    value = record["by_kind"][kind][what]
-    return value["image"] + value["decoder"] if what == "depth" else value
-
-
-def _spread(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """At most `MOST_LINES` of the records, evenly from the first to the last by FLOPs skipped."""
-    ordered = sorted(records, key=lambda record: record["flops"]["skipped"])
-    count = min(MOST_LINES, len(ordered))
-    return [ordered[round(index * (len(ordered) - 1) / max(count - 1, 1))] for index in range(count)]
 
 
 def save_figure(figure: Any, path: Path) -> None:

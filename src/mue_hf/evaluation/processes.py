@@ -14,15 +14,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """
-    This process among those of the run.
-
-    What they pass each other are Python objects through the CPU, so that one may work for hours while others wait.
-
-    Args:
-        index, count (`int`): which one it is, of how many.
-        device (`str`): where it runs the model.
-    """
+    """This process among those of the run: which one it is (`index`), of how many (`count`), and the `device` where it
+    runs the model. They pass each other Python objects through the CPU, so that one may work for hours while others
+    wait."""
 
     index: int
     count: int
@@ -73,11 +67,8 @@ class Processes:
 
 
 def finish_processes() -> None:
-    """Waits for the other processes of the run, if there are any, and parts from them: the last call of a program.
-
-    A process that just ends leaves threads of the connection behind, and may be aborted for it; one that parts without
-    waiting may leave the others hanging. After an error it must not be called, since nobody else comes.
-    """
+    """Waits for the other processes of the run, if there are any, and parts from them: the last call of a program that
+    had no error. One that just ends may be aborted for threads that it leaves behind, or leave the others hanging."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -20,11 +20,6 @@ class Sweep:
     parts: tuple[str, ...]
     exit_kv: str | None = None
 
-    @property
-    def takes_values(self) -> bool:
-        """Whether its values may be chosen; depths are all tried."""
-        return not sets_depths(self.criterion)
-
 
 def known_sweeps() -> dict[str, Sweep]:
     """Every sweep by name: each criterion, its encoder and decoder alone where it is for both, and the policies for
@@ -36,10 +31,8 @@ def known_sweeps() -> dict[str, Sweep]:
             sweeps[name] = Sweep(criterion, parts)
             if criterion.in_encoder and not sets_depths(criterion):
                 sweeps |= {f"{name}-{part}": Sweep(criterion, (part,)) for part in parts}
-    default = ExitOptions()
-    similarity = CRITERIA[default.exit_criterion]
-    others = [policy for policy in KV_POLICIES if policy != default.exit_kv]
-    return sweeps | {f"kv-{policy}": Sweep(similarity, ("decoder",), policy) for policy in others}
+    others = [policy for policy in KV_POLICIES if policy != ExitOptions().exit_kv]
+    return sweeps | {f"kv-{policy}": Sweep(Similarity, ("decoder",), policy) for policy in others}
 
 
 def sets_depths(criterion: type[Criterion]) -> bool:
@@ -79,7 +72,7 @@ def make_settings(
         chosen (`dict`): exit options by name.
         base (`dict`): exit options of all points of sweeps but fixed depths; without sweeps one point.
         thresholds (`dict`): those of similarity, see [`stream_thresholds`]; the usual ones by default.
-        shuffled_depths (sequence of `str`): names of other points, each of which gets a shuffled-depth baseline.
+        shuffled_depths (sequence of `str`): points that get a shuffled-depth baseline.
 
     Raises:
         ValueError: if two points have one name, or `shuffled_depths` names none of them.
@@ -92,7 +85,7 @@ def make_settings(
     for name, values in sweeps:
         points += _sweep(name, values, base, config, thresholds)
     if everything:
-        found = [point.name for point in points if point.criterion == ExitOptions().exit_criterion]
+        found = [point.name for point in points if point.criterion == Similarity.name]
         shuffled_depths = list(dict.fromkeys([*shuffled_depths, *found]))
     points += [Setting(label, "chosen", exits) for label, exits in (chosen or {}).items()]
     if base and not sweeps:
@@ -120,11 +113,9 @@ def _sweep(
     if sets_depths(criterion):
         return _depths(criterion, layers, {"exit_kv": base["exit_kv"]} if "exit_kv" in base else {})
     note = "".join(f", {option} {value}" for option, value in base.items())
-    exits = dict(base)
-    if criterion.name != ExitOptions().exit_criterion:
-        exits["exit_criterion"] = criterion.name
+    exits = base if criterion is Similarity else base | {"exit_criterion": criterion.name}
     if sweep.exit_kv is not None:
-        exits["exit_kv"] = sweep.exit_kv
+        exits = exits | {"exit_kv": sweep.exit_kv}
     # Encoder thresholds that are given stay as they are.
     options = {
         stream: option
@@ -141,14 +132,12 @@ def _sweep(
             for value in values or criterion.sweep(layers["decoder"])
         ]
     points = []
-    for suffix, found in (("", thresholds), (" per layer", thresholds["per layer"])):
-        for index in range(max(len(found[stream]) for stream in options)):
-            some = {
-                option: found[stream][min(index, len(found[stream]) - 1)]
-                for stream, option in options.items()
-                if found[stream]
-            }
-            points.append(Setting(f"{name}{suffix}, thresholds {index + 1}{note}", f"{name}{suffix}", exits | some))
+    for label, of in ((name, thresholds), (f"{name} per layer", thresholds["per layer"])):
+        found = {option: of[stream] for stream, option in options.items() if of[stream]}
+        for index in range(max(map(len, found.values()), default=0)):
+            # A stream with fewer of them keeps its last.
+            some = {option: values[: index + 1][-1] for option, values in found.items()}
+            points.append(Setting(f"{label}, thresholds {index + 1}{note}", label, exits | some))
     return points
 
 
