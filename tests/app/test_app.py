@@ -11,7 +11,7 @@ from runpy import run_path
 
 import pytest
 import torch
-from bulk_fixtures import BALANCED, make_checkpoint
+from bulk_fixtures import BALANCED
 from conftest import tiny_config, tiny_inputs, tiny_model
 from PIL import Image
 
@@ -30,11 +30,6 @@ SMALL_CHECKPOINT = ROOT / "checkpoints" / "mue-flickr8k-small"
 MIDDLE = {"image_exit_threshold": 0.6, "text_exit_threshold": 0.99, "decoder_exit_threshold": 0.5}
 # The photographer among the bundled photos, and seconds that an answer of the page may take on a busy machine.
 PICKED, SECONDS = 3, 60
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,8 @@ def example(monkeypatch):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A tiny model whose tokens are bytes."""
-    return byte_checkpoint(tmp_path_factory.mktemp("checkpoint"), generation={"max_new_tokens": 6})
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return byte_checkpoint(folder, max_position_embeddings=160, generation={"max_new_tokens": 6})
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from bulk_fixtures import make_checkpoint, make_images
+from bulk_fixtures import make_images
 from filelock import FileLock
 from PIL import Image
 
@@ -31,11 +31,6 @@ REASONS = {
     "postscript": "PostScript",
     "missing": "must exist",
 }
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

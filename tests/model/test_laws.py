@@ -1,7 +1,7 @@
 """The laws of early exit, in float64: what is reported was skipped, and nothing else changes."""
 
-import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -332,11 +332,8 @@ class TestDecoder:
             for _ in range(3):
                 outputs[i] = generate(model, inputs, **settings[i])
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(settings))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(settings)) as threads:
+            list(threads.map(work, range(len(settings))))
         for i, expected in enumerate(alone):
             assert torch.equal(outputs[i].sequences, expected.sequences)
             assert torch.equal(outputs[i].decoder_exit_layers, expected.decoder_exit_layers)

@@ -1,7 +1,7 @@
 """Presets and the weights that they were calibrated on: what is looked at when, and who is warned."""
 
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -112,11 +112,8 @@ def test_weights_are_read_once(model, inputs, monkeypatch):
     )
     model.generate(**inputs)
     assert not reads
-    threads = [threading.Thread(target=model.generate, kwargs=inputs | {"exit_preset": "mine"}) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda _: model.generate(**inputs, exit_preset="mine"), range(3)))
     first = len(reads)
     model.generate(**inputs, exit_preset="mine")
     assert 1 <= first <= 3

@@ -92,6 +92,12 @@ def photo() -> Image.Image:
     return Image.fromarray(np.stack([rows * 20, columns * 12, rows + columns], -1).astype(np.uint8))
 
 
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 def spell(processor: MuEProcessor, ids: torch.Tensor) -> list[str]:
     return processor.batch_decode(ids, skip_special_tokens=True)
 
@@ -141,9 +147,7 @@ class TestImages:
         assert MuEImageProcessorPil()(batch, return_tensors="pt")["pixel_values"].shape == (2, 3, 480, 480)
 
     def test_bytes(self, photo):
-        png = io.BytesIO()
-        photo.save(png, "PNG")
-        assert np.array_equal(load_image(png.getvalue()), photo)
+        assert np.array_equal(load_image(png(photo)), photo)
         # Without an address in the message, which would differ from run to run.
         with pytest.raises(ValueError, match=r"`image` must be an image .* an error: it has no known format;"):
             load_image(b"no image")
@@ -151,10 +155,8 @@ class TestImages:
     @pytest.mark.parametrize("kind", ["data URI", "plain", "lines"])
     def test_base64(self, photo, kind):
         """As transformers' `load_image` takes it."""
-        png = io.BytesIO()
-        photo.save(png, "PNG")
-        text = base64.b64encode(png.getvalue()).decode()
-        lines = base64.encodebytes(png.getvalue()).decode()
+        text = base64.b64encode(png(photo)).decode()
+        lines = base64.encodebytes(png(photo)).decode()
         given = {"data URI": f"data:image/png;base64,{text}", "plain": text, "lines": lines}[kind]
         assert np.array_equal(load_image(given), photo)
 
@@ -162,9 +164,7 @@ class TestImages:
     @pytest.mark.parametrize("start", ["data:image/png;base64,", "data:image/png;base64,!", "", "!"])
     def test_messages_do_not_repeat_base64(self, photo, start, size, monkeypatch):
         noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8))
-        png = io.BytesIO()
-        noise.save(png, "PNG")
-        text = base64.b64encode(png.getvalue()[:size]).decode()
+        text = base64.b64encode(png(noise)[:size]).decode()
         if size is None and "!" not in start:
             monkeypatch.setattr("mue_hf.model.images_mue.MAX_PIXELS", 100)
         with pytest.raises(ValueError, match="must") as caught:
@@ -181,9 +181,7 @@ class TestImages:
             load_image("photos/cats")
 
     def test_url(self, photo, site):
-        png = io.BytesIO()
-        photo.save(png, "PNG")
-        site.pages["/photo.png"] = [b"HTTP/1.0 200 OK\r\n\r\n", png.getvalue()]
+        site.pages["/photo.png"] = [b"HTTP/1.0 200 OK\r\n\r\n", png(photo)]
         site.pages["/moved.png"] = [b"HTTP/1.0 302 Found\r\nLocation: /photo.png\r\n\r\n"]
         assert np.array_equal(load_image(f"{site.url}/photo.png"), photo)
         assert np.array_equal(load_image(f"{site.url}/moved.png"), photo)

@@ -1,7 +1,7 @@
 """Fast paths against slow ones: biases, prompt, output head, few rows, half precision, compiled modules."""
 
 import copy
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -133,11 +133,8 @@ class TestPrompt:
             for _ in range(4):
                 outputs[i].append(generate(model, inputs[i], **settings[i]))
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(work, range(4)))
         for expected, made in zip(alone, outputs, strict=True):
             assert len(made) == 4
             for output in made:

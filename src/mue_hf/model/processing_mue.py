@@ -157,11 +157,8 @@ class MuEImageMixin:
 
 
 class MuEImageProcessor(MuEImageMixin, TorchvisionBackend):
-    """
-    OFA's image preprocessing: RGB, bicubic resize to `size` (480x480, aspect ratio not kept), levels to [-1, 1].
-
-    With torchvision, whose bicubic filter differs from Pillow's by at most two grey levels.
-    """
+    """OFA's image preprocessing: RGB, bicubic resize to `size` (480x480, aspect ratio not kept), levels to [-1, 1].
+    torchvision's bicubic filter differs from Pillow's by at most two grey levels."""
 
 
 class MuEImageProcessorPil(MuEImageMixin, PilBackend):
@@ -179,9 +176,8 @@ class MuETokenizer(RobertaTokenizer):
     Special tokens written in a text are read as plain text, as in OFA: only the tokenizer itself places them.
 
     Args:
-        vocab (`str` or `dict[str, int]`, *optional*): file or dictionary of token to id, with `<s>`, `<pad>`, `</s>`,
-            `<unk>` as 0 to 3.
-        merges (`str` or `list`, *optional*): file or list of the merges.
+        vocab (`str` or `dict[str, int]`): file or dictionary of token to id: <s>, <pad>, </s>, <unk> are 0 to 3.
+        merges (`str` or `list`): file or list of the merges.
         num_codes (`int`, *optional*, defaults to 8192): image codes `<code_0>`... that follow the vocabulary.
         num_bins (`int`, *optional*, defaults to 1000): location bins `<bin_0>`... that follow the codes.
         kwargs: see `RobertaTokenizer`.
@@ -274,10 +270,9 @@ class MuEProcessor(ProcessorMixin):
                 do. Without it " what does the image describe?". With `task="vqa"` the question.
             task (`str`, *optional*, defaults to `"captioning"`): "captioning"; "entailment", for which `hypothesis` is
                 put in OFA's prompt; or "vqa", for which the question is normalised as in OFA and ends with "?".
-            hypothesis (`str` or `list[str]`, *optional*): for entailment, the statement to judge, normalised as in OFA
-                (at most 80 words).
-            premise (`str` or `list[str | None]`, *optional*): for entailment, a caption of the image, judged together
-                with it.
+            hypothesis (`str` or `list[str]`, *optional*): for entailment, the statement to judge.
+            premise (`str` or `list[str | None]`, *optional*): for entailment, a caption of the image, judged with it.
+                Both are normalised as in OFA, see `normalize_text`.
             return_tensors (`str`, *optional*, defaults to `"pt"`): "pt", "np", or None for lists.
             kwargs: options of the tokenizer (padding to the longest text is the default) and of the image processor,
                 or transformers' `text_kwargs`, `images_kwargs` and `common_kwargs` with them.
