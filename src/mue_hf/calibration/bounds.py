@@ -78,8 +78,7 @@ def risk_pvalue(losses: ArrayLike, risk: float, delta: float = 0.05, method: str
 
 
 def risk_upper_bound(losses: ArrayLike, delta: float = 0.05, method: str = "hoeffding-bentkus") -> float:
-    """The smallest risk in (0, 1] that `losses` certify, 1 where they exclude nothing: the true mean is at or below it
-    with probability 1 - `delta`. The arguments are those of [`risk_pvalue`]."""
+    """The smallest risk in (0, 1] that `losses` certify, 1 where they exclude nothing; see [`risk_pvalue`]."""
     losses = _checked(losses, delta, method)
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
@@ -95,7 +94,7 @@ def risk_upper_bound(losses: ArrayLike, delta: float = 0.05, method: str = "hoef
 
 
 def smallest_budget(units: int, delta: float = 0.05, method: str = "hoeffding-bentkus") -> float:
-    """The smallest risk that so many losses could certify, which takes that all of them are 0; for "hoeffding-bentkus"
+    """The smallest risk that so many losses, all of them 0, could certify: for "hoeffding-bentkus"
     1 - delta ** (1 / units), about 3 / units at delta = 0.05."""
     if units < 1:
         raise ValueError(f"`units` must be at least 1, got {units}; an empty sample certifies nothing.")

@@ -69,8 +69,8 @@ def check_search(criteria: Sequence[str], betas: Sequence[float], **counts: int)
 
 
 def check_options(options: Mapping[str, Any], samples: bool) -> None:
-    """Raises a ValueError for options of `generate` that are what calibration finds, or that sample outputs, which a
-    model does by itself if it `samples`."""
+    """Raises a ValueError for options of `generate` that calibration finds, or that sample outputs (the model's own
+    choice is `samples`)."""
     foreign = sorted((options.keys() & CONFIG_NAMES) - set(SHARED_OPTIONS))
     if foreign:
         raise ValueError(
@@ -81,12 +81,4 @@ def check_options(options: Mapping[str, Any], samples: bool) -> None:
         raise ValueError("`do_sample` must be False, got True: sampled outputs differ from run to run; turn it off.")
 
 
-__all__ = [
-    "OBJECTIVES",
-    "RISKS",
-    "SHARED_OPTIONS",
-    "Goal",
-    "calibrated_criteria",
-    "check_options",
-    "check_search",
-]
+__all__ = ["OBJECTIVES", "RISKS", "SHARED_OPTIONS", "Goal", "calibrated_criteria", "check_options", "check_search"]

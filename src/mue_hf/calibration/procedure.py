@@ -14,11 +14,16 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from ..evaluation.rows import EvaluationData
+from ..evaluation.settings import sets_depths
+from ..evaluation.signals import Signals, without_decay
 from ..evaluation.store import content_key
+from ..evaluation.thresholds import candidate_thresholds
 from ..metrics.rewards import CiderDReward
+from ..model.criteria_mue import CRITERIA, Similarity
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
@@ -26,7 +31,6 @@ from .certify import Outcome, Tested, certify, check_size, split_images, summari
 from .goal import SHARED_OPTIONS, Goal, check_options, check_search, check_share
 from .runner import DEFAULTS, Runner, Split
 from .search import Candidate, expected_risk, front, pareto_path, thinned, within
-from .thresholds import stream_candidates
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def calibrate(
         # of the search split: losses on the held-out split must not depend on each other's images
         runner.reward = CiderDReward([processor.encode_captions(row["references"]) for row in search.texts])
     with tqdm(unit="run", desc="recording", disable=not progress) as bar:
-        exits = partial(stream_candidates, betas=betas, count=num_thresholds, per_layer=per_layer)
+        exits = partial(_stream_exits, betas=betas, count=num_thresholds, per_layer=per_layer)
         path = _search(runner, search, criteria, exits, candidates, bar)
         bar.set_description("testing")
         tested, certified = _test(runner, held_out, path, candidates, bar)
@@ -170,6 +174,39 @@ def _search(
     return front(path) or path[:1]
 
 
+def _stream_exits(
+    runner: Runner, signals: Signals, name: str, stream: str, betas: Sequence[float], count: int, per_layer: bool
+) -> list[dict[str, Any]]:
+    """Exit options of one stream under the criterion `name`, careful to fast: at most `count` for each of the `betas`
+    that the stream takes; of depths that are given, all."""
+    criterion = CRITERIA[name]
+    if stream != "decoder" and not criterion.in_encoder:
+        criterion = Similarity
+    option, layers = criterion.sweep_options[stream], runner.layers[stream]
+    min_layers = runner.shared["exit_min_layers"]
+    named = {} if criterion is Similarity else {"exit_criterion": name}
+    if sets_depths(criterion):
+        return [named | {option: depth} for depth in criterion.sweep(layers) if depth >= min_layers]
+    found = []
+    for beta in betas if stream == "decoder" and "exit_decay_beta" in criterion.options else (1.0,):
+        if criterion is not Similarity:
+            known = criterion.sweep(layers)
+            # The first and the last among them; of one, the last.
+            places = np.linspace(len(known) - 1, 0, min(count, len(known)))[::-1]
+            values = [known[round(place)] for place in places]
+        else:
+            cosines, agreeing = signals.encoder.get(stream, signals.decoder), None
+            if stream == "decoder":
+                # Answers are decided at step 0, whatever N is.
+                decay = (signals.steps, runner.num_steps, beta, runner.shared["exit_decay_tau"])
+                cosines, agreeing = without_decay(cosines, *decay), signals.agreeing
+            places = {"agreeing": agreeing, "per_layer": per_layer, "min_layers": min_layers}
+            values = candidate_thresholds(cosines, count, **places)
+        decayed = {} if beta == 1.0 else {"exit_decay_beta": beta}
+        found += [named | {option: value} | decayed for value in values]
+    return found
+
+
 def _test(runner: Runner, split: Split, path: Sequence[Candidate], count: int, bar: tqdm) -> tuple[list[Tested], int]:
     """What was run on the held-out split, and how many of them, from the first, are certified."""
     goal, full = runner.goal, runner.predictions(split, None)
@@ -192,10 +229,7 @@ def _preset(runner: Runner, best: Tested, images: int) -> dict[str, Any]:
     notes = {
         **asdict(runner.goal),
         "n": images,
-        "loss": best.loss,
-        "bound": best.bound,
-        "flops": best.flops,
-        "seconds": best.seconds,
+        **{name: getattr(best, name) for name in ("loss", "bound", "flops", "seconds")},
         "generation": runner.others,
         "prompt_type": runner.prompt_type if runner.goal.task == "entailment" else None,
         "data_fingerprint": runner.data.fingerprint,

@@ -3,22 +3,14 @@
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
+from inspect import signature
 from typing import Any
 
 from tqdm import tqdm
 
-from ..calibration import (
-    OBJECTIVES,
-    RISKS,
-    SHARED_OPTIONS,
-    Calibration,
-    calibrate,
-    calibrated_criteria,
-    check_preset,
-    write_preset,
-)
+from ..calibration import Calibration, calibrate, check_preset, write_preset
 from ..calibration.bounds import METHODS, rounded_up
+from ..calibration.goal import OBJECTIVES, RISKS, SHARED_OPTIONS, calibrated_criteria
 from ..data.features import cache_trunk_features
 from ..evaluation.rows import describe_rows, load_rows
 from ..inference.predict import TASKS
@@ -68,10 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     alone = ", ".join(name for name in criteria["choices"] if not CRITERIA[name].in_encoder)
     known = f"to choose from: {', '.join(criteria['choices'])} (similarity)"
     known += f"; with {alone} encoder streams exit by similarity"
-    settings.add_argument("--criterion", nargs="+", **criteria, metavar="NAME", help=known)
+    settings.add_argument("--criterion", dest="criteria", nargs="+", **criteria, metavar="NAME", help=known)
     settings.add_argument("--per-layer", action="store_true", help="a threshold for each layer, of similarity")
-    decays = "decays of the decoder's threshold (1)"
-    settings.add_argument("--beta", type=float, nargs="+", default=[1.0], metavar="B", help=decays)
+    decays: dict[str, Any] = {"dest": "betas", "type": float, "nargs": "+", "default": [1.0]}
+    settings.add_argument("--beta", **decays, metavar="B", help="decays of the decoder's threshold (1)")
     count: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
     settings.add_argument("--num-thresholds", **count, default=5, help="candidate thresholds per stream (5)")
     settings.add_argument("--levels", dest="num_thresholds", action=RenamedOption, **count, help=argparse.SUPPRESS)
@@ -81,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--batch-size", **count, default=16, help="rows per call (16)")
     add_decoding_arguments(runs)
     kept = "folder where outputs are kept: the same command goes on where it was interrupted (runs/calibration)"
-    runs.add_argument("--runs", type=Path, default=Path("runs/calibration"), metavar="DIR", help=kept)
+    runs.add_argument("--runs", dest="folder", default="runs/calibration", metavar="DIR", help=kept)
     shared = ", ".join(SHARED_OPTIONS)
     add_generate_argument(runs, f"any other option of generate, or one of {shared}; may be repeated")
 
@@ -114,22 +106,11 @@ def run(args: argparse.Namespace) -> int:
     if args.features is not None:
         # In the model's dtype, so that nothing changes.
         data = replace(data, rows=cache_trunk_features(model, processor, rows, args.features, dtype=model.dtype))
-    same = (
-        *("compute", "delta", "risk", "objective", "method", "per_layer", "num_thresholds", "candidates"),
-        *("search_share", "seed", "batch_size", "prompt_type"),
-    )
-    calibration = calibrate(
-        model,
-        processor,
-        data,
-        args.task,
-        budget=0.05 if args.budget is None and args.compute is None else args.budget,
-        criteria=args.criterion,
-        betas=args.beta,
-        options=dict(args.generate) | decoding_options(args),
-        folder=args.runs,
-        **{name: getattr(args, name) for name in same},
-    )
+    same = {name: value for name, value in vars(args).items() if name in signature(calibrate).parameters}
+    same |= {"model": model, "processor": processor, "data": data}
+    if args.budget is None and args.compute is None:
+        same["budget"] = 0.05
+    calibration = calibrate(**same, options=dict(args.generate) | decoding_options(args))
     preset, written = calibration.preset, False
     if preset is not None and not args.dry_run:
         write_preset(args.model, args.preset, preset)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -176,8 +175,7 @@ def run(args: argparse.Namespace) -> int:
     for record in evaluation.records():
         records.append(record)
         if args.json and processes.is_main:
-            sys.stdout.write(json.dumps(record) + "\n")
-            sys.stdout.flush()
+            print(json.dumps(record), flush=True)
     if args.plots is not None and processes.is_main:
         evaluation.draw(records, args.plots)
     finish_processes()
@@ -187,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     if args.table is not None:
         write_whole(args.table, table)
     if not args.json:
-        sys.stdout.write(table)
+        print(table, end="")
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 @dataclass(frozen=True)
 class EvaluationArguments:
     """
-    Which points are compared, on which data, and how they are scored and timed. Checked when it is made.
+    Which points are compared, on which data, and how they are scored and timed.
 
     Args:
         task, data, split, limit, kind_column, data_options: the rows, see [`load_rows`].

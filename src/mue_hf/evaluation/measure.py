@@ -36,12 +36,10 @@ class Meter:
     What the figures of one run have in common.
 
     Args:
-        task (`str`): "captioning" or "entailment".
+        model, processor, task, prompt_type: see [`predict`].
         fields (sequence [rows] of `dict`): the rows without their images: "references", or "label" and maybe "kind".
         decoding (`dict`): options of `generate` that are no exits.
-        prompt_type (`str`): see [`predict`].
-        metrics, tokenizer: see [`caption_scores`].
-        resamples (`int`): draws of images for the intervals.
+        metrics, tokenizer, resamples: see [`caption_scores`].
     """
 
     model: MuEForConditionalGeneration
@@ -65,7 +63,10 @@ class Meter:
         those of the point that it is compared with (`against`)."""
         config = self.model.config
         same = [float(one.output == other.output) for one, other in zip(predictions, full, strict=True)]
-        quality = self.quality(predictions)
+        if self.task == "entailment":
+            quality = self._accuracy(predictions, self.fields)
+        else:
+            quality = self._caption_scores(predictions, metrics=self.metrics, resamples=self.resamples)
         easy, hard = extremes(predictions)
         return {
             "quality": {name: value for name, value in quality.items() if name != "intervals"},
@@ -90,15 +91,9 @@ class Meter:
             "hardest": hard,
         }
 
-    def quality(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
-        """The scores of the task with their "intervals"."""
-        if self.task == "entailment":
-            return self._accuracy(predictions, self.fields)
-        return self._caption_scores(predictions, metrics=self.metrics, resamples=self.resamples)
-
     def difference(self, predictions: Sequence[Prediction], against: Sequence[Prediction]) -> dict[str, Any]:
-        """How far the main score ("score": CIDEr, accuracy, or else the first metric) is above that of `against` on
-        the same rows: "mean" over rows and "interval"."""
+        """How far the main score ("score": CIDEr, accuracy, or else the first metric) is above that of `against`:
+        "mean" over rows and "interval"."""
         name, ours = self._row_scores(predictions)
         _, theirs = self._row_scores(against)
         differences = [one - other for one, other in zip(ours, theirs, strict=True)]

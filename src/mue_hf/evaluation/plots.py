@@ -4,15 +4,14 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
-from io import BytesIO
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..files import write_whole
+from ..files import whole_file
 from ..model.criteria_mue import CRITERIA
 from .settings import sets_depths
 from .tables import main_score
@@ -193,15 +192,11 @@ def label_ends(axes: Any, labels: Sequence[tuple[str, float, float, str]]) -> No
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
     place = axes.transData + axes.transAxes.inverted()
     labels = sorted(labels, key=lambda one: one[2])
-    heights: list[float] = []
-    for _, x, y, _ in labels:
-        height = float(place.transform((x, y))[1])
-        heights.append(max(height, heights[-1] + LABEL_GAP) if heights else height)
-    top = 1.0
-    for index in reversed(range(len(heights))):
-        heights[index] = min(heights[index], top)
-        top = heights[index] - LABEL_GAP
-    for (text, x, y, color), height in zip(labels, heights, strict=True):
+    points = [float(place.transform((x, y))[1]) for _, x, y, _ in labels]
+    heights = accumulate(points, lambda below, own: max(own, below + LABEL_GAP))
+    for above, (text, x, y, color), height in zip(reversed(range(len(labels))), labels, heights, strict=True):
+        # The highest may reach the top; the others stay below it.
+        height = min(height, 1.0 - above * LABEL_GAP)
         arrow = {"arrowstyle": "-", "color": color, "alpha": 0.5, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2}
         style = {"color": color, "fontsize": 8, "va": "center", "arrowprops": arrow, "annotation_clip": False}
         axes.annotate(text, (x, y), (1.03, height), textcoords="axes fraction", **style)
@@ -254,9 +249,8 @@ def _finds_depths(record: Mapping[str, Any]) -> bool:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a figure as a PNG file, whole or not at all; makes its folder."""
-    content = BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    write_whole(path, content.getvalue())
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=150)
 
 
-__all__ = ["draw_plots", "label_ends", "pareto_front", "require_matplotlib", "save_figure"]
+__all__ = ["draw_plots", "label_ends", "require_matplotlib", "save_figure"]

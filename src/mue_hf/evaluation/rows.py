@@ -63,9 +63,8 @@ def load_rows(
         task (`str`): "captioning" or "entailment".
         source (`str`): what [`load_captioning`] and [`load_entailment`] take, or "scenes:SEED:COUNT" for COUNT
             generated scenes, with eight statements each.
-        split (`str`): which rows; "all" for every one.
-        limit (`int`, *optional*): the first so many rows alone.
-        kind_column (`str`, *optional*): a column to keep as "kind"; scenes have it.
+        split (`str`), limit (`int`): which rows, "all" for every one; the first so many of them.
+        kind_column (`str`): a column to keep as "kind"; scenes have it.
         options: of the loader; streamed rows keep the order of the source.
 
     Raises:

@@ -106,15 +106,8 @@ class Evaluation:
             rows = self._load(args.thresholds_split, args.thresholds_rows)
             rows = ControlledRows(rows, args.premise, None, True)
             thresholds = self.processes.share(lambda: stream_thresholds(self._signals(rows), args.num_thresholds))
-        return make_settings(
-            self.model.config,
-            presets=args.presets,
-            sweeps=args.sweeps,
-            chosen=args.chosen,
-            base=args.exits,
-            thresholds=thresholds,
-            shuffled_depths=args.shuffled_depths,
-        )
+        asked = {name: getattr(args, name) for name in ("presets", "sweeps", "chosen", "shuffled_depths")}
+        return make_settings(self.model.config, base=args.exits, thresholds=thresholds, **asked)
 
     def _load(self, split: str, limit: int | None) -> Any:
         args = self.args
@@ -153,6 +146,9 @@ class Evaluation:
 
     def outputs(self, point: Setting) -> list[Prediction]:
         """The predictions of a point, from disk where they are."""
+        if point.criterion == "oracle":
+            full = self.outputs(self.settings[0])
+            return self.processes.share(lambda: token_oracle(full, self._signals(self.rows)))
         shuffled = {"shuffled": point.shuffled} if point.shuffled else {}
         path = self.side_folder / f"{content_key([self.common, self.resolved[point.name], shuffled])}.jsonl"
         stored = self.processes.share(lambda: read_predictions(path))
@@ -172,13 +168,12 @@ class Evaluation:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The record of each point, measured unless the results file has it, full depth first."""
-        full = self.outputs(self.settings[0])
         points = [*self.settings, *([Setting("token oracle", "oracle", {})] if self.args.oracle else [])]
         quiet = len(points) == 1 or not self.processes.is_main
         for point in tqdm(points, desc="points", unit="point", disable=quiet):
-            yield self._record(point, full)
+            yield self._record(point)
 
-    def _record(self, point: Setting, full: Sequence[Prediction]) -> dict[str, Any]:
+    def _record(self, point: Setting) -> dict[str, Any]:
         oracle = point.criterion == "oracle"
         resolved = self.resolved.get(point.name)
         key = content_key([self.common, self.scoring, resolved, point.shuffled, oracle])
@@ -188,8 +183,7 @@ class Evaluation:
             if record["key"] == key:
                 return record | names
         start = time.time()
-        predictions = None if oracle else self.outputs(point)
-        against = self.outputs(self.against)
+        predictions = [self.outputs(one) for one in (point, self.settings[0], self.against)]
 
         def measure() -> dict[str, Any]:
             record = {
@@ -197,7 +191,7 @@ class Evaluation:
                 **names,
                 "exits": None if oracle else point.exits,
                 "options": resolved,
-                **self._figures(point, predictions, full, against),
+                **self._figures(point, *predictions),
                 "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
                 "measuring_seconds": time.time() - start,
             }
@@ -207,19 +201,11 @@ class Evaluation:
         self.known.append(self.processes.share(measure))
         return self.known[-1]
 
-    def _figures(
-        self,
-        point: Setting,
-        predictions: Sequence[Prediction] | None,
-        full: Sequence[Prediction],
-        against: Sequence[Prediction],
-    ) -> dict[str, Any]:
-        """All that a record says about a point but its names; no predictions for the oracle."""
+    def _figures(self, point: Setting, own: Any, full: Any, against: Any) -> dict[str, Any]:
+        """All that a record says about a point but its names; the predictions are those of [`Meter.figures`]."""
         args, timed = self.args, None
-        runs = predictions is not None and not point.shuffled
-        if predictions is None:
-            predictions = token_oracle(full, self._signals(self.rows))
-        figures = self.meter.figures(predictions, point.exits if runs else NEVER, full, against)
+        runs = point.criterion != "oracle" and not point.shuffled
+        figures = self.meter.figures(own, point.exits if runs else NEVER, full, against)
         if args.time_rows and runs:
             rows = list(_evenly(self.timed_rows, args.time_rows))
             timed = self.meter.time(rows, point.exits, batch_size=args.time_batch_size, repeats=args.time_repeats)

@@ -1,8 +1,5 @@
-"""What layers say at full depth, recorded once, and the depths that thresholds would have given.
-
-Replayed depths are those of a real run for the encoder. For the decoder they are an estimate: tokens that exit early
-change what later tokens see.
-"""
+"""What layers say at full depth, recorded once, and the depths that thresholds would have given: those of a real run
+for the encoder, an estimate for the decoder, where tokens that exit early change what later tokens see."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,8 +22,7 @@ def stream_layers(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def branching_nodes(processor: MuEProcessor) -> dict[tuple[int, ...], list[int]]:
-    """Where the answers of entailment branch in their trie: tokens so far -> those that may come next, with `</s>`
-    where an answer begins with another."""
+    """Where the answers of entailment branch in their trie: tokens so far -> those that may come next, or `</s>`."""
     ids = processor.encode_answers(list(processor.entailment_answers.values()))
     trie = answer_trie(ids, processor.tokenizer.eos_token_id)
     return {prefix: tokens for prefix, tokens in trie.items() if len(tokens) > 1}
@@ -40,16 +36,13 @@ def answer_tokens(processor: MuEProcessor) -> list[int]:
 @dataclass(frozen=True)
 class Signals:
     """
-    Cosines of each layer's output with its input; on the CPU. Layers that a row did not run are NaN.
+    Cosines of each layer's output with its input, on the CPU; NaN for layers that a row did not run.
 
     Args:
-        encoder (`dict[str, Tensor]`): "image" and "text", or "encoder" in the joint mode: [samples, layers], NaN where
-            a sample lacks the stream.
+        encoder (`dict[str, Tensor]`): [samples, layers] of "image" and "text", or of "encoder" in the joint mode.
         decoder (`Tensor` [decisions, layers]): one decision per decoder row and call, beams included.
-        agreeing (`BoolTensor` [decisions, layers]): whether a layer's best token is that of the last layer; True of
-            layers that were not run.
-        steps (`LongTensor` [decisions]): the decoding step of each decision, from 0.
-        rows (`LongTensor` [decisions]): its decoder row, counted over all samples.
+        agreeing (`BoolTensor` [decisions, layers]): whether a layer's best token is the last one's, or it did not run.
+        steps, rows (`LongTensor` [decisions]): decoding step, from 0, and decoder row, counted over all samples.
         samples (`LongTensor` [decoder rows]): the sample of each decoder row.
     """
 
@@ -103,14 +96,15 @@ class SignalRecorder:
 
     def _record_encoder(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         mask, states = output.attention_mask, output.hidden_states
-        parts = {"encoder": slice(None)}
-        if "encoder" not in self.encoder:
+        depths = {"image": output.image_exit_layers, "text": output.text_exit_layers}
+        if "encoder" in self.encoder:
+            parts = {"encoder": slice(None)}
+            if depths["image"] is not None:
+                depths["encoder"] = torch.maximum(depths["image"], depths["text"])
+        else:
             text = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
             place = mask.shape[1] - (0 if text is None else text.shape[1])
             parts = {"image": slice(0, place), "text": slice(place, None)}
-        depths = {"image": output.image_exit_layers, "text": output.text_exit_layers}
-        if "encoder" in parts and output.image_exit_layers is not None:
-            depths["encoder"] = torch.maximum(output.image_exit_layers, output.text_exit_layers)
         for name, part in parts.items():
             absent = ~mask[:, part].any(dim=1)
             cosines = [

@@ -29,7 +29,7 @@ def candidate_thresholds(
         cosines (`Tensor` [rows, layers]): recorded ones; rows without the stream are ignored.
         count (`int`): how many are wanted at most.
         agreeing (`BoolTensor` [rows, layers]): whether a layer's output is the last one's, for a decoder.
-        per_layer (`bool`): one threshold for each layer: a list of one entry per layer in place of each number.
+        per_layer (`bool`): a list of one entry per layer in place of each number.
         min_layers (`int`): no row exits before this many layers.
     """
     present = ~cosines.isnan().all(dim=1)
@@ -79,8 +79,8 @@ def nearest(values: Sequence[float], targets: Iterable[float]) -> list[int]:
 
 
 def _threshold_below(values: Tensor, count: int) -> float | None:
-    """A threshold that `count` of `values` (descending) are above, and those that equal the last of them, halfway to
-    the next; None for none of them, and for all of them one that is below every cosine."""
+    """A threshold that `count` of `values` (descending), and those that equal the last of them, are above, halfway to
+    the next; None for none of them, `ALWAYS` for all."""
     if count == 0:
         return None
     last = values[count - 1].item()
