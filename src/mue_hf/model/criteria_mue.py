@@ -112,6 +112,7 @@ class Criterion:
         exits_above (`bool`): whether rows exit above the threshold or below it.
         bound (`float`, *optional*): what no score exceeds (or falls below): at such a threshold nothing is computed.
         sweep_options (dict stream -> option): the option that a sweep varies, in each stream that follows it.
+        candidates (sequence): values of it that are worth a try, from careful to fast; see `sweep`.
     """
 
     name: ClassVar[str]
@@ -123,6 +124,7 @@ class Criterion:
     exits_above: ClassVar[bool] = True
     bound: ClassVar[float | None] = None
     sweep_options: ClassVar[dict[str, str]] = {"decoder": "decoder_exit_threshold"}
+    candidates: ClassVar[Sequence[Any]] = ()
 
     def __init__(self, policy: ExitPolicy):
         self.policy = policy
@@ -130,7 +132,7 @@ class Criterion:
     @classmethod
     def sweep(cls, num_layers: int) -> Sequence[Any]:
         """Values of `sweep_options` that are worth a try in a stack of `num_layers`, from careful to fast."""
-        raise NotImplementedError
+        return cls.candidates
 
     @classmethod
     def is_asked_for(cls, policy: ExitPolicy) -> bool:
@@ -183,10 +185,7 @@ class Similarity(Criterion):
     in_encoder = True
     bound = 1.0
     sweep_options = THRESHOLD_OPTIONS
-
-    @classmethod
-    def sweep(cls, num_layers: int) -> Sequence[float]:
-        return (0.995, 0.99, 0.98, 0.97, 0.95, 0.9, 0.8)
+    candidates = (0.995, 0.99, 0.98, 0.97, 0.95, 0.9, 0.8)
 
     def score(self, states: LayerStates) -> Tensor:
         return similarity(states.previous, states.current, states.mask)
@@ -198,10 +197,7 @@ class Confidence(Criterion):
     summary = "the best token of the intermediate logits is probable enough"
     needs_logits = True
     bound = 1.0
-
-    @classmethod
-    def sweep(cls, num_layers: int) -> Sequence[float]:
-        return (0.99, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3)
+    candidates = (0.99, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3)
 
     def score(self, states: LayerStates) -> Tensor:
         return states.logits().softmax(-1).amax(-1)
@@ -213,10 +209,7 @@ class Margin(Criterion):
     summary = "the probabilities of the two best tokens are far enough apart"
     needs_logits = True
     bound = 1.0
-
-    @classmethod
-    def sweep(cls, num_layers: int) -> Sequence[float]:
-        return (0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1)
+    candidates = (0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1)
 
     def score(self, states: LayerStates) -> Tensor:
         top = states.logits().softmax(-1).topk(2, dim=-1).values
@@ -229,10 +222,7 @@ class Entropy(Criterion):
     summary = "the entropy of the intermediate logits, divided by ln(classes), is low enough"
     needs_logits = True
     exits_above = False
-
-    @classmethod
-    def sweep(cls, num_layers: int) -> Sequence[float]:
-        return (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+    candidates = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
     def score(self, states: LayerStates) -> Tensor:
         log_probs = states.logits().log_softmax(-1)
@@ -315,10 +305,6 @@ class Never(Criterion):
     options = frozenset({"exit_criterion", "exit_kv"})
     in_encoder = True
     sweep_options: ClassVar[dict[str, str]] = {}
-
-    @classmethod
-    def sweep(cls, num_layers: int) -> Sequence[Any]:
-        return ()
 
     def exits(self, states: LayerStates) -> Tensor | None:
         return None
