@@ -114,9 +114,8 @@ def draw_signals(signals: Mapping[str, Tensor], options: ExitOptions, num_steps:
         axes.grid(alpha=0.25)
     axes = figure.axes[0]
     axes.set_ylabel("cosine of input and output")
-    axes.set_yscale(
-        "function", functions=(lambda y: -np.log10(STRETCH - np.minimum(y, 1)), lambda z: STRETCH - 10**-z)
-    )
+    stretch = (lambda y: -np.log10(STRETCH - np.minimum(y, 1)), lambda z: STRETCH - 10**-z)
+    axes.set_yscale("function", functions=stretch)
     axes.set_ylim(bottom, 1)
     axes.set_yticks([mark for mark in MARKS if mark >= bottom])
     axes.yaxis.set_major_formatter("{x:g}")

@@ -48,11 +48,7 @@ def require_extra() -> None:
 
 
 def find_photos(folder: str | Path | None) -> list[Path]:
-    """The images in a folder; without one those of the repository, and none outside of it.
-
-    Raises:
-        ValueError: if a folder is named and holds no image.
-    """
+    """The images in a folder, a ValueError if there are none; without one those of the repository, where it exists."""
     found = sorted(path for path in Path(folder or PHOTOS).glob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
     if folder is not None and not found:
         raise ValueError(f"`--photos` must be a folder with images ({', '.join(PHOTO_SUFFIXES)}), got {folder}.")
@@ -81,8 +77,9 @@ def build_page(
         tab = gr.State("caption")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                sources = ["upload", "clipboard"]
-                photo = gr.Image(label="Photo", type="pil", image_mode=None, sources=sources, height=280)
+                photo = gr.Image(
+                    label="Photo", type="pil", image_mode=None, sources=["upload", "clipboard"], height=280
+                )
                 if photos:
                     gr.Examples([[str(path)] for path in photos], photo, label="or pick one", elem_id="photos")
                 preset, sliders = _exit_inputs(model)

@@ -1,13 +1,9 @@
 """Draws one caption and the depth of its parts into a PNG."""
 
 from collections.abc import Sequence
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-
-from ..files import write_whole
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -99,11 +95,4 @@ def _draw_layers(
         draw.rectangle((x, y, x + size[0] - 1, y + size[1] - 1), RAN if layer < ran else SKIPPED)
 
 
-def save_png(picture: Image.Image, path: Path) -> None:
-    """Writes `path` whole or not at all; makes its folder."""
-    content = BytesIO()
-    picture.save(content, format="PNG")
-    write_whole(path, content.getvalue())
-
-
-__all__ = ["draw_report", "save_png"]
+__all__ = ["draw_report"]

@@ -22,15 +22,11 @@ def caption_photo(
     model: MuEForConditionalGeneration,
     processor: MuEProcessor,
     photo: Image.Image,
-    exits: Mapping[str, Any],
+    exits: dict[str, Any],
     repeats: int,
 ) -> tuple[dict[str, Any], Any]:
-    """The record of `mue-hf caption --json` for a photo, and the figure of [`draw_signals`].
-
-    Raises:
-        ValueError: for a photo that cannot be used, and options that contradict each other.
-    """
-    captioner = Captioner(model, processor, exits, {}, repeats)
+    """The record of `mue-hf caption --json` for a photo, and the figure of [`draw_signals`]."""
+    captioner = Captioner(model, processor, dict(exits), {}, repeats)
     (record,) = captioner.caption([photo])
     inputs = processor(images=photo).to(model.device, model.dtype)
     signals = record_signals(model, inputs, [token["id"] for token in record["tokens"]], exits)
@@ -46,11 +42,7 @@ def judge_statement(
     exits: Mapping[str, Any],
     repeats: int,
 ) -> dict[str, Any]:
-    """What a photo says about a statement: answer -> probability with exits and at full depth, depths, median seconds.
-
-    Raises:
-        ValueError: for a photo or statement that cannot be used, and options that contradict each other.
-    """
+    """What a photo says about a statement with exits and at full depth: answer -> probability, depths, seconds."""
     inputs = processor(images=photo, task="entailment", hypothesis=hypothesis).to(model.device, model.dtype)
     answers = list(processor.entailment_answers.values())
     ids = processor.encode_answers(answers)
@@ -58,7 +50,7 @@ def judge_statement(
     calls = {way: partial(run_task, model, inputs, options, ids) for way, options in ways.items()}
     with torch.no_grad():
         outputs, seconds = compare(calls, repeats, model.device)
-    facts = {f"{way}seconds": seconds[way] for way in ways}
+    facts: dict[str, Any] = {f"{way}seconds": seconds[way] for way in ways}
     for way, output in outputs.items():
         facts[f"{way}probabilities"] = dict(zip(answers, output.scores[0].exp().tolist(), strict=True))
     (depths,) = read_depths(outputs[""])
@@ -75,10 +67,9 @@ def show_figures(
     model: MuEForConditionalGeneration, record: Mapping[str, Any], exits: Mapping[str, Any], repeats: int
 ) -> str:
     """HTML of what was saved and measured, and on what."""
-    tiles = {"layers skipped": f"{record['layers_skipped']:.0%}"}
-    if "flops_skipped" in record:
-        tiles["FLOPs skipped"] = f"{record['flops_skipped']:.0%}"
-        tiles["without the image trunk"] = f"{record['flops_skipped_without_trunk']:.0%}"
+    shares = {"layers_skipped": "layers skipped", "flops_skipped": "FLOPs skipped"}
+    shares["flops_skipped_without_trunk"] = "without the image trunk"
+    tiles = {name: f"{record[share]:.0%}" for share, name in shares.items() if share in record}
     tiles["with exits"] = f"{1000 * record['seconds']:.0f} ms"
     tiles["at full depth"] = f"{1000 * record['full_depth_seconds']:.0f} ms"
     tiles["speed-up"] = f"{record['full_depth_seconds'] / record['seconds']:.2f}x"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from statistics import median
 from typing import Any
 
@@ -27,14 +28,12 @@ def resolved_preset(model: MuEForConditionalGeneration, preset: str) -> ExitOpti
 def preset_names(model: MuEForConditionalGeneration) -> list[str]:
     """`FULL_DEPTH`, the presets of the checkpoint, and the shipped ones that its encoder can follow."""
     own = getattr(model.generation_config, "exit_presets", None) or {}
-    fitting = []
+    fitting = [FULL_DEPTH]
     for name in dict.fromkeys([*own, *SHIPPED_PRESETS]):
-        try:
+        with suppress(ValueError):
             resolved_preset(model, name)
-        except ValueError:
-            continue
-        fitting.append(name)
-    return [FULL_DEPTH, *fitting]
+            fitting.append(name)
+    return fitting
 
 
 def slider_values(model: MuEForConditionalGeneration, preset: str) -> dict[str, float]:

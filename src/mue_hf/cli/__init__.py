@@ -18,17 +18,13 @@ GROUPS = {
         "caption --out": "caption any number of images into a file",
         "answer": "choose among given answers for each row of a table",
     },
-    "bring a model": {
-        "convert": "convert an OFA checkpoint",
-    },
+    "bring a model": {"convert": "convert an OFA checkpoint"},
     "measure and tune exits": {
         "evaluate": "measure quality, depth, FLOPs and time of exit settings on a data set",
         "calibrate": "find exit thresholds for a budget of changed outputs or of compute",
         "bench": "time exits against plain decoding, with layers and FLOPs beside",
     },
-    "share": {
-        "publish": "put a checkpoint and its model card on the Hugging Face Hub",
-    },
+    "share": {"publish": "put a checkpoint and its model card on the Hugging Face Hub"},
 }
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items() if " " not in name}
 
@@ -62,14 +58,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): the arguments, those of the process by default.
-
-    Returns:
-        `int`: exit code; 0 done, 1 done in part, 2 bad input, 130 interrupted.
-    """
+    """Runs one command with `argv`, the process' own arguments by default, to an exit code: 0 done, 1 done in part,
+    2 bad input, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((argument for argument in argv if not argument.startswith("-")), None)
     try:

@@ -10,7 +10,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from ..app.report import draw_report, save_png
+from ..app.report import draw_report
+from ..files import whole_file
 from ..inference.bulk import CAPTION_COLUMNS
 from ..inference.captioner import Captioner
 from ..inference.sources import LIST_SUFFIXES, TABLE_SUFFIXES, Source, batches, printable
@@ -132,15 +133,15 @@ def run_report(args: argparse.Namespace) -> int:
     captioner = Captioner(model, processor, exit_options(args, model), decoding_options(args), args.repeats)
     failed: list[str] = []
     taken: set[Path] = set()
-    progress = tqdm(total=len(args.images), unit="image", file=sys.stderr, disable=len(args.images) == 1)
-    with progress:
+    with tqdm(total=len(args.images), unit="image", disable=len(args.images) == 1) as progress:
         for batch in batches(read_images(args.images, failed), args.batch_size or 1):
             records = captioner.caption([image for _, image in batch])
             for (path, image), record in zip(batch, records, strict=True):
                 png = None if args.png is None else png_path(args.png, path, taken)
                 record = {"image": path, **record, "png": None if png is None else str(png)}
                 if png is not None:
-                    save_png(draw_report(image, record), png)
+                    with whole_file(png) as part:
+                        draw_report(image, record).save(part, format="PNG")
                 with progress.external_write_mode():
                     print(json.dumps(record) if args.json else printable(describe(record)), flush=True)
             progress.update(len(batch))

@@ -70,11 +70,9 @@ def add_device_arguments(parser: Any) -> None:
 
 def add_exit_arguments(parser: argparse.ArgumentParser, note: str = "") -> None:
     """When to exit, and other options of the model's call."""
-    exits = parser.add_argument_group(
-        "exits",
-        f"Without any of these the preset {DEFAULT_PRESET!r} is used where the checkpoint has it.\n"
-        "A threshold is one number, or one per layer with commas between them.",
-    )
+    default = f"Without any of these the preset {DEFAULT_PRESET!r} is used where the checkpoint has it."
+    number = "A threshold is one number, or one per layer with commas between them."
+    exits = parser.add_argument_group("exits", f"{default}\n{number}")
     exits.add_argument("--preset", metavar="NAME", help="exit settings by name, see exit_presets of the checkpoint")
     add_threshold_arguments(exits)
     add_generate_argument(exits, f"any other option{note}, e.g. exit_criterion=confidence; may be repeated")
@@ -147,7 +145,6 @@ def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 __all__ = [
-    "DEFAULT_PRESET",
     "RenamedOption",
     "add_bulk_arguments",
     "add_decoding_arguments",
@@ -163,5 +160,4 @@ __all__ = [
     "load_model",
     "names",
     "setting",
-    "thresholds",
 ]

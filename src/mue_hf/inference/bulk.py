@@ -76,8 +76,8 @@ def bulk_rows(
             "scores" are log-probabilities in the order of `answers`, "seconds" those of the batch's model run, divided
             by its rows.
         batch_size (`int`, *optional*, defaults to 16): rows of one shape of pixels that run together.
-        workers (`int`, *optional*, defaults to 1): processes that decode images; 0 decodes in this one. A script that
-            asks for some needs `if __name__ == "__main__":`.
+        workers (`int`, *optional*, defaults to 1): processes that decode images, for which a script needs
+            `if __name__ == "__main__":`; 0 decodes in this one.
         totals (`Counter`, *optional*): where to add "rows", "bad", and what was run and what full depth would have
             run: "ran" and "full", in FLOPs for captions and in layers for answers.
 
@@ -248,14 +248,12 @@ def bulk_to_file(
         journal ([`Journal`]): entered.
         rows (iterable of [`Row`]): all rows of the source.
         process (`Callable`): (rows, totals) to results, as [`bulk_rows`] makes them.
-        total (`int`, *optional*): number of rows, for the bar.
+        total (`int`, *optional*), progress (`bool`, *optional*, defaults to `True`): number of rows for a bar.
         batch_size (`int`, *optional*, defaults to 16): results that are written at once.
-        progress (`bool`, *optional*, defaults to `True`): whether a bar is shown.
 
     Returns:
         `dict`: "out", "rows" and "bad" of the whole file; of this run "new_rows", "seconds", "rows_per_second" and the
-        share that exits saved as "flops_skipped", or for answers as "layers_skipped" (None where nothing ran; also
-        under its old name "compute_skipped").
+        share that exits saved, "flops_skipped" or for answers "layers_skipped" (None where nothing ran).
 
     Raises:
         ValueError: if the source has no rows, or does not begin with those that are done.

@@ -19,19 +19,10 @@ MOST_SHARES = 10_000
 class _Actor:
     """A model, and the source it reads its share of by itself. Ray starts it anew, elsewhere, where it dies."""
 
-    def __init__(
-        self,
-        checkpoint: Mapping[str, Any],
-        source: Mapping[str, Any],
-        rows: Mapping[str, Any],
-        work: Mapping[str, Any],
-        first: int,
-        share: int,
-    ) -> None:
+    def __init__(self, checkpoint: dict, source: dict, rows: dict, work: dict, first: int, share: int) -> None:
         self.model, self.processor = load_checkpoint(**checkpoint)
         self.source, self.arguments, self.work = Source(**source), rows, work
-        self.first, self.share = first, share
-        self.position = 0
+        self.first, self.share, self.position = first, share, 0
         self.rows: Iterator[Row] = iter(())
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list]:
@@ -43,25 +34,22 @@ class _Actor:
         mine = list(islice(self.rows, start - self.position, start - self.position + self.share))
         self.position = start + len(mine)
         totals: Counter = Counter()
-        records = list(bulk_rows(self.model, self.processor, mine, totals=totals, **self.work))
+        records = list(map(json.dumps, bulk_rows(self.model, self.processor, mine, totals=totals, **self.work)))
         rest = [0.0] * (len(records) - 1)
-        return {
-            "record": [json.dumps(record) for record in records],
-            **{name: [float(totals[name]), *rest] for name in ("ran", "full")},
-        }
+        return {"record": records, **{name: [float(totals[name]), *rest] for name in ("ran", "full")}}
 
 
 def ray_rows(
-    checkpoint: Mapping[str, Any],
+    checkpoint: dict[str, Any],
     rows: Iterator[Row],
     totals: Counter,
     *,
     address: str,
     actors: int,
-    source: Mapping[str, Any],
-    row_arguments: Mapping[str, Any],
+    source: dict[str, Any],
+    row_arguments: dict[str, Any],
     total: int | None,
-    work: Mapping[str, Any],
+    work: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """
     What [`bulk_rows`] gives for `rows`, computed by actors, in the same order.
@@ -70,18 +58,13 @@ def ray_rows(
     that dies is replaced and its share done again; only whole shares count.
 
     Args:
-        checkpoint (`dict`): arguments of [`load_checkpoint`].
+        checkpoint, source, row_arguments, work (`dict`): arguments of [`load_checkpoint`], [`Source`], its `rows` and
+            [`bulk_rows`].
         rows (iterator of [`Row`]): those that are to be done, without a gap; only the first is looked at.
         totals (`Counter`): as of [`bulk_rows`].
         address (`str`): of a cluster, or "local" for one on this machine that ends with the work.
-        actors (`int`): models at work at the same time, each with a processor core, or with a GPU where its device
-            is one.
-        source, row_arguments (`dict`): arguments of [`Source`] and of its `rows`.
+        actors (`int`): models at work at the same time, each with a processor core, or a GPU where its device is one.
         total (`int` or None): number of rows in the source.
-        work (`dict`): arguments of [`bulk_rows`].
-
-    Returns:
-        `Iterator[dict]`: see [`bulk_rows`].
 
     Raises:
         ValueError: if the length of the source is not known.

@@ -1,6 +1,7 @@
 """A few images captioned with exits and at full depth: depths, FLOPs and seconds of both."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,26 +16,19 @@ from .predict import run_task, task_options
 from .timing import compare
 
 
+@dataclass
 class Captioner:
-    """Captions images both ways.
+    """Captions images both ways under options of `generate`, exits and others, with `repeats` timed runs each."""
 
-    Args:
-        model, processor: what captions.
-        exits, options (`dict`): options of `generate`, exits and others.
-        repeats (`int`): timed runs each.
-    """
+    model: MuEForConditionalGeneration
+    processor: MuEProcessor
+    exits: dict[str, Any]
+    options: dict[str, Any]
+    repeats: int
 
-    def __init__(
-        self,
-        model: MuEForConditionalGeneration,
-        processor: MuEProcessor,
-        exits: Mapping[str, Any],
-        options: Mapping[str, Any],
-        repeats: int,
-    ) -> None:
-        self.model, self.processor = model, processor
-        self.exits, self.options, self.repeats = dict(exits), task_options("captioning", options), repeats
-        self.flops = FlopCount(model, self.exits | self.options)
+    def __post_init__(self) -> None:
+        self.options = task_options("captioning", self.options)
+        self.flops = FlopCount(self.model, self.exits | self.options)
 
     def caption(self, images: list[Image.Image]) -> list[dict[str, Any]]:
         """One record per image: captions, depths, shares skipped and seconds."""
@@ -49,7 +43,7 @@ class Captioner:
             {
                 "caption": caption,
                 "full_depth_caption": full_caption,
-                **self.record(inputs["pixel_values"].shape[1:], tokens, depths, token_ids),
+                **self._record(inputs["pixel_values"].shape[1:], tokens, depths, token_ids),
                 "seconds": seconds["exits"] / len(images),
                 "full_depth_seconds": seconds["full"] / len(images),
                 "exits": self.exits,
@@ -62,9 +56,7 @@ class Captioner:
             for caption, full_caption, tokens, depths, token_ids in columns
         ]
 
-    def record(
-        self, pixel_shape: Sequence[int], text_tokens: int, depths: Depths, token_ids: Sequence[int]
-    ) -> dict[str, Any]:
+    def _record(self, pixel_shape: Any, text_tokens: int, depths: Depths, token_ids: Sequence[int]) -> dict[str, Any]:
         """What one caption ran, and what that is worth."""
         config = self.model.config
         ran, full = self.flops(pixel_shape, text_tokens, depths)

@@ -64,7 +64,7 @@ class Decoders:
     def _submit(self, row: Row) -> Future:
         future: Future = Future()
         try:
-            if row.fault is None:
+            if row.fault is None and self.pool is not None:
                 return self.pool.submit(self.decode, row.image)
             future.set_result(row.fault)
         except BrokenProcessPool as error:
@@ -79,7 +79,7 @@ class Decoders:
                 return "`image` must be one that can be decoded, got a crash of the process that decoded it."
 
 
-def _decode(image_processor: Any, image: Any) -> np.ndarray | str:
+def _decode(image_processor: Callable, image: Any) -> np.ndarray | str:
     try:
         return image_processor(load_image(image), return_tensors="pt")["pixel_values"][0].numpy()
     except ValueError as error:

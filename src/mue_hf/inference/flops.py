@@ -30,8 +30,7 @@ CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _at
 
 
 def trunk_flops(model: PreTrainedModel, pixel_shape: Sequence[int]) -> tuple[int, int, int]:
-    """FLOPs of one image [3, height, width] in the trunk, which is run once, channels and number of tokens that come
-    out."""
+    """FLOPs of one image [3, height, width] in the trunk, which is run once; channels and tokens that come out."""
     trunk = model.get_encoder().embed_images
     weight = next(trunk.parameters())
     pixels = torch.zeros(1, *pixel_shape, dtype=weight.dtype, device=weight.device)
@@ -162,10 +161,7 @@ class FlopCount:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        options: Mapping[str, Any],
-        count: Callable[..., dict[str, int]] = caption_flops,
+        self, model: PreTrainedModel, options: Mapping[str, Any], count: Callable[..., dict[str, int]] = caption_flops
     ) -> None:
         saved = model.generation_config.to_dict()
         exits = resolve_options(options, {}, saved, model.config)
@@ -193,10 +189,6 @@ __all__ = [
     "FlopCount",
     "caption_flops",
     "decoder_layer_flops",
-    "encoder_flops",
-    "filled_layers",
-    "full_depth_flops",
     "intermediate_logits",
     "max_new_tokens",
-    "trunk_flops",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..files import json_lines, whole_file, write_whole
+from ..files import whole_file, write_whole
 from .sources import Row, batches, parquet_library, printable
 
 FORMATS = (".jsonl", ".parquet")
@@ -187,9 +187,13 @@ def _record(line: bytes) -> dict[str, Any] | None:
 def _write_parquet(part: Path, whole: Path, types: Mapping[str, str]) -> None:
     import pyarrow as pa
 
+    def rows() -> Iterator[dict[str, Any]]:
+        with open(part, encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
     # Kept columns hold what their source holds: one pass to learn of what type that is.
     seen: dict[str, set[type]] = {}
-    for record in json_lines(part):
+    for record in rows():
         for name, value in record.items():
             seen.setdefault(name, set()).add(type(value))
     arrow = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
@@ -197,7 +201,7 @@ def _write_parquet(part: Path, whole: Path, types: Mapping[str, str]) -> None:
     kinds = {name: types.get(name) or _kind(found - {type(None)}) for name, found in seen.items()}
     schema = pa.schema([(name, arrow[kind]) for name, kind in kinds.items()])
     with parquet_library().ParquetWriter(whole, schema) as writer:
-        for chunk in batches(json_lines(part), CHUNK):
+        for chunk in batches(rows(), CHUNK):
             for record in chunk:
                 for name, value in record.items():
                     if kinds[name] == "str" and not isinstance(value, str | None):

@@ -85,10 +85,9 @@ def predict(
         options (`dict`, *optional*): of `generate`, exits included; for entailment exit options alone. A tensor
             [rows] as `image_exit_layer` or `text_exit_layer` gives each row a depth; rows of one image get that of its
             first.
-        batch_size (`int`, *optional*, defaults to 16): rows per call.
+        batch_size, progress: rows per call, and whether a bar is shown.
         prompt_type (`str`, *optional*, defaults to `"prev_output"`): for entailment, what the decoder reads before the
             answer: the prompt of the encoder, or with "none" `<s>` alone.
-        progress (`bool`, *optional*, defaults to `True`): whether a bar is shown.
 
     Returns:
         `list[Prediction]`: one per row, in their order.
@@ -203,17 +202,11 @@ def _run(
     else:
         best = output.scores.argmax(1).tolist()
         outputs, token_ids = [answers[index] for index in best], [tuple(answer_ids[index]) for index in best]
-    columns = zip(batch, read_depths(output), outputs, token_ids, text_tokens, strict=True)
+    image_ids, each = [row["image_id"] for row in batch], seconds / len(batch)
+    columns = zip(read_depths(output), image_ids, outputs, token_ids, text_tokens, strict=True)
     return [
-        Prediction(
-            **vars(depths),
-            image_id=row["image_id"],
-            output=text,
-            token_ids=ids,
-            text_tokens=tokens,
-            seconds=seconds / len(batch),
-        )
-        for row, depths, text, ids, tokens in columns
+        Prediction(**vars(depths), image_id=image, output=text, token_ids=ids, text_tokens=count, seconds=each)
+        for depths, image, text, ids, count in columns
     ]
 
 

@@ -115,11 +115,7 @@ class Source:
         return sum(totals) if len(totals) == len(self.parts) else None
 
     def column(self, argument: str, given: str | None, candidates: Sequence[str]) -> str | None:
-        """`given`, or the first of `candidates` that is a column, or None.
-
-        Raises:
-            ValueError: if `given` is no column.
-        """
+        """`given`, which must be a column, or the first of `candidates` that is one, or None."""
         if given is None:
             return next((name for name in candidates if name in self.columns), None)
         if given not in self.columns:
@@ -133,8 +129,7 @@ class Source:
         The rows in their order; each is read when it is asked for.
 
         Args:
-            image_column (`str`, *optional*): default: the first that exists of "image", "file_name", "filename",
-                "path", "url", "image_url".
+            image_column (`str`, *optional*): default: the first that exists of `IMAGE_COLUMNS`.
             texts (`dict`, *optional*): argument of the processor -> column.
             keep (sequence of `str`, *optional*): columns that the results keep.
 

@@ -31,17 +31,8 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
 def in_turns(
     runs: Mapping[str, Callable[[], T]], rounds: int, *, max_seconds: float | None = None
 ) -> dict[str, list[T]]:
-    """
-    Every run once in each round, beginning with another one in each; once each has begun, their order turns round.
-
-    Args:
-        runs (`dict`): name -> what to run; it returns what it has measured itself, such as its seconds.
-        rounds (`int`): how often; runs that are slow the first time want a round before these.
-        max_seconds (`float`, *optional*): no further round begins after this time, but for the first three.
-
-    Returns:
-        `dict[str, list]`: name -> what its run returned, by round.
-    """
+    """What each run returned by round: every run once in each, beginning with another one; once each has begun, their
+    order turns round. No further round begins after `max_seconds`, but for the first three."""
     measured: dict[str, list[T]] = {name: [] for name in runs}
     names, start = list(runs), time.perf_counter()
     for number in range(rounds):
