@@ -164,8 +164,8 @@ class MuEConfig(PreTrainedConfig):
     decoder_start_token_id: int = validated_field(_at_least(0), default=0)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # A config that names custom pipelines makes `pipeline()` demand trust_remote_code, which the installed
-        # package does not need. Only the copy of this class that a checkpoint carries keeps the two entries.
+        # Both make `pipeline()` demand trust_remote_code, which the installed package does not need; only the copy of
+        # this class that a checkpoint carries keeps them.
         if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
             kwargs.pop("auto_map", None)
             kwargs.pop("custom_pipelines", None)

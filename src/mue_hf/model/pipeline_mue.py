@@ -156,11 +156,8 @@ _Loader.__name__ = AutoModelForImageTextToText.__name__
 
 
 def register_pipelines() -> None:
-    """
-    Makes `pipeline("image-text-to-text")` take images alone for MuE models.
-
-    transformers sends the old name "image-to-text" on to it before it looks at its registry.
-    """
+    """Makes `pipeline("image-text-to-text")` take images alone for MuE models."""
+    # transformers sends the old name "image-to-text" on to it before it looks at its registry.
     task = PIPELINE_REGISTRY.supported_tasks["image-text-to-text"]
     task |= {"impl": MuEImageTextToTextPipeline, "pt": (_Loader,)}
 

@@ -437,7 +437,7 @@ class MuEProcessor(ProcessorMixin):
 
     def post_process_captions(self, generated_outputs: Any) -> list[str]:
         """Generated ids [sequences, tokens] to captions as OFA evaluates them: without punctuation."""
-        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=True)
+        texts = self.post_process_image_text_to_text(generated_outputs)
         return [text.translate(PUNCTUATION).strip() for text in texts]
 
 
