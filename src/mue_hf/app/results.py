@@ -19,11 +19,7 @@ from .explain import draw_signals, record_signals
 
 
 def caption_photo(
-    model: MuEForConditionalGeneration,
-    processor: MuEProcessor,
-    photo: Image.Image,
-    exits: dict[str, Any],
-    repeats: int,
+    model: MuEForConditionalGeneration, processor: MuEProcessor, photo: Image.Image, exits: Mapping, repeats: int
 ) -> tuple[dict[str, Any], Any]:
     """The record of `mue-hf caption --json` for a photo, and the figure of [`draw_signals`]."""
     captioner = Captioner(model, processor, dict(exits), {}, repeats)

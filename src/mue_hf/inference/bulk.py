@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -92,7 +92,10 @@ def bulk_rows(
         raise ValueError(f"`workers` must be at least 0, got {workers}; 0 decodes in this process.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}; pass more.")
-    work = _Work(model, processor, task, answers, dict(options or {}), columns)
+    if answers is None and task == "vqa":
+        raise ValueError("`answers` must be given for vqa, got None; pass those to choose from.")
+    answers = list(processor.entailment_answers.values() if answers is None else answers)
+    work = _Work(model, processor, task, answers, options or {}, columns)
     work.rehearse()
     decoders = Decoders(processor.image_processor, workers)
     return _results(work, rows, decoders, batch_size, Counter() if totals is None else totals)
@@ -139,33 +142,27 @@ def _in_order(
     yield from (done[position] for position in sorted(done))
 
 
+@dataclass
 class _Work:
     """The arguments of [`bulk_rows`], checked, and what is done with a batch."""
 
-    def __init__(
-        self,
-        model: MuEForConditionalGeneration,
-        processor: MuEProcessor,
-        task: str,
-        answers: Sequence[str] | None,
-        options: dict[str, Any],
-        columns: Sequence[str],
-    ) -> None:
-        if task not in TASKS:
-            raise ValueError(f"`task` must be one of {list(TASKS)}, got {task!r}; choose one of them.")
-        known = CAPTION_COLUMNS if task == "captioning" else ANSWER_COLUMNS
-        if unknown := [name for name in columns if name not in known]:
-            raise ValueError(f"`columns` must be among {list(known)} for {task}, got {unknown}; check the names.")
-        if answers is None and task == "vqa":
-            raise ValueError("`answers` must be given for vqa, got None; pass those to choose from.")
-        self.model, self.processor, self.task, self.columns = model, processor, task, columns
-        self.options, self.answer_ids = task_options(task, options), None
-        if task == "captioning":
-            self.result, self.flops = "caption", FlopCount(model, options)
-        else:
-            self.result = "answer"
-            self.answers = list(processor.entailment_answers.values()) if answers is None else list(answers)
-            self.answer_ids = processor.encode_answers(self.answers)
+    model: MuEForConditionalGeneration
+    processor: MuEProcessor
+    task: str
+    answers: list[str]
+    options: Mapping[str, Any]
+    columns: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"`task` must be one of {list(TASKS)}, got {self.task!r}; choose one of them.")
+        self.captions = self.task == "captioning"
+        known = CAPTION_COLUMNS if self.captions else ANSWER_COLUMNS
+        if unknown := [name for name in self.columns if name not in known]:
+            raise ValueError(f"`columns` must be among {list(known)} for {self.task}, got {unknown}; check the names.")
+        self.options = task_options(self.task, self.options)
+        self.answer_ids = None if self.captions else self.processor.encode_answers(self.answers)
+        self.flops = FlopCount(self.model, self.options)
 
     def rehearse(self) -> None:
         """One grey image, so that what the model refuses is refused before work is done."""
@@ -177,7 +174,7 @@ class _Work:
 
     def checked(self, row: Row) -> Row:
         """The row, with a fault if its texts cannot be used."""
-        if row.fault is None and self.task != "captioning":
+        if row.fault is None and not self.captions:
             try:
                 encode_texts(self.processor, self.task, [row.texts])
             except ValueError as error:
@@ -202,7 +199,7 @@ class _Work:
         inputs = inputs.to(self.model.device, self.model.dtype)
         call = partial(run_task, self.model, inputs, self.options, self.answer_ids)
         output, seconds = timed(call, self.model.device)
-        if self.task == "captioning":
+        if self.captions:
             results = self.processor.post_process_image_text_to_text(output.sequences)
         else:
             results = [self.answers[best] for best in output.scores.argmax(1).tolist()]
@@ -216,7 +213,7 @@ class _Work:
                 "seconds": seconds / len(rows),
                 "batch_size": len(rows),
             }
-            if self.task == "captioning":
+            if self.captions:
                 ran, full = (sum(parts.values()) for parts in self.flops(shape, text_tokens[index], depths))
                 facts["flops_skipped"] = 1 - ran / full
             else:
@@ -228,8 +225,9 @@ class _Work:
 
     def record(self, row: Row, result: str | None, error: str | None, **facts: Any) -> dict[str, Any]:
         """What comes out for a row."""
+        given = {"caption" if self.captions else "answer": result, "error": error}
         asked = {name: facts.get(name) for name in self.columns}
-        return {"row": row.number, "image": row.name, **row.fields, self.result: result, "error": error, **asked}
+        return {"row": row.number, "image": row.name, **row.fields, **given, **asked}
 
 
 def bulk_to_file(
