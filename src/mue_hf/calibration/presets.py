@@ -11,12 +11,8 @@ from ..model.exit_options_mue import SHIPPED_PRESETS
 
 
 def write_preset(folder: str | os.PathLike, name: str, preset: Mapping[str, Any]) -> None:
-    """
-    Adds a preset to the generation_config.json of a checkpoint, in place of one of the same name.
-
-    Raises:
-        ValueError: if there is no such file, it is damaged, or the name is empty or that of a preset of the paper.
-    """
+    """Adds a preset to the generation_config.json of a checkpoint, in place of one of the same name; a ValueError if
+    there is no such file, it is damaged, or the name is empty or that of a preset of the paper."""
     path = check_preset(folder, name)
     config = json.loads(path.read_text())
     config["exit_presets"] = (config.get("exit_presets") or {}) | {name: dict(preset)}

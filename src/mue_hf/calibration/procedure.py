@@ -1,15 +1,14 @@
 """Exit thresholds for a budget of changed outputs, with a guarantee, or for a budget of compute.
 
-The images are split in two. On the search split one run at full depth records signals; they give candidate thresholds
-for each stream. Real runs with one stream's exits at a time say what they save and change. Combinations that look best
-run for real too, which gives a path of candidates from safest to fastest. On the held-out split, which the search
-never saw, they run in that order until one cannot be certified ("Learn then Test", arXiv 2110.01052).
+On the search split one run at full depth records signals, which give candidate thresholds for each stream. Real runs
+of one stream's exits at a time, then of combinations that look best, give a path of candidates from safest to fastest.
+On the held-out split they run in that order until one cannot be certified ("Learn then Test", arXiv 2110.01052).
 """
 
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -39,7 +38,7 @@ class Calibration:
     could be certified), and the candidates `tested` on the held-out split, of which the last may have failed."""
 
     preset: dict[str, Any] | None
-    tested: list[Tested] = field(default_factory=list)
+    tested: list[Tested]
 
 
 def calibrate(
@@ -92,8 +91,8 @@ def calibrate(
             about the decoder alone, encoder streams exit by similarity.
         per_layer (`bool`): one threshold per layer for similarity, see [`candidate_thresholds`].
         betas (sequence of `float`): values in (0, 1] of the decoder's `exit_decay_beta` to try.
-        num_thresholds (`int`): candidate thresholds per stream, criterion and beta; each runs the search split once.
-            Of "fixed" all depths are tried. `levels` is its deprecated name.
+        num_thresholds (`int`): candidate thresholds per stream, criterion and beta, each of which runs once; of
+            "fixed" all depths are tried. `levels` is its deprecated name.
         candidates (`int`): combinations to run on the search and held-out split at most.
         search_share (`float`), seed (`int`): share of the images in the search split, in (0, 1), and how it is drawn.
         options (`dict`): of `generate`, for every run; of exit options `exit_decay_tau`, `exit_kv`, `exit_min_layers`.
@@ -192,16 +191,16 @@ def _stream_exits(
         if criterion is not Similarity:
             known = criterion.sweep(layers)
             # The first and the last among them; of one, the last.
-            places = np.linspace(len(known) - 1, 0, min(count, len(known)))[::-1]
-            values = [known[round(place)] for place in places]
+            chosen = np.linspace(len(known) - 1, 0, min(count, len(known)))[::-1]
+            values = [known[round(place)] for place in chosen]
         else:
             cosines, agreeing = signals.encoder.get(stream, signals.decoder), None
             if stream == "decoder":
                 # Answers are decided at step 0, whatever N is.
                 decay = (signals.steps, runner.num_steps, beta, runner.shared["exit_decay_tau"])
                 cosines, agreeing = without_decay(cosines, *decay), signals.agreeing
-            places = {"agreeing": agreeing, "per_layer": per_layer, "min_layers": min_layers}
-            values = candidate_thresholds(cosines, count, **places)
+            how = {"agreeing": agreeing, "per_layer": per_layer, "min_layers": min_layers}
+            values = candidate_thresholds(cosines, count, **how)
         decayed = {} if beta == 1.0 else {"exit_decay_beta": beta}
         found += [named | {option: value} | decayed for value in values]
     return found

@@ -13,17 +13,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Subset
 
 from ..data.features import TrunkFeatureDataset
+from ..evaluation import store
 from ..evaluation.measure import Meter
 from ..evaluation.rows import EvaluationData
 from ..evaluation.signals import SignalRecorder, Signals, answer_tokens, stream_layers
-from ..evaluation.store import (
-    conditions,
-    content_key,
-    read_predictions,
-    read_signals,
-    write_predictions,
-    write_signals,
-)
 from ..inference.flops import max_new_tokens
 from ..inference.predict import Prediction, predict
 from ..metrics.rewards import CiderDReward
@@ -45,7 +38,7 @@ DEFAULTS = {
 class Split:
     """Rows of some images: as `predict` reads them, their texts alone, and how many rows each image has."""
 
-    rows: Subset
+    rows: Any
     texts: list[dict[str, Any]]
     counts: list[int]
 
@@ -82,7 +75,7 @@ class Runner:
         self.others = {name: value for name, value in self.options.items() if name not in SHARED_OPTIONS}
         self.num_steps = max_new_tokens(self.model, self.others)
         # What outputs and seconds depend on, beside rows and options.
-        common = conditions(self.model, self.processor, self.data.fingerprint, self.goal.task, self.prompt_type)
+        common = store.conditions(self.model, self.processor, self.data.fingerprint, self.goal.task, self.prompt_type)
         self.common = common | {
             "features": isinstance(self.data.rows, TrunkFeatureDataset),
             "batch_size": self.batch_size,
@@ -105,11 +98,11 @@ class Runner:
         """Of a candidate, or at full depth for None; from disk where they are."""
         options = self.others | self.exits(exits)
         path = self._path("run", split, options)
-        found = None if path is None else read_predictions(path)
+        found = None if path is None else store.read_predictions(path)
         if found is None:
             found = self._run(split, options)
             if path is not None:
-                write_predictions(path, found)
+                store.write_predictions(path, found)
         return found
 
     def recorded(self, split: Split) -> tuple[list[Prediction], Signals]:
@@ -117,21 +110,21 @@ class Runner:
         options = self.others | {"exit_criterion": "never"}
         path = self._path("recorded", split, options)
         if path is not None:
-            found, signals = read_predictions(path), read_signals(path.with_suffix(".safetensors"))
+            found, signals = store.read_predictions(path), store.read_signals(path.with_suffix(".safetensors"))
             if found is not None and signals is not None:
                 return found, signals
         tokens = answer_tokens(self.processor) if self.goal.task == "entailment" else None
         with SignalRecorder(self.model, tokens) as recorder:
             full = self._run(split, options)
         if path is not None:
-            write_predictions(path, full)
-            write_signals(path.with_suffix(".safetensors"), recorder.signals)
+            store.write_predictions(path, full)
+            store.write_signals(path.with_suffix(".safetensors"), recorder.signals)
         return full, recorder.signals
 
     def _path(self, kind: str, split: Split, options: Mapping[str, Any]) -> Path | None:
         if self.folder is None:
             return None
-        return Path(self.folder) / f"{kind}-{content_key([self.common, split.rows.indices, options])}.jsonl"
+        return Path(self.folder) / f"{kind}-{store.content_key([self.common, split.rows.indices, options])}.jsonl"
 
     def _run(self, split: Split, options: Mapping[str, Any]) -> list[Prediction]:
         how: dict[str, Any] = {"batch_size": self.batch_size, "prompt_type": self.prompt_type, "progress": False}
@@ -148,11 +141,11 @@ class Runner:
             sum(one.seconds for one in found) / sum(one.seconds for one in full),
         )
 
-    def _losses(self, meter: Meter, full: list[Prediction], found: list[Prediction]) -> Sequence[float]:
+    def _losses(self, meter: Meter, full: list[Prediction], found: list[Prediction]) -> list[float]:
         if self.goal.risk == "disagreement":
             return [float(one.output != other.output) for one, other in zip(found, full, strict=True)]
         drops = np.subtract(self._quality(meter, full), self._quality(meter, found))
-        return np.clip(drops, 0.0, 1.0)
+        return np.clip(drops, 0.0, 1.0).tolist()
 
     def _quality(self, meter: Meter, predictions: list[Prediction]) -> list[float]:
         if self.reward is None:

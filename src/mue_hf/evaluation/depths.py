@@ -48,7 +48,7 @@ def extremes(predictions: Sequence[Prediction], count: int = 10) -> tuple[list[d
     for one in sorted(predictions, key=lambda one: one.image_id):
         mean = mean_depths([one])
         depths[one.image_id].append((mean["image"] + mean["text"]) / 2 + mean["decoder"])
-    means = [{"image_id": image_id, "depth": fmean(some)} for image_id, some in depths.items()]
+    means: list[dict[str, Any]] = [{"image_id": image_id, "depth": fmean(some)} for image_id, some in depths.items()]
     means.sort(key=lambda one: one["depth"])
     return means[:count], means[::-1][:count]
 
@@ -70,11 +70,9 @@ def similarity_curves(signals: Signals) -> dict[str, dict[str, list[float]]]:
 def shuffled_depths(
     reference: Sequence[Prediction], decomposed: bool, seed: int = 0
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """
-    The shuffled-depth baseline of `reference`: the image's depths shuffled among images, the text's among rows, and
+    """The shuffled-depth baseline of `reference`: the image's depths shuffled among images, the text's among rows, and
     for each row one decoder depth drawn from those of all tokens. Yields rows with one decoder depth, and the exit
-    options that run them so; `decomposed` says whether image and text have streams of their own.
-    """
+    options that run them so; `decomposed` says whether image and text have streams of their own."""
     rng = random.Random(seed)
     images = {one.image_id: one.image_exit_layers for one in reference}
     image_depths = dict(zip(images, rng.sample(list(images.values()), len(images)), strict=True))
@@ -93,12 +91,9 @@ def shuffled_depths(
 
 
 def token_oracle(full: Sequence[Prediction], signals: Signals) -> list[Prediction]:
-    """
-    The predictions at full depth, each token at the first layer from which the best token stays that of the last.
-
-    No criterion can exit earlier without another token, given the keys and values of all layers. It is read off
-    `signals`, recorded while `full` was made without beams; nothing was skipped.
-    """
+    """The predictions at full depth, each token at the first layer from which the best token stays that of the last:
+    no criterion can exit earlier without another token, given the keys and values of all layers. `signals` were
+    recorded while `full` was made without beams."""
     layers = signals.agreeing.shape[1]
     # Layers at the end that agree without a break.
     settled = signals.agreeing.flip(1).int().cumprod(1).sum(1)

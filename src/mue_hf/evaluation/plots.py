@@ -38,16 +38,12 @@ def draw_plots(
     records: Sequence[Mapping[str, Any]], folder: str | os.PathLike, curves: Mapping[str, Any] | None = None
 ) -> list[Path]:
     """
-    Draws what the records of one run allow, as PNG files.
+    Draws what the records of one run allow, as PNG files in `folder`: quality and share of identical outputs against
+    FLOPs and time, similarity by layer, decoder depth by token position, depth and accuracy by kind of statement.
 
     Args:
         records: points as `mue-hf evaluate` writes them, of one task, model and data set.
-        folder: made if it does not exist.
         curves: see [`similarity_curves`].
-
-    Returns:
-        `list[Path]`: quality and share of identical outputs against FLOPs and time, similarity by layer, decoder depth
-        by token position, depth and accuracy by kind of statement; those for which there are figures.
     """
     require_matplotlib()
     from matplotlib.figure import Figure

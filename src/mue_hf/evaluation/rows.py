@@ -10,6 +10,7 @@ from itertools import chain, islice
 from typing import Any
 
 from datasets import Dataset, Features, Image, IterableDataset, Value
+from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
 from ..data import CAPTIONING_FEATURES, ENTAILMENT_FEATURES, load_captioning, load_entailment
@@ -20,7 +21,7 @@ LOADERS = {"captioning": load_captioning, "entailment": load_entailment}
 
 
 @dataclass(frozen=True)
-class ControlledRows(Sequence):
+class ControlledRows(TorchDataset):
     """Rows without premises, or with the images of others or none; `donors` are the rows whose images are shown."""
 
     rows: Any

@@ -235,7 +235,7 @@ class Evaluation:
         return draw_plots(records, folder, json.loads(path.read_text(encoding="utf-8")))
 
 
-def _evenly(rows: Sequence[Any], count: int) -> Subset:
+def _evenly(rows: Any, count: int) -> Any:
     """At most so many of the rows, evenly over them."""
     count = min(count, len(rows))
     return Subset(rows, [index * len(rows) // count for index in range(count)])

@@ -41,11 +41,8 @@ def conditions(
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a results file; a last line that an interruption cut is dropped.
-
-    Raises:
-        ValueError: if a line is no record; nothing is dropped then.
-    """
+    """The records of a results file; a last line that an interruption cut is dropped. A ValueError if another line is
+    no record, before anything is dropped."""
     if not path.exists():
         return []
     content = path.read_bytes()
