@@ -35,10 +35,10 @@ class TransformersDocstrings(griffe.Extension):
                 text, lineno=obj.lineno, parent=obj, parser=parser, parser_options=options
             )
         if obj.docstring is not None:
-            obj.docstring.value = self.rewritten(obj.docstring.value)
+            obj.docstring.value = self.rewritten(obj.docstring.value, defaults=not obj.is_function)
 
-    def rewritten(self, text: str) -> str:
-        """The docstring in Google's style."""
+    def rewritten(self, text: str, defaults: bool) -> str:
+        """The docstring in Google's style; `defaults` says whether those in it are kept."""
         # what transformers says of every model and configuration
         text = re.sub(
             r"^ *<Tip>.*?</Tip>\n|^This is the configuration class.*?more information\.\n", "", text, flags=re.M | re.S
@@ -46,9 +46,8 @@ class TransformersDocstrings(griffe.Extension):
         # several parameters that are described at once: `a, b (`int`): text`
         several = re.compile(r"^( +)(\w+(?:, \w+)+)((?: \(.+\))?:.*\n(?:\1 +.*\n|\n(?=\1 ))*)", re.M)
         text = several.sub(lambda m: "".join(f"{m[1]}{name}{m[3]}" for name in m[2].split(", ")), f"{text}\n")
-        text = re.sub(
-            r"^( +\w+) \((.+)\):", lambda m: f"{m[1]} ({m[2].replace('`', '').replace('*', '')}):", text, flags=re.M
-        )
+        # types, without marks and without the defaults that a signature shows
+        text = re.sub(r"^( +\w+) \((.+)\):", lambda m: f"{m[1]} ({plain_type(m[2], defaults)}):", text, flags=re.M)
         # of transformers' own pages
         text = re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", text)
         return re.sub(r"\[`~?([\w.]+)`\](?!\[|\()", self.reference, text).rstrip()
@@ -57,6 +56,12 @@ class TransformersDocstrings(griffe.Extension):
         """[`Name`] as a link, where the reference has it."""
         entry = self.entries.get(match[1])
         return f"[`{match[1]}`][{entry}]" if entry else f"`{match[1]}`"
+
+
+def plain_type(text: str, defaults: bool) -> str:
+    """The type of a parameter as it is written in a docstring, without marks."""
+    text = re.sub(r"\[`~?([\w.]+)`\]", r"\1", text).replace("`", "").replace("*", "")
+    return text if defaults else re.sub(r",? ?optional, defaults to .*", "", text)
 
 
 def at_run_time(obj: griffe.Object) -> str:
