@@ -192,7 +192,7 @@ def test_memory_of_the_decode(model, inputs):
     assert output[0] == 3
     # The encoder's own tensors, the eight and the one do not add up.
     assert megabyte.nbytes * 0.9 < peak < 1.2 * megabyte.nbytes
-    assert peak_bytes(run, model.device)[1] > 8 * megabyte.nbytes
+    assert peak_bytes(run, model.device)[1] >= 8 * megabyte.nbytes
     assert hooks(model) == 0
 
 
