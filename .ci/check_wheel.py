@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import mue_hf
 from mue_hf import MuEConfig, MuEForConditionalGeneration
-from mue_hf.app.report import draw_report, save_png
+from mue_hf.app.report import draw_report
 from mue_hf.publishing.model_card import About, render_card
 
 TRUNK = {
@@ -91,7 +91,7 @@ def main(source: str) -> None:
             raise SystemExit("AutoModel does not make a MuEModel.")
         if "# name" not in render_card(loaded, "org/name", About()):
             raise SystemExit("The model card has no title.")
-        save_png(draw_report(Image.new("RGB", (64, 64)), RECORD), Path(folder) / "report.png")
+        draw_report(Image.new("RGB", (64, 64)), RECORD).save(Path(folder) / "report.png")
     print(f"The wheel of mue-hf works: {len(names(installed))} files, {installed}")
 
 
