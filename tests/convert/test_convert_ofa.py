@@ -249,6 +249,13 @@ class TestRefusals:
         file = write_fairseq(tmp_path / "x.pt", weights, model={"encoder.version": 3})
         self.refuse(r"tensors only .* encoder.version \(int\)", file, tmp_path / "mue", vocab=fork)
 
+    def test_integer_weights(self, weights: dict[str, Tensor], fork: Path, tmp_path: Path) -> None:
+        name = "encoder.layers.0.fc1.weight"
+        file = write_fairseq(tmp_path / "x.pt", weights | {name: weights[name].to(torch.int8)})
+        self.refuse(
+            r"fc1.weight` must have weights of torch.float32, got torch.int8", file, tmp_path / "mue", vocab=fork
+        )
+
     @pytest.mark.parametrize(
         ("settings", "match"),
         [

@@ -208,6 +208,11 @@ def _make_model(weights: Mapping[str, Tensor], config: MuEConfig) -> MuEForCondi
         model = MuEForConditionalGeneration(config)
     empty = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     renamed = rename_weights(weights, empty)
+    for name, tensor in renamed.items():
+        if tensor.is_floating_point() != empty[name].is_floating_point():
+            raise ValueError(
+                f"`{name}` must have weights of {empty[name].dtype}, got {tensor.dtype}; convert it first."
+            )
     dtype = renamed["model.shared.weight"].dtype
     renamed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in renamed.items()}
     model.load_state_dict(renamed, strict=False, assign=True)
