@@ -1,4 +1,5 @@
-"""Loaders of every kind of source, what they say about bad rows, the collator's batches, and cached trunk features."""
+"""Loaders of every kind of source, what they say about bad rows, the collator's batches, mixtures of data sets, and
+cached trunk features."""
 
 import csv
 import json
@@ -12,19 +13,23 @@ import pytest
 import torch
 from conftest import character_tokenizer, tiny_model
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import ExifTags, ImageOps
 from PIL import Image as PilImage
 
 from mue_hf.data import (
     CAPTIONING_FEATURES,
     ENTAILMENT_FEATURES,
     CaptionPairs,
+    CaptionTexts,
+    Mixture,
     MuEDataCollator,
     features,
     load_captioning,
     load_entailment,
     reader,
 )
-from mue_hf.data.features import cache_trunk_features, image_digest, trunk_fingerprint, unfolded
+from mue_hf.data.features import TrunkFeatureDataset, cache_trunk_features, image_digest, trunk_fingerprint, unfolded
+from mue_hf.data.mixture import check_shares
 from mue_hf.data.scenes import SceneDataset
 from mue_hf.evaluation.rows import load_rows, row_fields
 from mue_hf.model.processing_mue import CAPTION_PROMPT, MuEImageProcessorPil, MuEProcessor
@@ -367,6 +372,12 @@ def target_texts(processor, batch) -> list[str]:
     return [processor.tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
 
 
+def is_part(view: PilImage.Image, image: PilImage.Image) -> bool:
+    """Whether these pixels stand somewhere in the image."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(image), np.asarray(view).shape)
+    return bool((windows == np.asarray(view)).all((-3, -2, -1)).any())
+
+
 def tiny(processor, **overrides):
     positions = {"max_position_embeddings": 256, "vocab_size": len(processor.tokenizer)}
     return tiny_model(dtype=torch.float32, std=0.05, **positions | overrides)
@@ -492,6 +503,40 @@ class TestCollator:
             assert "pixel_values" not in cached
             assert torch.equal(model(**batch).loss, model(**cached).loss)
 
+    def test_text_alone(self, processor, rows):
+        """Rows without an image: what the decoder learns is what it would of each text alone."""
+        model = tiny(processor)
+        alone = [row | {"image": None} for row in rows]
+        collator = MuEDataCollator(processor, captions_per_image=2, random_captions=False)
+        batch, beside = collator(alone), collator(rows)
+        assert batch.keys() == {"input_ids", "attention_mask", "decoder_input_ids", "labels"}
+        assert all(torch.equal(values, beside[name]) for name, values in batch.items())
+        with torch.no_grad():
+            logits = model(**batch).logits
+            for row, labels in enumerate(batch["labels"]):
+                width = int((labels != -100).sum())
+                one = model(
+                    input_ids=batch["input_ids"][row // 2][None],
+                    decoder_input_ids=batch["decoder_input_ids"][row, :width][None],
+                )
+                torch.testing.assert_close(one.logits[0], logits[row, :width], atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(model(**beside).logits, logits, atol=1e-2)
+
+    def test_statements_without_images(self, processor, pairs):
+        batch = MuEDataCollator(processor)([row | {"image": None} for row in pairs])
+        assert "pixel_values" not in batch and len(batch["input_ids"]) == len(batch["labels"]) == 4
+
+    @pytest.mark.parametrize("kind", ["image", "image_features"])
+    def test_text_alone_among_images_is_refused(self, processor, rows, kind):
+        whole = rows[0] if kind == "image" else rows[0] | {"image": None, "image_features": torch.zeros(16, 4, 4)}
+        for order in (1, -1):
+            with pytest.raises(ValueError, match="must all have an `image` or all have `image_features`"):
+                MuEDataCollator(processor)([whole, rows[1] | {"image": None}][::order])
+        # forgotten is not left out
+        forgotten = [{name: value for name, value in row.items() if name != "image"} for row in rows]
+        with pytest.raises(ValueError, match="must all have an `image`"):
+            MuEDataCollator(processor)(forgotten)
+
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [
@@ -522,6 +567,148 @@ class TestCollator:
                 collator(bad)
 
 
+class TestCaptionTexts:
+    def test_rows(self, tmp_path, processor):
+        lines = [{"captions": CAPTIONS[0]}, {"id": 3, "references": CAPTIONS[2]}]
+        texts = CaptionTexts(write_lines(tmp_path / "texts.jsonl", lines))
+        assert texts.references == [CAPTIONS[0], CAPTIONS[2]]
+        assert [texts[i] for i in range(len(texts))] == [{"image": None, "references": CAPTIONS[i]} for i in (0, 2)]
+        assert len(MuEDataCollator(processor)([texts[0], texts[1]])["labels"]) == 2
+
+    @pytest.mark.parametrize(
+        ("line", "match"),
+        [
+            ('{"captions": ["a dog"', r"JSON object in each line: .*texts\.jsonl: line 2 must be JSON"),
+            ('["a dog"]', r"JSON object in each line: .*line 2 must be a JSON object"),
+            ('{"text": "a dog", "other": []}', "a list of captions with words in one of .*got .*'text'.*leave such"),
+            ('{"captions": "a dog"}', "a list of captions with words"),
+            ('{"captions": []}', "a list of captions with words"),
+            ('{"captions": ["a dog", " . "]}', "a list of captions with words"),
+            ('{"captions": ["a dog", 7]}', "a list of captions with words"),
+            ('{"captions": ["a dog", null]}', "a list of captions with words"),
+        ],
+        ids=["cut", "list", "no captions", "text", "empty", "punctuation", "number", "null"],
+    )
+    def test_bad_line(self, tmp_path, line, match):
+        path = tmp_path / "texts.jsonl"
+        path.write_text(f'{{"captions": ["two cats"]}}\n{line}\n')
+        with pytest.raises(ValueError, match=match):
+            CaptionTexts(path)
+
+    def test_no_file(self, tmp_path):
+        for path in (tmp_path, tmp_path / "missing.jsonl"):
+            with pytest.raises(ValueError, match="`source` must be a JSONL file of captions, got .*which is none"):
+                CaptionTexts(path)
+        (tmp_path / "empty.jsonl").write_text("\n")
+        with pytest.raises(ValueError, match="`source` must hold a line of captions at least, got none in .*drop it"):
+            CaptionTexts(tmp_path / "empty.jsonl")
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Rows that say which they are, and of which data set."""
+
+    def __init__(self, name: str, count: int):
+        self.name, self.count = name, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return self.name, range(self.count)[index]
+
+
+def mixed(counts: list[int], shares: list[float], **options) -> tuple[Mixture, list]:
+    """A mixture of data sets a, b, ... of these sizes, and its rows."""
+    parts = [Numbers(name, count) for name, count in zip("abcdefgh", counts, strict=False)]
+    mixture = Mixture(parts, shares, **{"batch_size": 3, "num_batches": 60} | options)
+    return mixture, [mixture[index] for index in range(len(mixture))]
+
+
+class TestMixture:
+    @pytest.mark.parametrize(
+        ("shares", "off"),
+        [
+            ([0.5, 0.3, 0.2], 1),
+            ([1 / 3] * 3, 1),
+            ([0.0, 0.97, 0.01, 0.02], 1),
+            ([0.394, 0.003, 0.075, 0.001, 0.004, 0.452, 0.003, 0.068], 2),
+        ],
+        ids=["three", "alike", "rare", "eight"],
+    )
+    def test_shares_hold_at_every_point(self, shares, off):
+        mixture, rows = mixed([4] * len(shares), shares, num_batches=200)
+        assert len(mixture) == len(rows) == 600
+        given = Counter()
+        for batch in range(200):
+            (name,) = {name for name, _ in rows[3 * batch : 3 * batch + 3]}
+            given[name] += 1
+            for part, share in zip("abcdefgh", shares, strict=False):
+                assert abs(given[part] - share * (batch + 1)) < off
+        assert given.keys() >= {part for part, share in zip("abcdefgh", shares, strict=False) if share > 0.005}
+        assert given.keys() <= {part for part, share in zip("abcdefgh", shares, strict=False) if share}
+
+    def test_every_row_once_an_epoch(self):
+        # sizes that no batch divides, and one below a batch
+        _, rows = mixed([7, 2, 10], [0.5, 0.2, 0.3])
+        for name, count in (("a", 7), ("b", 2), ("c", 10)):
+            seen = [number for part, number in rows if part == name]
+            epochs = [seen[start : start + count] for start in range(0, len(seen) - count + 1, count)]
+            assert len(epochs) > 4 and all(sorted(epoch) == list(range(count)) for epoch in epochs)
+            assert len({tuple(epoch) for epoch in epochs}) > 1
+            rest = seen[len(epochs) * count :]
+            assert len(set(rest)) == len(rest)
+
+    def test_order_follows_from_the_seed(self):
+        mixture, rows = mixed([7, 9], [0.5, 0.5])
+        assert rows == mixed([7, 9], [0.5, 0.5])[1] != mixed([7, 9], [0.5, 0.5], seed=1)[1]
+        # what was read before does not matter, nor how much comes later
+        again = pickle.loads(pickle.dumps(mixture))
+        assert [again[index] for index in (100, 3, 177)] == [rows[index] for index in (100, 3, 177)]
+        assert mixed([7, 9], [0.5, 0.5], num_batches=90)[1][:180] == rows
+        # equally large data sets have orders of their own
+        first, second = ([number for part, number in mixed([7, 7], [0.5, 0.5])[1] if part == name] for name in "ab")
+        assert first != second
+
+    @pytest.mark.parametrize("index", [-1, 180])
+    def test_it_ends(self, index):
+        mixture, rows = mixed([7, 9], [0.5, 0.5])
+        with pytest.raises(IndexError):
+            mixture[index]
+        assert list(mixture) == rows
+
+    @pytest.mark.parametrize(
+        ("shares", "match"),
+        [
+            ([1.0], r"one share in \[0, 1\] for each of 2 sources, got \[1.0\]"),
+            ([0.5, 0.3, 0.2], "for each of 2 sources"),
+            ([1.5, -0.5], r"one share in \[0, 1\]"),
+            ([float("nan"), 1.0], r"one share in \[0, 1\]"),
+            ([0.5, 0.4], r"must sum to 1, got \[0.5, 0.4\], which sum to 0.9; scale them"),
+            ([0.0, 0.0], "must sum to 1"),
+        ],
+        ids=["few", "many", "out of range", "nan", "sum", "none"],
+    )
+    def test_bad_shares(self, shares, match):
+        with pytest.raises(ValueError, match=match):
+            mixed([7, 9], shares)
+        with pytest.raises(ValueError, match=match):
+            check_shares(shares, 2)
+
+    def test_shares_may_be_rounded(self):
+        check_shares([0.1] * 10, 10)
+        check_shares([0.333333, 0.333333, 0.333334], 3)
+
+    def test_bad_parts_and_numbers(self):
+        with pytest.raises(ValueError, match=r"`parts\[1\]` must have rows, got none for a share of 0.5; drop it"):
+            mixed([7, 0], [0.5, 0.5])
+        assert {name for name, _ in mixed([7, 0], [1.0, 0.0])[1]} == {"a"}
+        with pytest.raises(ValueError, match=r"`parts\[0\]` must have a length, got generator; load it without"):
+            Mixture([(row for row in ())], [1.0], batch_size=1, num_batches=1)
+        for name in ("batch_size", "num_batches"):
+            with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+                mixed([7, 9], [0.5, 0.5], **{name: 0})
+
+
 class TestFeatureCache:
     @pytest.fixture
     def dataset(self, folder, captioning) -> Dataset:
@@ -537,9 +724,9 @@ class TestFeatureCache:
         """The sizes of batches that reach the trunk; shards of two pictures."""
         sizes, compute = [], features._compute
 
-        def counted(model, processor, images, mirror, dtype):
+        def counted(model, processor, images, *options):
             sizes.append(len(images))
-            return compute(model, processor, images, mirror, dtype)
+            return compute(model, processor, images, *options)
 
         monkeypatch.setattr(features, "_compute", counted)
         monkeypatch.setattr(features, "SHARD", 2)
@@ -601,8 +788,150 @@ class TestFeatureCache:
         for one, side in zip(drawn, nearest, strict=True):
             torch.testing.assert_close(one, expected[side][1], atol=1e-6, rtol=1e-6)
         upright = cache_trunk_features(model, processor, dataset, tmp_path, dtype=torch.float32)
-        assert len(computed) == 2
+        assert computed == [4, 4]
         torch.testing.assert_close(upright[1]["image_features"], expected[0][1], atol=1e-6, rtol=1e-6)
+
+    def views(self, cached: TrunkFeatureDataset, index: int) -> list[torch.Tensor]:
+        """The features of all views of a row, in order."""
+        row = cached.places[index]
+        return [TrunkFeatureDataset([{}], [[place]])[0]["image_features"] for place in row]
+
+    def test_crops(self, tmp_path, processor, dataset, computed):
+        model = tiny(processor)
+        cache = partial(cache_trunk_features, model, processor, dataset, dtype=torch.float32)
+        cached = cache(tmp_path / "one", crops=3)
+        assert computed == [8, 8]
+        image = dataset[1]["image"].convert("RGB")
+        names = features._views(
+            image_digest(dataset.cast_column("image", Image(decode=False))[1]["image"]), False, 3, 0.75
+        )
+        drawn = [features._draw_view(image, name, 0.75) for name in names]
+        assert drawn[0].size == (20, 20) and len({view.tobytes() for view in drawn}) == 4
+        for view in drawn[1:]:
+            assert all(15 <= side <= 20 for side in view.size)
+            assert is_part(view, image) and not is_part(ImageOps.mirror(view), image)
+        pixels = processor.image_processor(drawn, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            found = model.trunk_features(pixels)
+        for one, other in zip(self.views(cached, 1), found, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+        # in another folder, and with the random numbers of another run
+        torch.manual_seed(5)
+        elsewhere = cache(tmp_path / "two", crops=3)
+        assert all(map(torch.equal, self.views(cached, 1), self.views(elsewhere, 1)))
+
+    def test_views_are_computed_once_and_drawn(self, tmp_path, processor, dataset, computed):
+        model = tiny(processor)
+        cache = partial(cache_trunk_features, model, processor, dataset, tmp_path, dtype=torch.float32)
+        cache()
+        assert computed == [2, 2]
+        cache(crops=2)
+        assert computed[2:] == [4, 4]
+        cached = cache(crops=3)
+        assert computed[4:] == [2, 2]
+        both = cache(crops=1, mirror=True)
+        # a crop that may be mirrored is another view
+        assert computed[6:] == [4, 4]
+        cache(crops=3), cache(crops=1), cache(), cache(mirror=True), cache(crops=1, mirror=True)
+        assert len(computed) == 8
+        cache(crops=1, crop_side=0.5)
+        assert computed[8:] == [2, 2]
+        for data, count in ((cached, 4), (both, 3)):
+            views = self.views(data, 2)
+            assert len(views) == count
+            torch.manual_seed(0)
+            rows = [data[2]["image_features"] for _ in range(40 * count)]
+            drawn = Counter(next(i for i, view in enumerate(views) if torch.equal(view, row)) for row in rows)
+            assert len(drawn) == count and all(20 < times < 60 for times in drawn.values())
+
+    def test_crops_are_mirrored_by_chance(self):
+        image = PilImage.fromarray(np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8))
+        mirrored = []
+        for name in features._views("some image", True, 60, 0.5)[2:]:
+            view = features._draw_view(image, name, 0.5)
+            assert 7 <= view.width <= 14 and 4 <= view.height <= 9
+            mirrored.append(is_part(ImageOps.mirror(view), image))
+            assert mirrored[-1] != is_part(view, image)
+        assert 18 < sum(mirrored) < 42
+        upright = [features._draw_view(image, name, 0.5) for name in features._views("some image", False, 60, 0.5)[1:]]
+        assert all(is_part(view, image) for view in upright)
+        assert len({view.size for view in upright}) > 20
+
+    def test_a_tiny_image_has_crops(self):
+        image = PilImage.new("RGB", (1, 2))
+        for name in features._views("tiny", True, 20, 0.1)[2:]:
+            assert min(features._draw_view(image, name, 0.1).size) == 1
+
+    def test_images_of_any_form_have_upright_views(self, tmp_path, processor, dataset):
+        """A path, and a picture that its camera turned: its views are those of what one sees."""
+        model = tiny(processor)
+        upright = dataset[0]["image"].convert("RGB")
+        turned = upright.rotate(90, expand=True)
+        turned.getexif()[ExifTags.Base.Orientation] = 6
+        upright.save(tmp_path / "upright.png")
+        for image in (turned, str(tmp_path / "upright.png")):
+            rows = [{"image": image}]
+            cached = cache_trunk_features(
+                model, processor, rows, tmp_path / "features", mirror=True, dtype=torch.float32
+            )
+            expected = self.expected(model, processor, [{"image": upright}])
+            for one, other in zip(self.views(cached, 0), expected, strict=True):
+                torch.testing.assert_close(one, other[0], atol=1e-6, rtol=1e-6)
+
+    @pytest.mark.parametrize("at_once", [2**18, 64 * 64], ids=["at once", "one by one"])
+    def test_module(self, tmp_path, processor, dataset, computed, monkeypatch, at_once):
+        """The rest of the trunk makes of the cached output of a module what the trunk gives."""
+        # a trunk runs large images a few at a time on CPUs
+        monkeypatch.setattr("mue_hf.model.vision_mue.PIXELS_AT_ONCE", at_once)
+        model = tiny(processor)
+        trunk = model.model.encoder.embed_images
+        stages = trunk.encoder.stages
+        options = {"mirror": True, "crops": 1, "dtype": torch.float32}
+        cached = cache_trunk_features(model, processor, dataset, tmp_path, module="encoder.stages.1", **options)
+        whole = cache_trunk_features(model, processor, dataset, tmp_path, **options)
+        assert computed == [6, 6] * 2 and len(list(tmp_path.iterdir())) >= 2
+        for index in range(5):
+            inner, outer = torch.stack(self.views(cached, index)), torch.stack(self.views(whole, index))
+            assert inner.shape[1:] == (12, 8, 8) and outer.shape[1:] == (16, 4, 4)
+            with torch.no_grad():
+                torch.testing.assert_close(stages[2](inner), outer, atol=1e-5, rtol=1e-5)
+        assert not trunk.encoder.stages[1]._forward_hooks
+
+    def test_what_comes_after_the_module_may_change(self, tmp_path, processor, dataset, computed):
+        model = tiny(processor)
+        trunk = model.model.encoder.embed_images
+        cache = partial(cache_trunk_features, model, processor, dataset, tmp_path / "features")
+        cache(module="encoder.stages.1")
+        prints = [trunk_fingerprint(trunk), trunk_fingerprint(trunk, "encoder.stages.1")]
+        with torch.no_grad():
+            next(trunk.encoder.stages[2].parameters()).add_(1)
+            next(trunk.encoder.stages[2].buffers()).add_(1)
+        cache(module="encoder.stages.1")
+        assert computed == [2, 2]
+        assert trunk_fingerprint(trunk, "encoder.stages.1") == prints[1] != trunk_fingerprint(trunk) != prints[0]
+        for change in (trunk.encoder.stages[1].parameters(), trunk.embedder.buffers()):
+            prints.append(trunk_fingerprint(trunk, "encoder.stages.1"))
+            next(change).data.add_(1)
+            assert trunk_fingerprint(trunk, "encoder.stages.1") != prints[-1]
+        # one module's output is not another's
+        cache(module="encoder.stages.0"), cache(module="encoder.stages.1")
+        assert len(list((tmp_path / "features").iterdir())) == 3 and computed == [2, 2] * 3
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"crops": -1}, "`crops` must be at least 0"),
+            ({"crop_side": 0.0}, r"`crop_side` a share in \(0, 1\), got 0 and 0.0"),
+            ({"crop_side": 1.0}, r"`crop_side` a share in \(0, 1\)"),
+            ({"module": "encoder.stages.7"}, r"must name a module of the trunk, got 'encoder.stages.7'.*'embedder'"),
+            ({"module": "embedder.pooler"}, "must name a module with weights, got 'embedder.pooler'; name the one"),
+        ],
+        ids=lambda value: "" if isinstance(value, str) else str(value),
+    )
+    def test_bad_options(self, tmp_path, processor, dataset, options, match):
+        with pytest.raises(ValueError, match=match):
+            cache_trunk_features(tiny(processor), processor, dataset, tmp_path / "features", **options)
+        assert not (tmp_path / "features").exists()
 
     def test_key(self, tmp_path, processor, dataset, computed):
         model = tiny(processor)

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from torch.utils.data import Dataset as TorchDataset
 
+from ..files import json_lines
 from .reader import Fault, Reader, has_words
 
 CAPTIONING_FEATURES = Features({"image": Image(), "image_id": Value("string"), "references": List(Value("string"))})
@@ -77,6 +79,42 @@ def load_captioning(
     return reader.read(columns, captions, CAPTIONING_FEATURES, gather=True)
 
 
+class CaptionTexts(TorchDataset):
+    """Captions without images, for the decoder to learn words and grammar from: rows with "image" None and
+    "references", which [`MuEDataCollator`] batches.
+
+    Args:
+        source (`str` or `os.PathLike`): a JSONL file whose objects have captions in a list.
+
+    Raises:
+        ValueError: if the file does not exist or is empty, a line is no JSON object, or a line has no captions with
+            words.
+    """
+
+    def __init__(self, source: str | PathLike) -> None:
+        if not Path(source).is_file():
+            raise ValueError(f"`source` must be a JSONL file of captions, got {str(source)!r}, which is none.")
+        self.references: list[list[str]] = []
+        for row in json_lines(source):
+            if isinstance(row, str):
+                raise ValueError(f"`source` must hold a JSON object in each line: {source}: {row}")
+            captions = next((row[name] for name in CAPTION_COLUMNS if name in row), None)
+            if not isinstance(captions, list) or not captions or not all(map(has_words, captions)):
+                raise ValueError(
+                    f"`source` must hold a list of captions with words in one of {list(CAPTION_COLUMNS)} of each "
+                    f"line, got {row!r:.200} in {source}; leave such lines out."
+                )
+            self.references.append(captions)
+        if not self.references:
+            raise ValueError(f"`source` must hold a line of captions at least, got none in {source}; drop it.")
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": None, "references": self.references[index]}
+
+
 class CaptionPairs(TorchDataset):
     """One row per caption, as OFA counts its epochs: a row of `rows` for each of its captions, with that one alone.
 
@@ -97,4 +135,4 @@ class CaptionPairs(TorchDataset):
         return self.rows[row] | {"references": [caption]}
 
 
-__all__ = ["CAPTIONING_FEATURES", "CaptionPairs", "load_captioning"]
+__all__ = ["CAPTIONING_FEATURES", "CaptionPairs", "CaptionTexts", "load_captioning"]

@@ -27,11 +27,11 @@ def _as_list(value: Any) -> list[Any]:
 class MuEDataCollator:
     """Makes training batches of rows of captioning, of entailment, or of both at once.
 
-    A row has "image" (anything that the processor reads) or "image_features" [channels, rows, columns] (see
-    [`cache_trunk_features`]), and "references", or "hypothesis", "label" and optionally "premise", which may be lists
-    (several statements on one image), or all of these. The image is encoded once. Captions alone are
-    `captions_per_image` decoder rows per image, which share its prompt too; statements, and captions beside them, are
-    one row each in encoder and decoder.
+    A row has "image" (anything that the processor reads; None in all rows of a batch that trains on text alone) or
+    "image_features" [channels, rows, columns] (see [`cache_trunk_features`]), and "references", or "hypothesis",
+    "label" and optionally "premise", which may be lists (several statements on one image), or all of these. The image
+    is encoded once. Captions alone are `captions_per_image` decoder rows per image, which share its prompt too;
+    statements, and captions beside them, are one row each in encoder and decoder.
 
     Texts become what OFA trains on: captions in lower case, without punctuation; hypothesis and premise normalised and
     put in the prompt; the answer "yes", "maybe" or "no".
@@ -50,7 +50,8 @@ class MuEDataCollator:
     A call with a list of rows, one per image, returns tensors by name:
         - **input_ids**, **attention_mask** [texts, text tokens], padded on the right; text t belongs to image
           t // (texts // images).
-        - **pixel_values** [images, 3, height, width] or **image_features** [images, channels, rows, columns].
+        - **pixel_values** [images, 3, height, width] or **image_features** [images, channels, rows, columns], or
+          neither in a batch of texts alone.
         - **decoder_input_ids** [targets, tokens], padded on the right with pad tokens, and **labels** of the same
           shape, -100 where nothing is to be learnt; target t belongs to text t // (targets // texts).
 
@@ -135,6 +136,8 @@ class MuEDataCollator:
         return texts
 
     def _images(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        if all("image" in row and row["image"] is None and "image_features" not in row for row in rows):
+            return {}
         kinds = {tuple(key for key in ("image", "image_features") if row.get(key) is not None) for row in rows}
         if kinds == {("image_features",)}:
             return {"image_features": torch.stack([torch.as_tensor(row["image_features"]) for row in rows])}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -12,14 +13,16 @@ import torch
 from datasets import Dataset as HubDataset
 from datasets import Image
 from PIL import Image as PilImage
+from PIL import ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..files import whole_file
+from ..model.images_mue import load_image
 from ..model.modeling_mue import MuEForConditionalGeneration, MuEModel
 from ..model.processing_mue import MuEProcessor
 
@@ -39,14 +42,26 @@ def unfolded(model: MuEForConditionalGeneration | MuEModel) -> Iterator[None]:
             encoder.fold_batch_norms()
 
 
-def trunk_fingerprint(trunk: PreTrainedModel) -> str:
-    """SHA-256 of settings, weights and buffers of a trunk or a whole model, [`unfolded`]: folded ones have others."""
+def trunk_fingerprint(trunk: PreTrainedModel, module: str | None = None) -> str:
+    """SHA-256 of settings, weights and buffers of a trunk or a whole model, [`unfolded`]: folded ones have others.
+
+    Args:
+        trunk (`PreTrainedModel`): the trunk or the model.
+        module (`str`, *optional*): name of a module of it: what was registered after that does not count; ValueError
+            if it has no weights.
+    """
     settings = trunk.config.to_dict()
-    # They say where the trunk came from, not what it computes.
-    for name in ("_name_or_path", "transformers_version"):
+    # They say where the trunk came from, not what it computes; the dtype is that of the weights.
+    for name in ("_name_or_path", "transformers_version", "dtype"):
         settings.pop(name, None)
     digest = sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(trunk.state_dict().items()):
+    state = list(trunk.state_dict().items())
+    if module is not None:
+        places = [place for place, (name, _) in enumerate(state) if name.startswith(f"{module}.")]
+        if not places:
+            raise ValueError(f"`module` must name a module with weights, got {module!r}; name the one before it.")
+        state = state[: places[-1] + 1]
+    for name, tensor in sorted(state):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -73,12 +88,12 @@ def image_digest(image: Any) -> str:
 class TrunkFeatureDataset(Dataset):
     """Rows with "image_features" [channels, rows, columns] (float32) for "image", made by [`cache_trunk_features`].
 
-    Features are memory-mapped; each worker process opens them for itself. Of an image and its mirror image one is
-    drawn at each access.
+    Features are memory-mapped; each worker process opens them for itself. Of the views of an image (itself, its mirror
+    image, crops) one is drawn at each access.
 
     Args:
         rows (sequence of `dict`): the data set without images.
-        places (list of lists of (shard file, row)): for each row its features, and those of its mirror image if any.
+        places (list of lists of (shard file, row)): for each row the features of its views.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]], places: Sequence[Sequence[tuple[Path, int]]]) -> None:
@@ -115,14 +130,47 @@ def _read_index(folder: Path) -> dict[str, tuple[Path, int]]:
     return index
 
 
+def _views(digest: str, mirror: bool, crops: int, crop_side: float) -> list[str]:
+    """The views of an image by name: itself, its mirror image, crops."""
+    names = [digest, f"{digest} mirror"] if mirror else [digest]
+    kind = "mirrored by chance" if mirror else "upright"
+    return names + [f"{digest} crop {number} of {crop_side} {kind}" for number in range(crops)]
+
+
+def _draw_view(image: PilImage.Image, name: str, crop_side: float) -> PilImage.Image:
+    """The view of that name; where a crop lies follows from its name, so that it is the same in every run."""
+    if name.endswith(" mirror"):
+        return ImageOps.mirror(image)
+    if " crop " not in name:
+        return image
+    rng = random.Random(name)
+    width, height = (max(1, round(side * rng.uniform(crop_side, 1))) for side in image.size)
+    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+    crop = image.crop((left, top, left + width, top + height))
+    return ImageOps.mirror(crop) if name.endswith("by chance") and rng.random() < 0.5 else crop
+
+
 @torch.inference_mode()
-def _compute(model: Any, processor: MuEProcessor, images: list[Any], mirror: bool, dtype: torch.dtype) -> Tensor:
-    """Features [images * (1 + mirror), channels, rows, columns], each image followed by its mirror image."""
+def _compute(
+    model: Any, processor: MuEProcessor, images: list[PilImage.Image], dtype: torch.dtype, module: nn.Module | None
+) -> Tensor:
+    """Features [images, channels, rows, columns]: the trunk's, or the output of a module of it."""
     weight = next(model.parameters())
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(weight.device, weight.dtype)
-    if mirror:
-        pixels = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)
-    features = model.trunk_features(pixels).to("cpu", dtype).contiguous()
+    inner: list[Tensor] = []
+    hook = (
+        None if module is None else module.register_forward_hook(lambda module, inputs, output: inner.append(output))
+    )
+    try:
+        # depthwise convolutions of a batch take half as long in this layout on CPUs
+        features = model.trunk_features(pixels.contiguous(memory_format=torch.channels_last))
+    finally:
+        if hook is not None:
+            hook.remove()
+    if module is not None:
+        # large images run through the trunk a few at a time
+        features = torch.cat(inner)
+    features = features.to("cpu", dtype).contiguous()
     if not features.isfinite().all():
         raise ValueError(f"`dtype` must hold the features, got infinite ones in {dtype}; pass torch.float32.")
     return features
@@ -135,6 +183,9 @@ def cache_trunk_features(
     folder: str | os.PathLike,
     *,
     mirror: bool = False,
+    crops: int = 0,
+    crop_side: float = 0.75,
+    module: str | None = None,
     dtype: torch.dtype = torch.float16,
     batch_size: int = 16,
 ) -> TrunkFeatureDataset:
@@ -149,59 +200,82 @@ def cache_trunk_features(
         dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): rows with an "image", such as those of
             [`load_captioning`]; not streamed.
         folder (`str` or `os.PathLike`): where the features lie; made if it does not exist.
-        mirror (`bool`, *optional*, defaults to `False`): whether each access draws the image or its mirror image.
-            Texts that say left or right are then wrong half of the time.
+        mirror (`bool`, *optional*, defaults to `False`): whether the mirror image is a view too, and every other crop
+            a mirrored one. Texts that say left or right are then wrong half of the time.
+        crops (`int`, *optional*, defaults to 0): further views of each image: random parts of it.
+        crop_side (`float` in (0, 1), *optional*, defaults to 0.75): the least share of width and of height in a crop.
+        module (`str`, *optional*): name of a module of the trunk, such as "_backbone.blocks.4", whose output is cached
+            in place of the trunk's, for training what comes after it; the modules before it are registered before it.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): of features on disk; rows have float32.
-        batch_size (`int`, *optional*, defaults to 16): images per call of the trunk.
+        batch_size (`int`, *optional*, defaults to 16): images, with all of their views, per call of the trunk.
 
     Returns:
         [`TrunkFeatureDataset`], for [`MuEDataCollator`].
 
     Raises:
-        ValueError: if the data set has no length or no images, an image cannot be read, a shard is damaged, or `dtype`
-            cannot hold the features.
+        ValueError: if the data set has no length or no images, an image cannot be read, a shard is damaged, an
+            option is out of range, or `dtype` cannot hold the features.
     """
+    if crops < 0 or not 0 < crop_side < 1:
+        raise ValueError(
+            f"`crops` must be at least 0 and `crop_side` a share in (0, 1), got {crops} and {crop_side}; pass "
+            "`crops=0` for none."
+        )
     if not hasattr(dataset, "__len__") or len(dataset) == 0 or "image" not in dataset[0]:
         raise ValueError(
             f"`dataset` must be a data set of known length whose rows have an `image`, got {type(dataset).__name__}; "
             "load it without streaming."
         )
     trunk = model.get_encoder().embed_images
+    inner = None
+    if module is not None:
+        inner = dict(trunk.named_modules()).get(module)
+        if inner is None:
+            names = [name for name, _ in trunk.named_modules() if name.count(".") < 3][1:]
+            raise ValueError(f"`module` must name a module of the trunk, got {module!r}; there are {names}.")
     with unfolded(model):
-        fingerprint = trunk_fingerprint(trunk)
-    key = [fingerprint, processor.image_processor.to_dict(), str(dtype)]
+        fingerprint = trunk_fingerprint(trunk, module)
+    # the map says where a published processor's code is
+    pixels = {name: value for name, value in processor.image_processor.to_dict().items() if name != "auto_map"}
+    key = [fingerprint, pixels, str(dtype), *([] if module is None else [module])]
     folder = Path(folder) / _short_hash(json.dumps(key, sort_keys=True, default=str))
     folder.mkdir(parents=True, exist_ok=True)
 
-    images: Any = dataset
+    sources: Any = dataset
     rows: Any = dataset
     if isinstance(dataset, HubDataset):
-        images = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
+        sources = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
         rows = dataset.remove_columns("image")
     numbers = range(len(dataset))
-    digests = [image_digest(images[i]["image"]) for i in tqdm(numbers, desc="known images", unit="image", delay=2)]
-    variants = [[digest, f"{digest} mirror"] if mirror else [digest] for digest in digests]
+    digests = [image_digest(sources[i]["image"]) for i in tqdm(numbers, desc="known images", unit="image", delay=2)]
+    views = [_views(digest, mirror, crops, crop_side) for digest in digests]
     index = _read_index(folder)
-    # A picture that occurs twice is computed once.
-    missing = list({digests[i]: i for i in numbers if not index.keys() >= set(variants[i])}.values())
+    # A picture that occurs twice is computed once; views that are known stay.
+    missing = list({digests[i]: i for i in numbers if not index.keys() >= set(views[i])}.values())
 
     training = trunk.training
     trunk.eval()
     try:
         with tqdm(total=len(missing), desc="trunk features", unit="image", disable=not missing) as progress:
             for start in range(0, len(missing), SHARD):
-                shard, parts = missing[start : start + SHARD], []
+                shard, parts, names = missing[start : start + SHARD], [], []
                 for first in range(0, len(shard), batch_size):
-                    batch = shard[first : first + batch_size]
-                    parts.append(_compute(model, processor, [dataset[i]["image"] for i in batch], mirror, dtype))
+                    batch, images = shard[first : first + batch_size], []
+                    for number in batch:
+                        # upright, so that mirrored means left to right
+                        image = load_image(dataset[number]["image"])
+                        new = [name for name in views[number] if name not in index]
+                        images += [_draw_view(image, name, crop_side) for name in new]
+                        names += new
+                    parts.append(_compute(model, processor, images, dtype, inner))
                     progress.update(len(batch))
-                keys = json.dumps([key for i in shard for key in variants[i]])
+                keys = json.dumps(names)
                 with whole_file(folder / f"{_short_hash(keys)}.safetensors") as part:
                     save_file({"features": torch.cat(parts)}, part, metadata={"keys": keys})
     finally:
         trunk.train(training)
     index = _read_index(folder)
-    return TrunkFeatureDataset(rows, [[index[key] for key in keys] for keys in variants])
+    return TrunkFeatureDataset(rows, [[index[name] for name in names] for names in views])
 
 
 def _short_hash(text: str) -> str:
