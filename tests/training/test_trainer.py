@@ -23,13 +23,13 @@ pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate
 
 from accelerate.state import AcceleratorState
 
-from mue_hf.data import MuEDataCollator
+from mue_hf.data import Mixture, MuEDataCollator
 from mue_hf.data.scenes import SceneDataset
 from mue_hf.evaluation.processes import finish_processes
 from mue_hf.inference.predict import predict
 from mue_hf.metrics import entailment_metrics
 from mue_hf.training.arguments import MuETrainingArguments
-from mue_hf.training.trainer import MuETrainer, WeightAverage, freeze, scst_advantages
+from mue_hf.training.trainer import MuETrainer, WeightAverage, encoder_disagreement, freeze, scst_advantages
 
 LAYERS = 4
 OPTIONS = {
@@ -39,6 +39,7 @@ OPTIONS = {
     "layer-weights": {"layer_weights": [0.1, 0.2, 0.3, 1.0]},
     "last-layer": {"layer_weights": [0.0, 0.0, 0.0, 1.0]},
     "average": {"ema_decay": 0.9},
+    "agreement": {"encoder_agreement": 1.0, "random_exit_depth": True},
 }
 
 
@@ -137,6 +138,21 @@ class TestSameGradients:
         assert_same(run.model.state_dict(), big_batch)
         assert_same_curve(curve(run), curve(big_run))
 
+    def test_accumulation_of_agreement(self, tmp_path):
+        options = {"encoder_agreement": 5.0, "freeze_batch_norm": True, "max_steps": 2}
+        expected = trainer(tmp_path, **options)
+        expected.train()
+        small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+        run = trainer(tmp_path, **options, **small)
+        run.train()
+        assert_same(run.model.state_dict(), expected.model.state_dict())
+        assert_same_curve(
+            [{"loss": one["loss"]} for one in curve(run)], [{"loss": one["loss"]} for one in curve(expected)]
+        )
+        without = trained(tmp_path, **options | {"encoder_agreement": 0.0})
+        name = "model.encoder.layers.0.fc1.weight"
+        assert not torch.allclose(without[name], expected.model.state_dict()[name], atol=1e-5)
+
     def test_activation_checkpointing(self, big_batch, tmp_path):
         options = {"activation_checkpointing": True, "label_smoothing_factor": 0.1, "freeze_batch_norm": True}
         assert_same(trained(tmp_path, **options), big_batch)
@@ -175,6 +191,177 @@ class TestSameGradients:
         assert run.state.global_step == 4
         for name, tensor in run.model.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
+
+    def test_resumed_run_on_images_and_texts_in_turn(self, tmp_path):
+        texts = [{name: values for name, values in item.items() if name != "pixel_values"} for item in samples(3)]
+
+        def run() -> MuETrainer:
+            mixture = Mixture([samples(5), texts], [0.5, 0.5], batch_size=2, num_batches=8)
+            options = {
+                "train_sampling_strategy": "sequential",
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "save_strategy": "steps",
+                "save_steps": 3,
+                "random_exit_depth": True,
+                "encoder_agreement": 0.5,
+                "freeze_trunk": True,
+                "trainable_trunk": ["encoder.stages.2"],
+                "muon_learning_rate": 1e-3,
+                "trunk_learning_rate": 1e-4,
+            }
+            return trainer(tmp_path, tiny_model(dropout=0.1), mixture, **options)
+
+        whole, resumed = run(), run()
+        whole.train()
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert resumed.state.global_step == 4
+        for name, tensor in resumed.model.state_dict().items():
+            assert torch.equal(tensor, whole.model.state_dict()[name]), name
+
+
+class TestAgreement:
+    def states(self) -> list[Tensor]:
+        """The embedding and four layers of three samples with five tokens of eight channels."""
+        generator = torch.Generator().manual_seed(3)
+        return [
+            (torch.randn(3, 5, 8, generator=generator, dtype=torch.float64) * (1 + layer) + layer).requires_grad_()
+            for layer in range(5)
+        ]
+
+    def test_it_is_the_weighted_mean(self):
+        states = self.states()
+
+        def normal(values: Tensor) -> list[float]:
+            values = values.tolist()
+            mean = sum(values) / 8
+            variance = sum((value - mean) ** 2 for value in values) / 8
+            return [(value - mean) / (variance + 1e-5) ** 0.5 for value in values]
+
+        expected = 0.0
+        for layer in (1, 2, 3):
+            for sample in range(3):
+                for token in range(5):
+                    ours, last = normal(states[layer][sample, token]), normal(states[4][sample, token])
+                    squares = [(one - other) ** 2 for one, other in zip(ours, last, strict=True)]
+                    expected += layer / 4 * sum(squares) / 8 / 15 / 3
+        assert encoder_disagreement(states).item() == pytest.approx(expected, rel=1e-9)
+
+    def test_gradients_go_to_both_sides(self):
+        states = self.states()
+        encoder_disagreement(states).backward()
+        assert states[0].grad is None
+        assert all(state.grad.abs().max() > 1e-4 for state in states[1:])
+
+    def test_samples_agree_with_their_exit(self):
+        """After its exit a sample repeats its state: layers that it did not run teach nothing."""
+        first, second, third = self.states(), self.states(), self.states()
+        for layer in range(2, 5):
+            # the first sample leaves after layer 1, the second after layer 2
+            second[layer] = torch.cat([second[1][:1], second[min(layer, 2)][1:2], second[layer][2:]])
+        encoder_disagreement(second).backward()
+        assert second[1].grad[0].abs().max() == 0 < second[1].grad[1].abs().max()
+        one = [state[:1] for state in second]
+        assert encoder_disagreement(one).item() == 0
+        pair = (F.layer_norm(third[1][1], [8]) - F.layer_norm(third[2][1], [8])).square().mean()
+        two = [state[1:2] for state in second]
+        torch.testing.assert_close(encoder_disagreement(two), pair / 4 / 3)
+        rest = encoder_disagreement([state[2:] for state in first])
+        torch.testing.assert_close(encoder_disagreement(second), (pair / 4 / 3 + rest) / 3)
+
+    def test_bounds(self):
+        state = self.states()[1]
+        assert encoder_disagreement([state, state]).item() == 0
+        assert encoder_disagreement([state, 3 * state + 7, state]).item() == pytest.approx(0, abs=1e-4)
+        assert encoder_disagreement([state, -state, state]).item() == pytest.approx(4 / 2, rel=1e-4)
+
+    def test_training_adds_it_and_evaluation_does_not(self, tmp_path):
+        batch = collate(samples(4))
+        losses = {}
+        for weight in (0.0, 0.7):
+            run = trainer(tmp_path, encoder_agreement=weight, freeze_batch_norm=True)
+            for module in run.frozen:
+                module.eval()
+            for training in (True, False):
+                run.model.train(training)
+                losses[weight, training] = run.compute_loss(run.model, batch).item()
+        assert losses[0.7, False] == losses[0.0, False]
+        batch.pop("labels")
+        with torch.no_grad():
+            states = run.model.eval()(**batch, decoder_input_ids=torch.zeros(4, 1).long(), output_hidden_states=True)
+        added = 0.7 * encoder_disagreement(states.encoder_hidden_states).item()
+        assert added > 0.05
+        assert losses[0.7, True] - losses[0.0, True] == pytest.approx(added, rel=1e-6)
+
+    def test_those_that_leave_first_agree(self, tmp_path, monkeypatch):
+        batch = collate(samples(4))
+        depths = {f"{name}_exit_layer": torch.ones(4).long() for name in ("image", "text")}
+        losses = []
+        for weight in (0.0, 0.7):
+            run = trainer(tmp_path, encoder_agreement=weight, random_exit_depth=True, freeze_batch_norm=True)
+            drawn = run._random_depths(batch)
+            assert drawn.keys() == {"exit_criterion", *depths}
+            monkeypatch.setattr(run, "_random_depths", lambda inputs: {"exit_criterion": "fixed"} | depths)
+            run.model.train()
+            losses.append(run.compute_loss(run.model, batch).item())
+        assert losses[0] == losses[1]
+
+
+class TestTrainableTrunk:
+    @pytest.mark.parametrize("rate", [None, 1e-2], ids=["AdamW", "Muon"])
+    def test_these_modules_alone_train(self, rate, tmp_path):
+        run = trainer(tmp_path, freeze_trunk=True, trainable_trunk=["encoder.stages.2"], muon_learning_rate=rate)
+        before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        run.train()
+        prefix = "model.encoder.embed_images."
+        after = {name: t for name, t in run.model.state_dict().items() if name.startswith(prefix)}
+        changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+        named = {name for name, _ in run.model.named_parameters() if name.startswith(f"{prefix}encoder.stages.2.")}
+        # statistics of batch norms are buffers
+        assert changed == named and any("normalization" in name for name in named)
+        trained = {name for name, p in run.model.named_parameters() if name.startswith(prefix) and p.requires_grad}
+        assert trained == named
+
+    def test_several_modules_without_their_batch_norms(self, tmp_path):
+        names = ["encoder.stages.2", "embedder.embedder.convolution"]
+        run = trainer(tmp_path, freeze_trunk=True, freeze_batch_norm=True, trainable_trunk=names)
+        trunk = run.model.model.encoder.embed_images
+        trains = {name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
+        assert trains == {
+            name
+            for name, _ in trunk.named_parameters()
+            if name.startswith(tuple(names)) and "normalization" not in name
+        }
+
+    def test_unknown_module(self):
+        model = tiny_model()
+        before = [parameter.requires_grad for parameter in model.parameters()]
+        with pytest.raises(ValueError, match="must name modules of the trunk, got 'stages.2'; there are .*'embedder'"):
+            freeze(model, trunk=True, trainable=["encoder.stages.2", "stages.2"])
+        assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+    def test_the_trunk_has_a_rate_of_its_own(self, tmp_path):
+        model = tiny_model()
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        options = {"learning_rate": 1e-9, "muon_learning_rate": 1e-9, "lr_scheduler_type": "constant", "max_steps": 1}
+        options |= {"freeze_trunk": True, "trainable_trunk": ["encoder.stages.2"], "weight_decay": 0.5}
+        run = trainer(tmp_path, model, samples(2), trunk_learning_rate=1e-2, **options)
+        run.train()
+        moved = {name: (p - before[name]).abs().max() for name, p in model.named_parameters()}
+        prefix = "model.encoder.embed_images.encoder.stages.2."
+        assert {name for name, step in moved.items() if step > 1e-4} == {n for n in moved if n.startswith(prefix)}
+        # the first step of AdamW is its rate, or less where a gradient is near 0
+        assert all(step <= 2e-2 for step in moved.values())
+        groups = run.optimizer.optimizer.param_groups
+        assert [group["lr"] for group in groups] == [1e-9, 1e-9, 1e-2]
+        assert groups[2]["use_fallback"] and groups[2]["weight_decay"] == 0
+        trained = [parameter for group in groups for parameter in group["params"]]
+        assert len(trained) == len(set(trained)) == sum(p.requires_grad for p in model.parameters())
+
+    def test_a_whole_trunk_may_have_it_too(self, tmp_path):
+        run = trainer(tmp_path, muon_learning_rate=1e-3, trunk_learning_rate=1e-4)
+        group = run.create_optimizer().param_groups[2]
+        assert set(group["params"]) == set(run.model.model.encoder.embed_images.parameters())
 
 
 class TestTraining:
@@ -566,6 +753,22 @@ class TestErrors:
             ),
             ({"muon_learning_rate": 0.0}, "`muon_learning_rate` must be above 0, or None"),
             ({"scst_beam_search": True}, "`scst_beam_search` is about `scst_samples`, which is 0"),
+            ({"encoder_agreement": -1.0}, "`encoder_agreement` must be a finite number of at least 0 .0 is off., got"),
+            ({"encoder_agreement": float("inf")}, "`encoder_agreement` must be a finite number"),
+            (
+                {"encoder_agreement": 0.1, "scst_samples": 2},
+                "`encoder_agreement` .got 0.1. is about training on labels",
+            ),
+            (
+                {"trainable_trunk": ["a"]},
+                r"`trainable_trunk` .got \['a'\]. is about a frozen trunk; set `freeze_trunk`",
+            ),
+            ({"trunk_learning_rate": 0.1}, "`trunk_learning_rate` must be above 0 beside a `muon_learning_rate`, or"),
+            ({"trunk_learning_rate": 0.0, "muon_learning_rate": 0.1}, "`trunk_learning_rate` must be above 0"),
+            (
+                {"trunk_learning_rate": 0.1, "muon_learning_rate": 0.1, "freeze_trunk": True},
+                "`trunk_learning_rate` .got 0.1. is about a trunk that trains; name its modules",
+            ),
         ],
     )
     def test_arguments(self, options, message, tmp_path):
@@ -606,10 +809,12 @@ class TestErrors:
 
     def test_command_line(self, tmp_path):
         parser = HfArgumentParser((MuETrainingArguments,))
-        line = f"--output_dir {tmp_path} --use_cpu --layer_weights 0 0 1 --random_exit_depth --ema_decay 0.9"
+        line = f"--output_dir {tmp_path} --use_cpu --layer_weights 0 0 1 --random_exit_depth --ema_decay 0.9 "
+        line += "--freeze_trunk --trainable_trunk encoder.stages.1 encoder.stages.2 --encoder_agreement 0.5"
         (args,) = parser.parse_args_into_dataclasses(line.split())
         assert args.layer_weights == [0.0, 0.0, 1.0]
         assert args.random_exit_depth
+        assert args.trainable_trunk == ["encoder.stages.1", "encoder.stages.2"] and args.encoder_agreement == 0.5
         assert args.ddp_find_unused_parameters
         assert not args.remove_unused_columns
         assert "layer_weights" in parser.format_help()

@@ -36,8 +36,15 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
         layer_weights (list of `float`, *optional*): a factor per decoder layer; `0 0 0 0 0 1` trains the last alone.
         self_distillation (`float`): weight of the divergence of each decoder layer from the detached last one.
         random_exit_depth (`bool`): draws a depth per sample and encoder stream in training.
+        encoder_agreement (`float`): weight of the mean squared distance of each encoder layer's normalised states from
+            those of the deepest layer that the sample runs, deeper layers counting more. It makes an early exit of the
+            encoder change little of what the decoder reads.
         intermediate_token_share (`float`): share of the tokens that train the decoder layers before the last.
         freeze_trunk, freeze_batch_norm (`bool`): the trunk's or the batch norms' weights and statistics stay.
+        trainable_trunk (list of `str`): modules of a frozen trunk whose weights train on, such as
+            "_backbone.blocks.6"; their batch norms' statistics stay.
+        trunk_learning_rate (`float`, *optional*): AdamW's rate for the trunk beside `muon_learning_rate`, without
+            weight decay. Default: the trunk is trained like the rest.
         ema_decay (`float`, *optional*): decay of a moving average of the weights, which evaluation uses and which
             takes their place when training ends.
         muon_learning_rate (`float`, *optional*): trains all matrices but tables of embeddings and positions with Muon
@@ -54,11 +61,18 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
     layer_weights: list[float] | None = HfArg(default=None, help="A factor for each decoder layer's loss. Default: 1.")
     self_distillation: float = HfArg(default=0.0, help="Weight of each layer's divergence from the detached last one.")
     random_exit_depth: bool = HfArg(default=False, help="Whether to draw encoder depths per sample and stream.")
+    encoder_agreement: float = HfArg(
+        default=0.0, help="Weight of the distance of each encoder layer's states from those of the deepest one run."
+    )
     intermediate_token_share: float = HfArg(
         default=1.0, help="Share of the tokens, drawn per step, that train the decoder layers before the last."
     )
     freeze_trunk: bool = HfArg(default=False, help="Whether the trunk stays as it is.")
     freeze_batch_norm: bool = HfArg(default=False, help="Whether weights and statistics of batch norms stay.")
+    trainable_trunk: list[str] = HfArg(
+        default_factory=list, help="Modules of a frozen trunk whose weights train on, e.g. _backbone.blocks.6."
+    )
+    trunk_learning_rate: float | None = HfArg(default=None, help="AdamW's rate for the trunk, beside Muon.")
     ema_decay: float | None = HfArg(default=None, help="Decay per step of a moving average of the weights.")
     muon_learning_rate: float | None = HfArg(default=None, help="Rate of Muon, for matrices. Default: no Muon.")
     scst_samples: int = HfArg(default=0, help="Captions sampled per image for CIDEr optimisation (SCST); 0: labels.")
@@ -112,15 +126,20 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
     def _check(self) -> None:
         weights = [1.0] if self.layer_weights is None else self.layer_weights
         average, rate, samples = self.ema_decay, self.muon_learning_rate, self.scst_samples
+        trunk_rate = self.trunk_learning_rate
         rules = {
             "label_smoothing_factor": (0.0 <= self.label_smoothing_factor < 1.0, "a share in [0, 1)"),
             "intermediate_token_share": (0.0 < self.intermediate_token_share <= 1.0, "a share in (0, 1]"),
             "ema_decay": (average is None or 0.0 < average < 1.0, "in (0, 1), or None for no average"),
-            "self_distillation": (
-                0.0 <= self.self_distillation < math.inf,
-                "a finite number of at least 0 (0 is off)",
-            ),
+            **{
+                name: (0.0 <= getattr(self, name) < math.inf, "a finite number of at least 0 (0 is off)")
+                for name in ("self_distillation", "encoder_agreement")
+            },
             "muon_learning_rate": (rate is None or 0.0 < rate < math.inf, "above 0, or None for no Muon"),
+            "trunk_learning_rate": (
+                trunk_rate is None or (rate is not None and 0.0 < trunk_rate < math.inf),
+                "above 0 beside a `muon_learning_rate`, or None to train the trunk like the rest",
+            ),
             "scst_samples": (samples == 0 or samples > 1, "at least 2, or 0 to train on labels"),
             "layer_weights": (
                 all(0.0 <= weight < math.inf for weight in weights) and any(weights),
@@ -130,6 +149,16 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
+        if self.trainable_trunk and not self.freeze_trunk:
+            raise ValueError(
+                f"`trainable_trunk` (got {self.trainable_trunk}) is about a frozen trunk; set `freeze_trunk`, or drop "
+                "it."
+            )
+        if trunk_rate is not None and self.freeze_trunk and not self.trainable_trunk:
+            raise ValueError(
+                f"`trunk_learning_rate` (got {trunk_rate}) is about a trunk that trains; name its modules in "
+                "`trainable_trunk`, or drop it."
+            )
         if average is not None and self.load_best_model_at_end:
             raise ValueError(
                 "`ema_decay` ends training with averaged weights, `load_best_model_at_end=True` with those of a "
@@ -138,6 +167,11 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
         if samples and self.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor` (got {self.label_smoothing_factor}) is about training on labels, which "
+                "`scst_samples` replaces; set it to 0."
+            )
+        if samples and self.encoder_agreement:
+            raise ValueError(
+                f"`encoder_agreement` (got {self.encoder_agreement}) is about training on labels, which "
                 "`scst_samples` replaces; set it to 0."
             )
         if self.scst_beam_search and not samples:

@@ -73,7 +73,7 @@ class MuETrainer(Seq2SeqTrainer):
             self.loss_is_scaled_for_ga = False
         self.reward, self.answers = reward, answers
         self._gen_kwargs: dict[str, Any] = {}
-        self.frozen = freeze(model, args.freeze_trunk, args.freeze_batch_norm)
+        self.frozen = freeze(model, args.freeze_trunk, args.freeze_batch_norm, args.trainable_trunk)
         self.average = None if args.ema_decay is None else WeightAverage(self.model, args.ema_decay)
         if self.average is not None:
             self.add_callback(self.average)
@@ -88,8 +88,15 @@ class MuETrainer(Seq2SeqTrainer):
             {"params": [], "lr": self.args.muon_learning_rate},
             {"params": [], "use_fallback": True, "weight_decay": 0.0},
         ]
+        rate = self.args.trunk_learning_rate
+        if rate is not None:
+            groups.append({"params": [], "lr": rate, "use_fallback": True, "weight_decay": 0.0})
+        trunk = set() if rate is None else set(self.model.model.encoder.embed_images.parameters())
+        # in the model's order, by which a resumed run finds the state of each
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
+            if parameter in trunk and parameter.requires_grad:
+                groups[2]["params"].append(parameter)
+            elif parameter.requires_grad:
                 # a table is no map from one space to another
                 matrix = parameter.ndim > 1 and not any(part in name for part in ("shared", "embed", "table"))
                 groups[0 if matrix else 1]["params"].append(parameter)
@@ -133,6 +140,10 @@ class MuETrainer(Seq2SeqTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # the processes' gradients are averaged, but the tokens were counted over all of them
             loss = loss * self.accelerator.num_processes
+        if model.training and self.args.encoder_agreement:
+            # a mean over samples: accumulation divides what it is not given the number of tokens for
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.args.encoder_agreement * encoder_disagreement(outputs.encoder_hidden_states) / steps
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -355,6 +366,25 @@ def scst_advantages(rewards: Tensor) -> Tensor:
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (count - 1)
 
 
+def encoder_disagreement(states: Sequence[Tensor]) -> Tensor:
+    """How far the encoder's layers are from the last one: mean over layers, each weighted by its number over that of
+    all, and over tokens of the squared distance per channel of states that are normalised to mean 0 and variance 1.
+
+    Args:
+        states (sequence of `Tensor` [samples, tokens, d]): the embedding and every layer's output, as `forward`
+            returns them; a sample that exited repeats its exit state, and so is compared with that.
+
+    Returns:
+        `Tensor` []: between 0 and 4; gradients go to both sides.
+    """
+    last = nn.functional.layer_norm(states[-1], states[-1].shape[-1:])
+    layers = len(states) - 1
+    total = states[-1].new_zeros(())
+    for layer, state in enumerate(states[1:-1], start=1):
+        total = total + layer / layers * (nn.functional.layer_norm(state, state.shape[-1:]) - last).square().mean()
+    return total / max(layers - 1, 1)
+
+
 def _images(inputs: dict[str, Any]) -> int:
     """The number of images in a batch, or of texts where there are none."""
     return next(len(inputs[name]) for name in ("pixel_values", "image_features", "input_ids") if name in inputs)
@@ -365,18 +395,29 @@ def _token_lists(labels: Tensor) -> list[list[int]]:
     return [[token for token in row if token != IGNORED] for row in labels.tolist()]
 
 
-def freeze(model: nn.Module, trunk: bool = False, batch_norm: bool = False) -> list[nn.Module]:
-    """Takes the trunk or every batch norm (ValueError if there are none) of a [`MuEForConditionalGeneration`] out of
-    training; returns the modules to be kept in evaluation mode."""
-    frozen = [model.model.encoder.embed_images] if trunk else []
-    if batch_norm:
-        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        if not norms:
-            raise ValueError("`freeze_batch_norm=True`, but the model has no batch norm; drop it.")
-        frozen += norms
-    for module in frozen:
-        module.requires_grad_(False)
-    return frozen
+def freeze(
+    model: nn.Module, trunk: bool = False, batch_norm: bool = False, trainable: Sequence[str] = ()
+) -> list[nn.Module]:
+    """Takes the trunk, but for its modules named `trainable`, or every batch norm of a
+    [`MuEForConditionalGeneration`] out of training; returns the modules to be kept in evaluation mode.
+
+    Raises:
+        ValueError: if there are no batch norms, or no modules of these names.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if batch_norm and not norms:
+        raise ValueError("`freeze_batch_norm=True`, but the model has no batch norm; drop it.")
+    parts = dict(model.model.encoder.embed_images.named_modules())
+    for name in trainable:
+        if name not in parts:
+            raise ValueError(
+                f"`trainable_trunk` must name modules of the trunk, got {name!r}; there are {list(parts)[1:8]} ..."
+            )
+    whole, norms = [model.model.encoder.embed_images] if trunk else [], norms if batch_norm else []
+    for modules, trains in ((whole, False), ([parts[name] for name in trainable], True), (norms, False)):
+        for module in modules:
+            module.requires_grad_(trains)
+    return whole + norms
 
 
-__all__ = ["MuETrainer", "WeightAverage", "freeze", "scst_advantages"]
+__all__ = ["MuETrainer", "WeightAverage", "encoder_disagreement", "freeze", "scst_advantages"]
