@@ -1,6 +1,7 @@
 """The short examples on a tiny model: each runs, and does what it says it shows."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -182,3 +183,20 @@ def test_the_fsdp_file_is_one_of_accelerate():
     config = load_config_from_file(str(EXAMPLES / "fsdp.yaml"))
     layers = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
     assert layers == MuEForConditionalGeneration._no_split_modules
+
+
+def test_statements_out_of_captions(example, photo, tmp_path, monkeypatch, capsys):
+    source, file = tmp_path / "captions.jsonl", tmp_path / "statements.jsonl"
+    other = tmp_path / "other.png"
+    other.write_bytes(photo.read_bytes())
+    captions = [(photo, "a red bag"), (other, "a blue bag")]
+    lines = [{"image": str(path), "split": "dev", "captions": [text]} for path, text in captions]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sys, "argv", ["make_statements", str(source), str(file), "--split", "dev"])
+    example("make_statements").main()
+    assert capsys.readouterr().out.startswith("4 statements in ")
+    told = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(one["hypothesis"], one["label"]) for one in told][:2] == [
+        ("a red bag", "entailment"),
+        ("a blue bag", "contradiction"),
+    ]
