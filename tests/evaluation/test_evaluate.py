@@ -31,6 +31,7 @@ from mue_hf.evaluation.tables import describe_records, make_table
 from mue_hf.inference.depths import expected_time_reduction
 from mue_hf.inference.loading import load_checkpoint
 from mue_hf.inference.predict import Prediction, predict
+from mue_hf.metrics.words import words_baseline
 
 FAST = ["--tokenizer", "plain", "--metrics", "bleu,cider", "--resamples", 20, "--time-rows", 0]
 SHUFFLED_AND_ORACLE = ["--sweep", "similarity=0.5", "--shuffled-depths", "similarity 0.5", "--oracle"]
@@ -150,6 +151,33 @@ def test_entailment_records(evaluate):
     right = sum(kind["rows"] * kind["accuracy"] for kind in kinds.values())
     assert right / 24 == pytest.approx(full["quality"]["accuracy"])
     assert all(1 / 3 <= kind["base_rate"] <= 1 for kind in kinds.values())
+
+
+def test_words_alone_stand_beside_the_model(evaluate, tmp_path):
+    words = ["--words-baseline", "scenes:3:20", "scenes:4:20", "--table", tmp_path / "table.md"]
+    _, (plain,), _ = evaluate("entailment")
+    code, (record,), _ = evaluate("entailment", *words)
+    assert code == 0 and "words" not in plain and plain["key"] != record["key"]
+    told = record["words"]
+    assert told["difference"]["mean"] == pytest.approx(record["quality"]["accuracy"] - told["accuracy"])
+    assert told["interval"][0] <= told["accuracy"] <= told["interval"][1]
+    kinds, by_kind = record["by_kind"], told["by_kind"]
+    assert kinds.keys() == by_kind.keys()
+    right = sum(kinds[kind]["rows"] * by_kind[kind]["accuracy"] for kind in kinds)
+    assert right / 24 == pytest.approx(told["accuracy"])
+    # they are the labels of the baseline
+    taught = [row for seed in (3, 4) for row in load_rows("entailment", f"scenes:{seed}:20", "train")]
+    rows = load_rows("entailment", "scenes:1:3", "test")
+    texts = [[row["hypothesis"] for row in some] for some in (taught, rows)]
+    labels = words_baseline(texts[0], [row["label"] for row in taught], texts[1])
+    assert told["accuracy"] == sum(label == row["label"] for label, row in zip(labels, rows, strict=True)) / 24
+    _, (other,), _ = evaluate("entailment", *words[:2])
+    assert other["key"] != record["key"]
+    code, _, error = evaluate("captioning", *words)
+    assert code == 2 and "`words_baseline` belongs to entailment" in error
+    code, _, error = evaluate("entailment", "--words-baseline", tmp_path / "no.jsonl")
+    assert code == 2 and "`source` must exist" in error
+    assert "| words alone | difference to words alone |" in (tmp_path / "table.md").read_text()
 
 
 def test_points_of_a_sweep_are_what_their_names_say(evaluate, checkpoint, tmp_path):

@@ -103,12 +103,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--no-premise", dest="premise", action="store_false", help=without)
     images = "control runs of entailment: every image in another one's place, or no images (default: own)"
     data.add_argument("--images", choices=["own", "shuffled", "none"], default="own", help=images)
+    taught = "statements that a bag of words learns from, without images; its accuracy is put beside the model's"
+    words: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "SOURCE"}
+    data.add_argument("--words-baseline", **words, help=taught)
+    data.add_argument("--words-split", default="train", metavar="SPLIT", help="which of them (default: train)")
     _add_setting_arguments(parser)
     scores = parser.add_argument_group("scores")
     known = f"of captions: {', '.join(METRICS)} (default: {DEFAULT_METRICS})"
     scores.add_argument("--metrics", type=names, default=names(DEFAULT_METRICS), metavar="NAME,...", help=known)
-    words = "of captions (default: ptb, needs Java)"
-    scores.add_argument("--tokenizer", choices=TOKENIZERS, default="ptb", help=words)
+    tokenizer = "of captions (default: ptb, needs Java)"
+    scores.add_argument("--tokenizer", choices=TOKENIZERS, default="ptb", help=tokenizer)
     scores.add_argument("--resamples", type=at_least(1), default=1000, metavar="N", help="for intervals (1000)")
     against: dict[str, Any] = {"type": point_name, "default": "full depth", "metavar": "NAME"}
     scores.add_argument("--against", **against, help="point to take differences to (default: full depth)")

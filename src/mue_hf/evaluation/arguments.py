@@ -16,6 +16,8 @@ class EvaluationArguments:
         output (`Path`): a .jsonl file that records are added to; outputs by row go to a folder beside it.
         features (`str`): folder where the trunk's features are cached.
         premise, images: controls of entailment: no premises; every image in another one's place ("shuffled"), or none.
+        words_baseline (sequence of `str`), words_split (`str`): the statements that a baseline of words alone learns
+            from, see [`words_baseline`]: sources such as `data`, and their split, "all" for every row.
         decoding (`dict`): options of `generate` besides exits.
         prompt_type, batch_size: see [`predict`].
         exits, presets, sweeps, chosen, shuffled_depths: the points, see [`make_settings`]; `exits` is its `base`.
@@ -37,6 +39,8 @@ class EvaluationArguments:
     features: str | None = None
     premise: bool = True
     images: str = "own"
+    words_baseline: Sequence[str] = ()
+    words_split: str = "train"
     prompt_type: str = "prev_output"
     batch_size: int = 16
     decoding: Mapping[str, Any] = field(default_factory=dict)
@@ -63,6 +67,8 @@ class EvaluationArguments:
         controlled = not self.premise or self.images != "own" or self.prompt_type != "prev_output"
         if self.task == "captioning" and controlled:
             raise ValueError("`premise`, `images` and `prompt_type` belong to entailment; leave them as they are.")
+        if self.task == "captioning" and self.words_baseline:
+            raise ValueError("`words_baseline` belongs to entailment: it gives labels to statements; leave it out.")
         if self.task == "entailment" and self.decoding:
             raise ValueError(f"Options of decoding belong to captioning, got {sorted(self.decoding)}; drop them.")
 

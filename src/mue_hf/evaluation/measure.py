@@ -40,6 +40,7 @@ class Meter:
         fields (sequence [rows] of `dict`): the rows without their images: "references", or "label" and maybe "kind".
         decoding (`dict`): options of `generate` that are no exits.
         metrics, tokenizer, resamples: see [`caption_scores`].
+        words (sequence [rows] of `str`, *optional*): the labels of a baseline that sees words alone.
     """
 
     model: MuEForConditionalGeneration
@@ -51,6 +52,7 @@ class Meter:
     metrics: Sequence[str] = ("bleu", "meteor", "rouge_l", "cider")
     tokenizer: str = "ptb"
     resamples: int = 1000
+    words: Sequence[str] | None = None
 
     def figures(
         self,
@@ -87,6 +89,7 @@ class Meter:
             },
             "depth_by_position": depth_by_position(predictions) if self.task == "captioning" else None,
             "by_kind": self.by_kind(predictions),
+            **({} if self.words is None else {"words": self.above_words(predictions, self.words)}),
             "easiest": easy,
             "hardest": hard,
         }
@@ -151,6 +154,24 @@ class Meter:
                 "depth": mean_depths(some),
             }
         return kinds
+
+    def above_words(self, predictions: Sequence[Prediction], words: Sequence[str]) -> dict[str, Any]:
+        """Accuracy of the labels `words` of words alone, and how far the predictions are above it, with intervals over
+        images: of all rows, and "by_kind" where rows have a kind."""
+        ours = self.right_answers(predictions)
+        theirs = [float(label == row["label"]) for label, row in zip(words, self.fields, strict=True)]
+
+        def compared(rows: Sequence[int]) -> dict[str, Any]:
+            some = [predictions[row] for row in rows]
+            right, change = [theirs[row] for row in rows], [ours[row] - theirs[row] for row in rows]
+            difference = {"mean": fmean(change), "interval": self._interval(change, some)}
+            return {"accuracy": fmean(right), "interval": self._interval(right, some), "difference": difference}
+
+        kinds = defaultdict(list)
+        for number, row in enumerate(self.fields):
+            kinds[str(row.get("kind"))].append(number)
+        by_kind = {kind: compared(rows) for kind, rows in kinds.items()} if "kind" in self.fields[0] else None
+        return {**compared(range(len(ours))), "by_kind": by_kind}
 
     def flops(self, predictions: Sequence[Prediction], exits: Mapping[str, Any]) -> dict[str, Any]:
         """Mean FLOPs of an output that is alone in its batch, and the share skipped against all layers for the same

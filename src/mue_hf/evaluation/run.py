@@ -17,6 +17,7 @@ from ..data.features import cache_trunk_features
 from ..files import write_whole
 from ..inference.predict import Prediction, predict
 from ..metrics import caption_scores
+from ..metrics.words import words_baseline
 from ..model.exit_options_mue import CONFIG_NAMES, resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.presets_mue import weights_fingerprint
@@ -26,7 +27,7 @@ from .depths import shuffled_depths, similarity_curves, token_oracle
 from .measure import Meter, environment
 from .plots import draw_plots
 from .processes import Processes
-from .rows import ControlledRows, describe_rows, donors, load_rows
+from .rows import ControlledRows, describe_rows, donors, load_rows, row_fields
 from .settings import Setting, make_settings
 from .signals import SignalRecorder, Signals, answer_tokens
 from .store import append_record, conditions, content_key, read_predictions, read_records, write_predictions
@@ -87,6 +88,10 @@ class Evaluation:
             for rows in (data.rows, self._fed(data.rows))
         )
         scores: dict[str, Any] = {"metrics": args.metrics, "tokenizer": args.tokenizer, "resamples": args.resamples}
+        taught = self.processes.share(self._words_statements)
+        if taught is not None:
+            texts = [row["hypothesis"] for row in data.fields]
+            scores["words"] = self.processes.share(lambda: words_baseline(*taught, texts))
         self.meter = Meter(model, processor, args.task, data.fields, args.decoding, args.prompt_type, **scores)
         self.common = conditions(model, processor, data.fingerprint, args.task, args.prompt_type)
         self.common["decoding"] |= args.decoding
@@ -99,6 +104,9 @@ class Evaluation:
             "timing": [args.time_rows, args.time_batch_size, args.time_repeats],
             "against": self.resolved[self.against.name],
         }
+        if taught is not None:
+            # Statements that are the same in another file are the same baseline.
+            self.scoring["words_statements"] = content_key(taught)
 
     def _settings(self) -> list[Setting]:
         args, thresholds = self.args, None
@@ -108,6 +116,15 @@ class Evaluation:
             thresholds = self.processes.share(lambda: stream_thresholds(self._signals(rows), args.num_thresholds))
         asked = {name: getattr(args, name) for name in ("presets", "sweeps", "chosen", "shuffled_depths")}
         return make_settings(self.model.config, base=args.exits, thresholds=thresholds, **asked)
+
+    def _words_statements(self) -> tuple[list[str], list[str]] | None:
+        """Texts and labels of the statements that the baseline of words alone learns from."""
+        args, texts, labels = self.args, [], []
+        for source in args.words_baseline:
+            rows = row_fields(load_rows(args.task, source, args.words_split, **_of_source(source, args.data_options)))
+            texts += [row["hypothesis"] for row in rows]
+            labels += [row["label"] for row in rows]
+        return (texts, labels) if texts else None
 
     def _load(self, split: str, limit: int | None) -> Any:
         args = self.args
@@ -217,6 +234,8 @@ class Evaluation:
             "source": {name: getattr(args, name) for name in ("data", "split", "limit", "thresholds_split")},
             "rows": len(full),
             "image_count": len({one.image_id for one in full}),
+            # What words alone have learnt from.
+            **({"words_from": [list(args.words_baseline), args.words_split]} if "words" in figures else {}),
             **self.common,
             **{name: value for name, value in self.scoring.items() if name != "against"},
             **figures,
@@ -233,6 +252,11 @@ class Evaluation:
             curves = similarity_curves(self._signals(_evenly(self.rows, 200)))
             write_whole(path, json.dumps(curves) + "\n")
         return draw_plots(records, folder, json.loads(path.read_text(encoding="utf-8")))
+
+
+def _of_source(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the data that hold for the statements of words alone too: generated scenes have none."""
+    return {} if source.startswith("scenes:") else dict(options)
 
 
 def _evenly(rows: Any, count: int) -> Any:

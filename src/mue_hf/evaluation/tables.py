@@ -28,6 +28,7 @@ def _cells(record: Mapping[str, Any], score: str, others: Sequence[str], against
         "point": record["name"],
         score: _with_interval(quality[score], record["intervals"][score]),
         f"difference to {against}": _with_interval(change["mean"], change["interval"], "+.3f"),
+        **_words_cells(record),
         **{name: f"{quality[name]:.3f}" for name in others},
         "identical": _with_interval(record["identical"], record["identical_interval"]),
         "layers image / text / token": f"{depth['image']:.2f} / {depth['text']:.2f} / {depth['decoder']:.2f}",
@@ -35,6 +36,17 @@ def _cells(record: Mapping[str, Any], score: str, others: Sequence[str], against
         "FLOPs skipped (without trunk)": f"{flops['skipped']:.1%} ({flops['skipped_without_trunk']:.1%})",
         "speed-up": _with_interval(time["speedup"], time["speedup_interval"], ".2f") if time else "-",
         "tokens": f"{record['length']['tokens']:.1f}",
+    }
+
+
+def _words_cells(record: Mapping[str, Any]) -> dict[str, str]:
+    """What words alone reach, and how far the point is above it, where that was measured."""
+    if "words" not in record:
+        return {}
+    words, change = record["words"], record["words"]["difference"]
+    return {
+        "words alone": _with_interval(words["accuracy"], words["interval"]),
+        "difference to words alone": _with_interval(change["mean"], change["interval"], "+.3f"),
     }
 
 
