@@ -669,6 +669,22 @@ class TestMixture:
         first, second = ([number for part, number in mixed([7, 7], [0.5, 0.5])[1] if part == name] for name in "ab")
         assert first != second
 
+    def test_what_rows_draw_follows_from_the_seed_too(self):
+        class Drawing(Numbers):
+            def __getitem__(self, index):
+                return int(torch.randint(1000, ()))
+
+        def drawn(seed: int = 0) -> Mixture:
+            return Mixture([Drawing("a", 5), Drawing("b", 3)], [0.5, 0.5], batch_size=2, num_batches=20, seed=seed)
+
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        rows = list(drawn())
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(1)
+        assert [drawn()[index] for index in (30, 7)] == [rows[30], rows[7]]
+        assert len(set(rows)) > 30 and rows != list(drawn(seed=1))
+
     @pytest.mark.parametrize("index", [-1, 180])
     def test_it_ends(self, index):
         mixture, rows = mixed([7, 9], [0.5, 0.5])

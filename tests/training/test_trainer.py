@@ -385,6 +385,19 @@ class TestTraining:
                 assert torch.equal(tensor, before[name]), name
         assert not torch.equal(run.model.lm_head.weight, before["lm_head.weight"])
 
+    def test_frozen_parts_stay_where_a_subclass_runs_them(self, tmp_path):
+        modes = []
+
+        class Subclass(MuETrainer):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                modes.append((model.training, self.model.model.encoder.embed_images.training))
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
+        run = trainer(tmp_path, freeze_trunk=True, max_steps=2)
+        run.__class__ = Subclass
+        run.train()
+        assert modes == [(True, False)] * 2
+
     def test_frozen_batch_norms_stay_and_the_trunk_learns(self, tmp_path):
         model = tiny_model()
         norms = freeze(model, batch_norm=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 
@@ -13,7 +14,9 @@ class Mixture(Dataset):
     """Batches of several data sets in turn, each of rows of one of them alone, so that rows may differ in form.
 
     A data set gives every row once, then every row again in another order. What comes at a place follows from the
-    seed: read it in order (`train_sampling_strategy="sequential"`), and a resumed run goes on with the next rows.
+    seed, with what a row draws by torch, such as the view of an image: read it in order
+    (`train_sampling_strategy="sequential"`), and a resumed run goes on with the next rows. (What a collator draws does
+    not: batches are made one ahead, so that a resumed run has other random numbers for its first one.)
 
     Args:
         parts (sequence of data sets of known length): what to mix.
@@ -60,7 +63,10 @@ class Mixture(Dataset):
         part, turn = self.turns[batch]
         rows = self.parts[part]
         epoch, position = divmod(turn * self.batch_size + place, len(rows))
-        return rows[_order(self.seed, part, epoch, len(rows))[position]]
+        row = _order(self.seed, part, epoch, len(rows))[position]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random.Random(f"{self.seed}/{index}").getrandbits(63))
+            return rows[row]
 
 
 def check_shares(shares: Sequence[float], count: int) -> None:

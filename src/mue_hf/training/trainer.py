@@ -123,8 +123,7 @@ class MuETrainer(Seq2SeqTrainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         if model.training:
-            for module in self.frozen:
-                module.eval()
+            self._rest_frozen()
             if self.args.scst_samples:
                 return self._scst_loss(model, inputs, labels)
         else:
@@ -145,6 +144,16 @@ class MuETrainer(Seq2SeqTrainer):
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.args.encoder_agreement * encoder_disagreement(outputs.encoder_hidden_states) / steps
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> Any:
+        """See `Trainer`; what is frozen is in evaluation mode before a subclass's `compute_loss` runs any of it."""
+        if self.model.training:
+            self._rest_frozen()
+        return super().compute_loss_context_manager()
+
+    def _rest_frozen(self) -> None:
+        for module in self.frozen:
+            module.eval()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each layer's loss and accuracy to what the training loop logs; see `Trainer.log`."""
@@ -350,8 +359,7 @@ class MuETrainer(Seq2SeqTrainer):
                 return_dict_in_generate=False,
             )
         self.model.train()
-        for module in self.frozen:
-            module.eval()
+        self._rest_frozen()
         # without an end token every sample has the full length
         eos = self.model.generation_config.eos_token_id
         eos = torch.tensor([] if eos is None else eos, dtype=torch.long, device=sequences.device)
