@@ -1,4 +1,4 @@
-"""What train_scenes.py and train_flickr8k_small.py share: tokenizer, random model, and how it is saved."""
+"""What train_scenes.py and train_photos.py share: tokenizer, random model, and how it is saved."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -93,6 +93,11 @@ def test_records_are_complete(evaluate, tmp_path):
         assert record["length"]["tokens"] == 4
         assert [place["outputs"] for place in record["depth_by_position"]] == [3] * 4
         assert len(record["easiest"]) == len(record["hardest"]) == 3
+        assert list(record["samples"]) == ["best", "median", "worst"]
+        scores = [one["cider_plain"] for one in record["samples"].values()]
+        assert scores == sorted(scores, reverse=True) and sum(scores) / 3 == pytest.approx(
+            record["quality"]["cider_plain"]
+        )
         assert sum(record["flops"]["parts"].values()) == pytest.approx(record["flops"]["mean"])
     assert full["identical"] == 1 and full["difference"]["mean"] == 0
     change = first["quality"]["cider_plain"] - full["quality"]["cider_plain"]
@@ -109,7 +114,9 @@ def test_records_are_complete(evaluate, tmp_path):
     lines = table.read_text().splitlines()
     assert "cider_plain" in lines[0] and lines[3].startswith("| first |")
     # all images have the same depth
-    conditions, load = filter(None, lines[4:])
+    conditions, load, samples = filter(None, lines[4:])
+    best = full["samples"]["best"]
+    assert samples.startswith(f'Captions by cider_plain, full depth: best "{best["output"]}" (')
     assert conditions.startswith("Split test of scenes:1:3, 3 rows of 3 images; float32, ")
     assert f"torch {version('torch')}" in conditions and load.startswith("Load average between ")
 

@@ -90,6 +90,7 @@ class Meter:
             "depth_by_position": depth_by_position(predictions) if self.task == "captioning" else None,
             "by_kind": self.by_kind(predictions),
             **({} if self.words is None else {"words": self.above_words(predictions, self.words)}),
+            "samples": self.samples(predictions) if self.task == "captioning" else None,
             "easiest": easy,
             "hardest": hard,
         }
@@ -102,6 +103,16 @@ class Meter:
         differences = [one - other for one, other in zip(ours, theirs, strict=True)]
         interval = self._interval(differences, predictions)
         return {"score": name, "mean": fmean(differences), "interval": interval}
+
+    def samples(self, predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
+        """The captions of the best, the median and the worst image by the main score: image, output and score."""
+        name, scores = self._row_scores(predictions)
+        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+        rows = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+        return {
+            place: {"image_id": predictions[row].image_id, "output": predictions[row].output, name: scores[row]}
+            for place, row in rows.items()
+        }
 
     def _interval(self, values: Sequence[float], predictions: Sequence[Prediction]) -> tuple[float, float]:
         return bootstrap_interval(values, [one.image_id for one in predictions], resamples=self.resamples)

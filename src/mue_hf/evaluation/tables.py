@@ -75,6 +75,7 @@ def describe_records(records: Sequence[Mapping[str, Any]], names: int = 3) -> st
     lines = [f"{source}, {rows}; {first['dtype']}, {machine}; {versions}."]
     if loads:
         lines.append(f"Load average between {min(loads):.1f} and {max(loads):.1f}.")
+    lines += [describe_samples(one) for one in records if one["criterion"] == "full" and one.get("samples")]
     told = [one for one in records if one["easiest"][0]["depth"] < one["hardest"][0]["depth"]]
     for record in [one for one in told if one["criterion"] == "presets"] or told[:1]:
         ends = (
@@ -86,4 +87,14 @@ def describe_records(records: Sequence[Mapping[str, Any]], names: int = 3) -> st
     return "\n\n".join(lines)
 
 
-__all__ = ["describe_environment", "describe_records", "main_score", "make_table"]
+def describe_samples(record: Mapping[str, Any]) -> str:
+    """The best, the median and the worst caption of a record by its main score."""
+    told = []
+    for place, sample in record["samples"].items():
+        score = next(value for name, value in sample.items() if name not in ("image_id", "output"))
+        told.append(f'{place} "{sample["output"]}" ({score:.2f})')
+    name = next(name for name in record["samples"]["best"] if name not in ("image_id", "output"))
+    return f"Captions by {name}, {record['name']}: {', '.join(told)}."
+
+
+__all__ = ["describe_environment", "describe_records", "describe_samples", "main_score", "make_table"]

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from transformers import PreTrainedModel
 
-from ..evaluation.tables import describe_environment, make_table
+from ..evaluation.tables import describe_environment, describe_samples, make_table
 from ..metrics.intervals import rounded_up
 from ..training.card import About, exit_presets, fill_card
 
@@ -71,7 +71,9 @@ def public_record(record: Mapping[str, Any], model_id: str) -> dict[str, Any]:
         outside = path.is_absolute() or holder[name].startswith((".", "~"))
         return {**holder, name: path.name if outside else holder[name]}
 
-    ends = {end: [public(one, "image_id") for one in record[end]] for end in ("easiest", "hardest")}
+    ends: dict[str, Any] = {end: [public(one, "image_id") for one in record[end]] for end in ("easiest", "hardest")}
+    if record.get("samples"):
+        ends["samples"] = {place: public(one, "image_id") for place, one in record["samples"].items()}
     return {**record, **ends, "model": model_id, "source": public(record["source"], "data")}
 
 
@@ -144,6 +146,9 @@ def _describe_group(group: Sequence[Mapping[str, Any]], about: About) -> dict[st
         decoding = sorted(first["decoding"].items())
         told = [f"{name}={value!r}" for name, value in decoding if value is not None and "token_id" not in name]
         lines.append(f"Decoding: `{', '.join(told)}`.")
+        lines += [
+            describe_samples(record) for record in group if record["criterion"] == "full" and record.get("samples")
+        ]
     elif not first["premise"]:
         title += ", without premises"
     if timed := next((record["time"] for record in group if record["time"]), None):
