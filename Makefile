@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 PHOTOS ?= examples/photos/*.jpg
 check_dirs := src tests examples benchmarks docs .ci
 
-.PHONY: help demo reproduce test lowest newest soak style cards quality docs dist clean
+.PHONY: help demo reproduce photos presets measure test lowest newest soak style cards quality docs dist clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -90,6 +90,111 @@ $(REPRODUCED)/table.md: $(REPRODUCED)/calibrated
 		--threads $(THREADS) \
 		$$(grep -oE '"(quality|balanced)": [{]' $(REPRODUCED)/entailment/generation_config.json | sed 's/"\(.*\)".*/--preset \1/') \
 		--output $(REPRODUCED)/points.jsonl --plots $(REPRODUCED)/plots --table $@
+
+# The stages of examples/train_photos.py: each starts from the ones before, an interrupted one goes on from its last
+# checkpoint. Two runs of a stage take turns on two cores with `make -j2 photos`; their weights are averaged.
+FLICKR8K ?= data/flickr8k
+COCO ?= data/coco_small
+PHOTOS_RUN ?= runs/photos
+PHOTOS_TRAIN = OMP_NUM_THREADS=1 $(BIN)/python examples/train_photos.py --output_dir $(@D) \
+	--captions $(FLICKR8K)/captions.jsonl $(COCO)/captions.jsonl --texts $(COCO)/captions_without_images.jsonl \
+	--leave_out images/2851198725_37b6027625.jpg --cache_dir $(PHOTOS_RUN)/features \
+	--use_cpu --bf16 --per_device_train_batch_size 64 --adam_beta2 0.98 \
+	--weight_decay 0.01 --label_smoothing_factor 0.1 --lr_scheduler_type cosine_with_min_lr \
+	--lr_scheduler_kwargs '{"min_lr_rate": 0.1}' --random_exit_depth --save_steps 50 --save_total_limit 2 \
+	--report_to none --logging_steps 20
+PHOTOS_RATES = --learning_rate 1e-3 --muon_learning_rate 5e-3
+LAST_LAYER = --layer_weights 0 0 0 0 0 1 --intermediate_token_share 0.1
+STATEMENTS = --pairs $(FLICKR8K)/entailment.jsonl --made_statements 6 --ema_decay 0.99 --warmup_steps 30
+
+$(PHOTOS_RUN)/words/model.safetensors: | $(VENV)/dev.installed
+	$(PHOTOS_TRAIN) $(PHOTOS_RATES) $(LAST_LAYER) --max_steps 400 --warmup_steps 60 --shares 0 0 1
+
+$(PHOTOS_RUN)/captions/model.safetensors: $(PHOTOS_RUN)/words/model.safetensors
+	$(PHOTOS_TRAIN) $(PHOTOS_RATES) $(LAST_LAYER) --start_from $(<D) --max_steps 500 --warmup_steps 60 \
+		--shares 0.5 0.35 0.15 --ema_decay 0.99
+
+$(PHOTOS_RUN)/mixed-%/model.safetensors: $(PHOTOS_RUN)/captions/model.safetensors
+	$(PHOTOS_TRAIN) $(PHOTOS_RATES) $(LAST_LAYER) $(STATEMENTS) --start_from $(<D) --seed $* --max_steps 470 \
+		--shares 0.34 0.26 0.08 0.1 0.22
+
+AGREE = $(PHOTOS_TRAIN) $(STATEMENTS) --start_from $(^D) --max_steps 400 --shares 0.42 0.32 0.05 0.07 0.14 \
+	--learning_rate 3e-4 --muon_learning_rate 1.5e-3 --layer_weights 0.1 0.1 0.1 0.1 0.1 1 \
+	--intermediate_token_share 0.4 --self_distillation 1
+MIXED = $(PHOTOS_RUN)/mixed-1/model.safetensors $(PHOTOS_RUN)/mixed-2/model.safetensors
+
+$(PHOTOS_RUN)/mixed/model.safetensors: $(MIXED)
+	$(PHOTOS_TRAIN) --start_from $(^D) --max_steps 0
+
+$(PHOTOS_RUN)/agree-5/model.safetensors: $(PHOTOS_RUN)/mixed/model.safetensors
+	$(AGREE) --seed 5 --encoder_agreement 0.3
+
+$(PHOTOS_RUN)/agree-6/model.safetensors: $(PHOTOS_RUN)/mixed/model.safetensors
+	$(AGREE) --seed 6 --encoder_agreement 1
+
+$(PHOTOS_RUN)/photos/model.safetensors: $(PHOTOS_RUN)/agree-5/model.safetensors $(PHOTOS_RUN)/agree-6/model.safetensors
+	$(PHOTOS_TRAIN) --start_from $(^D) --max_steps 0
+
+photos: $(PHOTOS_RUN)/photos/model.safetensors ## Train the captioner of photos (three hours; needs FLICKR8K= and COCO=)
+
+# What model_cards/mue-photos-small.md and docs/results.md show; a record that exists is kept.
+MEASURED ?= runs/measured
+PHOTOS_SMALL = checkpoints/mue-photos-small
+SETS = $(MEASURED)/sets
+MEASURE = $(BIN)/mue-hf evaluate $(1) --model $(PHOTOS_SMALL) --threads $(THREADS) --output $@
+PRESETS = --preset quality --preset balanced --preset fast
+
+$(SETS)/dev.jsonl: examples/photo_sets.py | $(VENV)/dev.installed
+	$(BIN)/python examples/photo_sets.py $(@D) flickr8k=$(FLICKR8K)/captions.jsonl coco=$(COCO)/captions.jsonl
+
+# One after the other: each writes into the checkpoint's generation config.
+CALIBRATE_PHOTOS = $(BIN)/mue-hf calibrate $(PHOTOS_SMALL) --task captioning --data $(SETS)/dev.jsonl --per-layer \
+	--risk metric --threads $(THREADS) --runs $(MEASURED)/calibration
+presets: $(SETS)/dev.jsonl ## Calibrate the presets of the captioner of photos (ten minutes)
+	$(CALIBRATE_PHOTOS) --compute 0.80 --preset quality
+	$(CALIBRATE_PHOTOS) --compute 0.75 --preset balanced
+	$(CALIBRATE_PHOTOS) --compute 0.67 --preset fast
+
+$(MEASURED)/%-beams.jsonl: $(SETS)/dev.jsonl
+	$(call MEASURE,captioning) --data $(SETS)/$*-test.jsonl --table docs/measurements/photos-$*-beams.md $(PRESETS) \
+		--sweep docs/measurements/photos-image.points.json
+
+$(MEASURED)/%-greedy.jsonl: $(SETS)/dev.jsonl
+	$(call MEASURE,captioning) --data $(SETS)/$*-test.jsonl --table docs/measurements/photos-$*-greedy.md \
+		--num-beams 1 --time-rows 0 --batch-size 32 --sweep docs/measurements/photos-depths.points.json
+
+MADE_STATEMENTS = $(call MEASURE,entailment) --data $(SETS)/$*-statements.jsonl --kind-column about --time-rows 0 \
+	--batch-size 32 --words-baseline $(SETS)/flickr8k-statements.jsonl $(SETS)/coco-statements.jsonl
+SNLI_STATEMENTS = $(call MEASURE,entailment) --data $(FLICKR8K)/entailment.jsonl --no-premise --time-rows 0 \
+	--batch-size 32 --words-baseline $(FLICKR8K)/entailment.jsonl
+$(MEASURED)/snli-own.jsonl: $(SETS)/dev.jsonl
+	$(SNLI_STATEMENTS) $(PRESETS)
+$(MEASURED)/snli-shuffled.jsonl: $(SETS)/dev.jsonl
+	$(SNLI_STATEMENTS) --images shuffled
+$(MEASURED)/snli-none.jsonl: $(SETS)/dev.jsonl
+	$(SNLI_STATEMENTS) --images none
+$(MEASURED)/%-own.jsonl: $(SETS)/dev.jsonl
+	$(MADE_STATEMENTS)
+$(MEASURED)/%-shuffled.jsonl: $(SETS)/dev.jsonl
+	$(MADE_STATEMENTS) --images shuffled
+$(MEASURED)/%-none.jsonl: $(SETS)/dev.jsonl
+	$(MADE_STATEMENTS) --images none
+
+BENCH = $(BIN)/mue-hf bench --model $(PHOTOS_SMALL) --images $(PHOTOS) --threads $(THREADS) --batch-sizes
+docs/measurements/small.md: | $(VENV)/dev.installed
+	$(BENCH) 1 16 --beams 1 5 --variants stock lossless enabled --preset balanced --preset fast --repeats 5 \
+		--output $(MEASURED)/speed-small.json --table $@ --plots docs/measurements/small
+docs/measurements/overhead-small.md: | $(VENV)/dev.installed
+	$(BENCH) 1 --beams 1 5 --variants lossless enabled --repeats 15 --output $(MEASURED)/overhead-small.json --table $@
+
+CAPTION_RECORDS = $(foreach set,flickr8k coco,$(MEASURED)/$(set)-beams.jsonl $(MEASURED)/$(set)-greedy.jsonl)
+STATEMENT_RECORDS = $(foreach set,flickr8k coco snli,$(foreach kind,own shuffled none,$(MEASURED)/$(set)-$(kind).jsonl))
+SMALL_TABLES = docs/measurements/small.md docs/measurements/overhead-small.md
+measure: $(SMALL_TABLES) $(CAPTION_RECORDS) $(STATEMENT_RECORDS) ## Score the captioner of photos: card, tables, picture
+	$(BIN)/mue-hf caption examples/photos/*.jpg --json --model $(PHOTOS_SMALL) | $(BIN)/python docs/photos.py docs/photos.png
+	cat $(CAPTION_RECORDS) $(STATEMENT_RECORDS) > $(MEASURED)/records.jsonl
+	$(BIN)/mue-hf publish $(PHOTOS_SMALL) $(PHOTOS_SMALL) --about model_cards/mue-photos-small.toml \
+		--evaluation $(MEASURED)/records.jsonl --card model_cards/mue-photos-small.md
 
 test: $(VENV)/dev.installed ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,7 +1,7 @@
 """Two checkouts of this package in turns: what a change costs, or saves, in whole captions at fixed settings.
 
     git worktree add ../before REVISION
-    python benchmarks/compare_versions.py ../before . --model checkpoints/mue-flickr8k-small --batch-size 16
+    python benchmarks/compare_versions.py ../before . --model checkpoints/mue-photos-small --batch-size 16
     python benchmarks/compare_versions.py ../before . --image-size 480        # OFA-base shapes, random weights
 
 Each checkout runs in a process of its own, in the same environment; they take turns. Printed are the median CPU
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkouts", nargs=2, metavar="CHECKOUT", help="folders with src/mue_hf: before and after")
     parser.add_argument("--model", help="a checkpoint folder (default: OFA-base shapes with random weights)")
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--num-beams", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=16)

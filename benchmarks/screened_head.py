@@ -15,7 +15,7 @@ those that the model's own captions reach. The record has the time of the head w
 whole greedy caption; `most_speedup` is what a head that takes no time would give.
 
     python benchmarks/screened_head.py --size base --threads 2 --output screened-base.json
-    python benchmarks/screened_head.py --model checkpoints/mue-flickr8k-small --images examples/photos/*.jpg \\
+    python benchmarks/screened_head.py --model checkpoints/mue-photos-small --images examples/photos/*.jpg \\
         --threads 2 --output screened-small.json
 """
 

@@ -7,7 +7,7 @@ the seconds beside the package's own greedy `generate`, in turns and with the im
 share means nothing; `speedup_if_all_kept` is then what no share can exceed.
 
     python benchmarks/self_speculation.py --size base --threads 2 --output speculation-base.json
-    python benchmarks/self_speculation.py --model checkpoints/mue-flickr8k-small --images examples/photos/*.jpg \\
+    python benchmarks/self_speculation.py --model checkpoints/mue-photos-small --images examples/photos/*.jpg \\
         --threads 2 --output speculation-small.json
 """
 

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     """Captions the photos and says where the parts of the model are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", nargs="*", type=Path, default=[Path("examples/photos/cat.jpg")])
-    parser.add_argument("--model", default="checkpoints/mue-flickr8k-small", help="checkpoint folder or Hub id")
+    parser.add_argument("--model", default="checkpoints/mue-photos-small", help="checkpoint folder or Hub id")
     parser.add_argument("--memory", nargs="+", type=device_memory, help="DEVICE=SIZE ...; default: all there is")
     parser.add_argument("--threshold", type=float, default=0.95, help="similarity above which streams and tokens exit")
     args = parser.parse_args(argv)

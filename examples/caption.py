@@ -22,7 +22,7 @@ def main() -> None:
     """Prints both captions and the depth of every token."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image")
-    parser.add_argument("--model", default="checkpoints/mue-flickr8k-small")
+    parser.add_argument("--model", default="checkpoints/mue-photos-small")
     parser.add_argument("--image-threshold", type=float, default=0.99)
     parser.add_argument("--text-threshold", type=float, default=0.99)
     parser.add_argument("--decoder-threshold", type=float, default=0.95)

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     """Captions one photo with both models; returns the tokens of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photo", nargs="?", type=Path, default=Path("examples/photos/cat.jpg"))
-    parser.add_argument("--model", default="checkpoints/mue-flickr8k-small", help="checkpoint folder or Hub id")
+    parser.add_argument("--model", default="checkpoints/mue-photos-small", help="checkpoint folder or Hub id")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; needs a C++ compiler on a CPU")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that compiles")

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     """Exports, and captions the photo with what was exported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photo", nargs="?", default="examples/photos/cat.jpg")
-    parser.add_argument("--model", default="checkpoints/mue-flickr8k-small", help="checkpoint folder or Hub id")
+    parser.add_argument("--model", default="checkpoints/mue-photos-small", help="checkpoint folder or Hub id")
     parser.add_argument("--output", type=Path, default=Path("runs/export"))
     args = parser.parse_args(argv)
 

@@ -27,7 +27,7 @@ PROJECTIONS = r"model\.(encoder|decoder)\.layers\.\d+\.(self|cross)_attn\.(q|k|v
 def main(argv: list[str] | None = None) -> None:
     """Trains adapters, writes them, and merges them into the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="checkpoints/mue-flickr8k-small", help="checkpoint folder or Hub id")
+    parser.add_argument("--model", default="checkpoints/mue-photos-small", help="checkpoint folder or Hub id")
     parser.add_argument("--data", default="scenes:0:64", help="what load_captioning reads, or scenes:SEED:COUNT")
     parser.add_argument("--output", type=Path, default=Path("runs/lora"))
     parser.add_argument("--steps", type=int, default=20)

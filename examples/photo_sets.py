@@ -27,7 +27,8 @@ def scored_rows(source: Path, split: str) -> list[dict]:
     rows = [row for row in rows if len(row["captions"]) >= CAPTIONS]
     if not rows:
         raise SystemExit(f"{source} must have images with {CAPTIONS} captions in the split {split!r}, got none.")
-    return [row | {"image": str((source.parent / row["image"]).absolute())} for row in rows]
+    names = [{"image": str((source.parent / row["image"]).absolute()), "image_id": row["image"]} for row in rows]
+    return [row | name for row, name in zip(rows, names, strict=True)]
 
 
 def main() -> None:

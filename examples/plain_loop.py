@@ -37,7 +37,7 @@ def training_loss(model: torch.nn.Module, inner: MuEForConditionalGeneration, ba
 def main(argv: list[str] | None = None) -> list[float]:
     """Trains, writes the model, and returns the loss of each step in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="checkpoints/mue-flickr8k-small", help="checkpoint folder or Hub id")
+    parser.add_argument("--model", default="checkpoints/mue-photos-small", help="checkpoint folder or Hub id")
     parser.add_argument("--data", default="scenes:0:64", help="what load_captioning reads, or scenes:SEED:COUNT")
     parser.add_argument("--output", default="runs/plain")
     parser.add_argument("--steps", type=int, default=20)

@@ -49,7 +49,7 @@ def stream(source: str) -> IterableDataset:
 def main(argv: list[str] | None = None) -> None:
     """Trains on the stream and writes the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="checkpoints/mue-flickr8k-small", help="checkpoint folder or Hub id")
+    parser.add_argument("--model", default="checkpoints/mue-photos-small", help="checkpoint folder or Hub id")
     parser.add_argument("--data", default="scenes:0:1000", help="what load_captioning reads, or scenes:SEED:COUNT")
     parser.add_argument("--output", default="runs/streaming")
     parser.add_argument("--steps", type=int, default=20)

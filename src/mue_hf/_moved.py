@@ -67,7 +67,7 @@ class MovedModules(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """The module at its new place, with a DeprecationWarning."""
         new = f"{__package__}.{MOVED[spec.name.partition('.')[2]]}"
-        warnings.warn(f"`{spec.name}` is now `{new}`; the old path goes in 0.3.", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"`{spec.name}` is now `{new}`; the old path goes in 0.4.", DeprecationWarning, stacklevel=2)
         module = import_module(new)
         spec.loader_state = module.__spec__
         return module

@@ -25,7 +25,7 @@ from mue_hf.evaluation.signals import SignalRecorder
 
 ROOT = Path(__file__).parents[2]
 PHOTO = ROOT / "examples" / "photos" / "cat.jpg"
-SMALL_CHECKPOINT = ROOT / "checkpoints" / "mue-flickr8k-small"
+SMALL_CHECKPOINT = ROOT / "checkpoints" / "mue-photos-small"
 # A few tokens exit after each layer.
 MIDDLE = {"image_exit_threshold": 0.6, "text_exit_threshold": 0.99, "decoder_exit_threshold": 0.5}
 # The photo that is picked on the page, and seconds that an answer of the page may take on a busy machine.

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from PIL import Image
 
 from mue_hf import MuEForConditionalGeneration, MuEProcessor, cli
 from mue_hf.cli.options import setting
+from mue_hf.inference.loading import check_not_replaced, load_checkpoint
+
+# A checkpoint that left with 0.3.0.
+OLD = "checkpoints/mue-flickr8k-small"
 
 
 @pytest.fixture
@@ -123,6 +128,48 @@ def test_other_checkpoints_are_refused(photos, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert cli.main(["caption", photos[0], "--model", str(tmp_path)]) == 2
     assert "model_type \"mue\", got 'bert'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"caption a.png --model {OLD}",
+        f"caption a.png --model {OLD} --out captions.jsonl",
+        f"answer pairs.jsonl --answers yes,no --model {OLD} --out answers.jsonl",
+        pytest.param(
+            f"app --model {OLD} --photos .",
+            marks=pytest.mark.skipif(find_spec("gradio") is None, reason="needs the extra app"),
+        ),
+        f"evaluate captioning --model {OLD} --data scenes:0:4 --output records.jsonl",
+        f"evaluate entailment --model {OLD} --data nowhere.jsonl --output records.jsonl",
+        f"calibrate {OLD} --task captioning --data nowhere.jsonl --preset mine",
+        f"bench --model {OLD} --output bench.json",
+        f"publish {OLD} my-name/mine --about gone.toml --evaluation gone.jsonl --dry-run",
+        f"publish {OLD} --to published",
+        f"publish {OLD} my-name/mine --card card.md",
+    ],
+    ids=lambda command: command.replace(OLD, "OLD"),
+)
+def test_a_checkpoint_that_was_replaced_names_the_new_one(command, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text('{"image": "a.png", "hypothesis": "a cat"}\n')
+    there = sorted(tmp_path.rglob("*"))
+    assert cli.main(command.split()) == 2
+    captured = capsys.readouterr()
+    assert f"the checkpoint '{OLD}' left with version 0.3.0; use 'checkpoints/mue-photos-small'" in captured.err
+    assert captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_names_of_replaced_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (OLD, f"{OLD}/", "mue-flickr8k-small", str(tmp_path / OLD)):
+        with pytest.raises(ValueError, match="use '.*mue-photos-small'"):
+            load_checkpoint(name)
+    # somebody's on the Hub, and one that was kept
+    check_not_replaced("my-name/mue-flickr8k-small")
+    (tmp_path / OLD).mkdir(parents=True)
+    check_not_replaced(OLD)
 
 
 def test_damaged_weights_are_refused(checkpoint, photos, tmp_path, capsys):

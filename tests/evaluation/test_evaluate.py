@@ -322,17 +322,16 @@ def test_plots_of_captions(evaluate, tmp_path):
 
 
 def test_records_of_version_0_1_make_tables_and_plots(tmp_path):
-    for path in sorted((Path(__file__).parents[2] / "model_cards").glob("*.evaluation.jsonl")):
-        records = read_records(path)
-        some = [one for one in records if (one["task"], one["images"]) == ("entailment", "own")]
-        # A point of the kind that it called random.
-        some.append(
-            some[-1] | {"key": "0", "name": "random like fixed 3", "criterion": "random", "random_like": "fixed 3"}
-        )
-        table = make_table(some)
-        assert "| balanced | 0." in table and "| random like fixed 3 |" in table
-        assert "mue-hf 0.1.0" in describe_records(some)
-        assert len(draw_plots(some, tmp_path / path.stem)) >= 4
+    records = read_records(Path(__file__).parents[2] / "model_cards" / "mue-scenes-small.evaluation.jsonl")
+    some = [one for one in records if (one["task"], one["images"]) == ("entailment", "own")]
+    # A point of the kind that it called random.
+    some.append(
+        some[-1] | {"key": "0", "name": "random like fixed 3", "criterion": "random", "random_like": "fixed 3"}
+    )
+    table = make_table(some)
+    assert "| balanced | 0." in table and "| random like fixed 3 |" in table
+    assert "mue-hf 0.1.0" in describe_records(some)
+    assert len(draw_plots(some, tmp_path)) >= 4
 
 
 def test_options_of_version_0_1_are_taken_with_a_warning(evaluate):

@@ -14,11 +14,11 @@ from mue_hf import MuEForConditionalGeneration, MuEProcessor, cli
 from mue_hf.data.scenes import COLORS, FORMS, SHAPES, SceneDataset, make_scene
 
 ROOT = Path(__file__).parents[2]
-CHECKPOINT = ROOT / "checkpoints" / "mue-flickr8k-small"
+CHECKPOINT = ROOT / "checkpoints" / "mue-photos-small"
 SCENES = ROOT / "checkpoints" / "mue-scenes-small"
 FOLDERS = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir())
 # Bytes of a folder; a repository keeps every version.
-LIMITS = {"mue-flickr8k-small": 40e6, "mue-scenes-small": 8e6}
+LIMITS = {"mue-photos-small": 40e6, "mue-scenes-small": 8e6}
 
 
 @pytest.fixture(scope="module")

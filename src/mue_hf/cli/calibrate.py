@@ -13,6 +13,7 @@ from ..calibration.bounds import METHODS, rounded_up
 from ..calibration.goal import OBJECTIVES, RISKS, SHARED_OPTIONS, calibrated_criteria
 from ..data.features import cache_trunk_features
 from ..evaluation.rows import describe_rows, load_rows
+from ..inference.loading import check_not_replaced
 from ..inference.predict import TASKS
 from ..model.criteria_mue import CRITERIA
 from .evaluate import add_data_arguments
@@ -99,6 +100,7 @@ def _show(calibration: Calibration, name: str, written: bool) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates and writes the preset; the exit code is 0, or 1 if nothing could be certified."""
+    check_not_replaced(args.model)
     check_preset(args.model, args.preset)
     rows = load_rows(args.task, args.data, args.split, limit=args.limit, **dict(args.data_options))
     data = describe_rows(rows)

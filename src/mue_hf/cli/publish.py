@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
+from ..inference.loading import check_not_replaced
 from ..publishing.checkpoint import check_folder
 from ..publishing.model_card import About, read_about
 from ..publishing.upload import publish_to_folder, stage, upload, write_card
@@ -53,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Publishes, lists, or writes the card alone."""
     checkpoint = Path(args.checkpoint)
+    # before its card's files, which left with it
+    check_not_replaced(checkpoint)
     name = _repository(args)
     about = About() if args.about is None else read_about(args.about)
     if args.card is not None:

@@ -14,9 +14,11 @@ from transformers import AutoConfig
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 
-SMALL_CHECKPOINT = Path("checkpoints/mue-flickr8k-small")
+SMALL_CHECKPOINT = Path("checkpoints/mue-photos-small")
 # What commands and the page choose where a checkpoint has it.
 DEFAULT_PRESET = "balanced"
+# Checkpoints of earlier versions, and what took their place.
+REPLACED = {"mue-flickr8k-small": "mue-photos-small"}
 
 
 @contextmanager
@@ -43,6 +45,18 @@ def check_device(device: str) -> None:
         raise ValueError(f"`--device` must be one that torch can use here, got {device!r}: {reason}") from error
 
 
+def check_not_replaced(name: str | Path) -> None:
+    """ValueError for a checkpoint of an earlier version that is not here any more, with what took its place."""
+    path = Path(name)
+    # ORG/NAME of that name may be on the Hub
+    ours = path.parent.name in ("", "checkpoints")
+    if path.name in REPLACED and ours and not path.is_dir():
+        raise ValueError(
+            f"the checkpoint {str(name)!r} left with version 0.3.0; use {str(path.with_name(REPLACED[path.name]))!r}, "
+            "or take the old one from version 0.2.0."
+        )
+
+
 def load_checkpoint(
     name: str | None = None, *, device: str = "cpu", dtype: str = "float32", threads: int | None = None
 ) -> tuple[MuEForConditionalGeneration, MuEProcessor]:
@@ -55,7 +69,7 @@ def load_checkpoint(
 
     Raises:
         ValueError: if no model is named and the small checkpoint is not here, the folder or the device does not exist,
-            or the checkpoint holds another kind of model.
+            the checkpoint was replaced, or it holds another kind of model.
     """
     if name is None and not SMALL_CHECKPOINT.is_dir():
         raise ValueError(
@@ -63,6 +77,7 @@ def load_checkpoint(
             "run in a clone of the repository."
         )
     name = str(SMALL_CHECKPOINT) if name is None else name
+    check_not_replaced(name)
     if not Path(name).is_dir():
         try:
             validate_repo_id(name)
@@ -91,4 +106,4 @@ def load_checkpoint(
     return model, MuEProcessor.from_pretrained(name)
 
 
-__all__ = ["DEFAULT_PRESET", "SMALL_CHECKPOINT", "check_device", "evaluating", "load_checkpoint"]
+__all__ = ["DEFAULT_PRESET", "SMALL_CHECKPOINT", "check_device", "check_not_replaced", "evaluating", "load_checkpoint"]

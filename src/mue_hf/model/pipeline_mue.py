@@ -31,7 +31,7 @@ class MuEImageTextToTextPipeline(ImageTextToTextPipeline):
     >>> import mue_hf
     >>> from transformers import pipeline
 
-    >>> captioner = pipeline("image-text-to-text", model="checkpoints/mue-flickr8k-small")
+    >>> captioner = pipeline("image-text-to-text", model="checkpoints/mue-photos-small")
     >>> captioner("photo.jpg", num_beams=5, decoder_exit_threshold=0.9)
     [{'generated_text': 'two dogs play in the snow'}]
     ```

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from ..inference.loading import check_not_replaced
 from ..model.exit_options_mue import resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..training.card import exit_presets
@@ -40,6 +41,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def check_folder(folder: Path) -> None:
     """Raises a ValueError unless this is a folder with all files of a MuE model and its processor; loads nothing."""
+    check_not_replaced(folder)
     if not folder.is_dir():
         raise ValueError(f"the checkpoint must be a folder, got {folder}; download or convert it first.")
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
