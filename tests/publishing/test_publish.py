@@ -552,8 +552,10 @@ def test_points_of_one_name_count_once(evaluation, tmp_path):
 )
 def test_public_records_have_no_folders(path, shown):
     record = {"model": path, "source": {"data": path, "split": "test"}, "easiest": [{"image_id": path, "depth": 2.0}]}
+    record["words_from"] = [[path], "train"]
     record["samples"] = {"best": {"image_id": path, "output": "a cat", "cider": 2.0}}
     public = public_record(record | {"hardest": []}, "org/name")
+    assert public["words_from"] == [[shown], "train"]
     assert public["samples"] == {"best": {"image_id": shown, "output": "a cat", "cider": 2.0}}
     assert public["model"] == "org/name" and public["source"] == {"data": shown, "split": "test"}
     assert public["easiest"] == [{"image_id": shown, "depth": 2.0}]

@@ -33,7 +33,7 @@ class Mixture(Dataset):
 
     def __init__(
         self,
-        parts: Sequence[Dataset],
+        parts: Sequence[Any],
         shares: Sequence[float],
         *,
         batch_size: int,

@@ -74,6 +74,9 @@ def public_record(record: Mapping[str, Any], model_id: str) -> dict[str, Any]:
     ends: dict[str, Any] = {end: [public(one, "image_id") for one in record[end]] for end in ("easiest", "hardest")}
     if record.get("samples"):
         ends["samples"] = {place: public(one, "image_id") for place, one in record["samples"].items()}
+    if record.get("words_from"):
+        sources, split = record["words_from"]
+        ends["words_from"] = [[public({"data": source}, "data")["data"] for source in sources], split]
     return {**record, **ends, "model": model_id, "source": public(record["source"], "data")}
 
 
