@@ -219,6 +219,8 @@ def test_what_is_there_is_not_measured_again(evaluate, tmp_path, monkeypatch):
     _, (same_full, again), _ = evaluate("captioning", "--preset", "first")
     assert same_full == full
     changing = {"measured_at", "measuring_seconds"}
+    for record in (again, first):
+        record["environment"].pop("load_average")
     assert {name: again[name] for name in again.keys() - changing} == {
         name: first[name] for name in first.keys() - changing
     }

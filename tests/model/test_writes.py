@@ -36,13 +36,14 @@ def write(model, name: str, how: str) -> None:
     tensor = getattr(module, own)
     with torch.no_grad():
         if how == "data of one value":
-            tensor.data.view(-1)[-1] += 2
+            # folded kernels are laid out channels last, and have no flat view
+            tensor.data[(-1,) * tensor.ndim] += 2
         elif how == "in place":
             tensor.mul_(1.5) if tensor.is_floating_point() else tensor.add_(1)
         elif how == "replaced" and isinstance(tensor, nn.Parameter):
             setattr(module, own, nn.Parameter(tensor * 1.5))
         elif how == "pruned":
-            tensor.data.view(-1)[::2] = 0
+            tensor.data[(..., slice(None, None, 2)) if tensor.ndim else ()] = 0
         else:
             model.float().double()
 
