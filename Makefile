@@ -135,7 +135,7 @@ $(PHOTOS_RUN)/agree-6/model.safetensors: $(PHOTOS_RUN)/mixed/model.safetensors
 $(PHOTOS_RUN)/photos/model.safetensors: $(PHOTOS_RUN)/agree-5/model.safetensors $(PHOTOS_RUN)/agree-6/model.safetensors
 	$(PHOTOS_TRAIN) --start_from $(^D) --max_steps 0
 
-photos: $(PHOTOS_RUN)/photos/model.safetensors ## Train the captioner of photos (three hours; needs FLICKR8K= and COCO=)
+photos: $(PHOTOS_RUN)/photos/model.safetensors ## Train the captioner of photos (hours; needs FLICKR8K= and COCO=)
 
 # What model_cards/mue-photos-small.md and docs/results.md show; a record that exists is kept.
 MEASURED ?= runs/measured

@@ -227,18 +227,8 @@ def cache_trunk_features(
             "load it without streaming."
         )
     trunk = model.get_encoder().embed_images
-    inner = None
-    if module is not None:
-        inner = dict(trunk.named_modules()).get(module)
-        if inner is None:
-            names = [name for name, _ in trunk.named_modules() if name.count(".") < 3][1:]
-            raise ValueError(f"`module` must name a module of the trunk, got {module!r}; there are {names}.")
-    with unfolded(model):
-        fingerprint = trunk_fingerprint(trunk, module)
-    # the map says where a published processor's code is
-    pixels = {name: value for name, value in processor.image_processor.to_dict().items() if name != "auto_map"}
-    key = [fingerprint, pixels, str(dtype), *([] if module is None else [module])]
-    folder = Path(folder) / _short_hash(json.dumps(key, sort_keys=True, default=str))
+    inner = None if module is None else _inner(trunk, module)
+    folder = Path(folder) / _cache_key(model, processor, module, dtype)
     folder.mkdir(parents=True, exist_ok=True)
 
     sources: Any = dataset
@@ -253,29 +243,59 @@ def cache_trunk_features(
     # A picture that occurs twice is computed once; views that are known stay.
     missing = list({digests[i]: i for i in numbers if not index.keys() >= set(views[i])}.values())
 
+    def new_views(number: int) -> dict[str, PilImage.Image]:
+        # upright, so that mirrored means left to right
+        image = load_image(dataset[number]["image"])
+        return {name: _draw_view(image, name, crop_side) for name in views[number] if name not in index}
+
     training = trunk.training
     trunk.eval()
     try:
         with tqdm(total=len(missing), desc="trunk features", unit="image", disable=not missing) as progress:
             for start in range(0, len(missing), SHARD):
-                shard, parts, names = missing[start : start + SHARD], [], []
+                shard = missing[start : start + SHARD]
+                names: list[str] = []
+                parts: list[Tensor] = []
                 for first in range(0, len(shard), batch_size):
-                    batch, images = shard[first : first + batch_size], []
-                    for number in batch:
-                        # upright, so that mirrored means left to right
-                        image = load_image(dataset[number]["image"])
-                        new = [name for name in views[number] if name not in index]
-                        images += [_draw_view(image, name, crop_side) for name in new]
-                        names += new
-                    parts.append(_compute(model, processor, images, dtype, inner))
-                    progress.update(len(batch))
-                keys = json.dumps(names)
-                with whole_file(folder / f"{_short_hash(keys)}.safetensors") as part:
-                    save_file({"features": torch.cat(parts)}, part, metadata={"keys": keys})
+                    batch: dict[str, PilImage.Image] = {}
+                    for number in shard[first : first + batch_size]:
+                        batch |= new_views(number)
+                    names += batch
+                    parts.append(_compute(model, processor, list(batch.values()), dtype, inner))
+                    progress.update(len(shard[first : first + batch_size]))
+                _write_shard(folder, names, torch.cat(parts))
     finally:
         trunk.train(training)
     index = _read_index(folder)
     return TrunkFeatureDataset(rows, [[index[name] for name in names] for names in views])
+
+
+def _inner(trunk: nn.Module, name: str) -> nn.Module:
+    """The module of the trunk of that name; a ValueError if there is none."""
+    modules = dict(trunk.named_modules())
+    if name not in modules:
+        some = [other for other in modules if other.count(".") < 3][1:]
+        raise ValueError(f"`module` must name a module of the trunk, got {name!r}; there are {some}.")
+    return modules[name]
+
+
+def _cache_key(
+    model: MuEForConditionalGeneration | MuEModel, processor: MuEProcessor, module: str | None, dtype: torch.dtype
+) -> str:
+    """What tells the features of one trunk, image size and dtype from those of others."""
+    with unfolded(model):
+        fingerprint = trunk_fingerprint(model.get_encoder().embed_images, module)
+    # the map says where a published processor's code is
+    pixels = {name: value for name, value in processor.image_processor.to_dict().items() if name != "auto_map"}
+    key = [fingerprint, pixels, str(dtype), *([] if module is None else [module])]
+    return _short_hash(json.dumps(key, sort_keys=True, default=str))
+
+
+def _write_shard(folder: Path, names: list[str], features: Tensor) -> None:
+    """One file with the features [views, channels, rows, columns] of the views of these names."""
+    keys = json.dumps(names)
+    with whole_file(folder / f"{_short_hash(keys)}.safetensors") as part:
+        save_file({"features": features}, part, metadata={"keys": keys})
 
 
 def _short_hash(text: str) -> str:
