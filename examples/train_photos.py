@@ -45,6 +45,7 @@ from mue_hf.data import CaptionTexts, Mixture, MuEDataCollator, load_captioning,
 from mue_hf.data.features import cache_trunk_features, image_digest
 from mue_hf.data.mixture import check_shares
 from mue_hf.data.reader import FORMATS
+from mue_hf.data.statement_words import KINDS
 from mue_hf.data.statements import statements_from_captions
 from mue_hf.evaluation.processes import finish_processes
 from mue_hf.files import write_whole
@@ -96,6 +97,10 @@ class DataArguments:
     pairs: list[str] = field(default_factory=list, metadata={"help": "Pairs of image and statement, with labels."})
     made_statements: int = field(
         default=0, metadata={"help": "Statements made by rule about each captioned image at most: one more source."}
+    )
+    made_kinds: list[str] = field(
+        default_factory=lambda: list(KINDS),
+        metadata={"help": "What these are false by: object, count, colour, place; caption, of another image."},
     )
     shares: list[float] | None = field(
         default=None,
@@ -252,14 +257,14 @@ def by_captions(rows: Dataset, references: Sequence[Sequence[str]], count: int) 
     return [(Captions(rows, part), len(part) / len(rows)) for part in (enough, fewer) if part]
 
 
-def made_statements(rows: HubDataset, per_image: int, seed: int) -> list[dict[str, str]]:
+def made_statements(rows: HubDataset, per_image: int, seed: int, kinds: Sequence[str]) -> list[dict[str, str]]:
     """Statements made by rule from the captions: path of the image, statement and label."""
     paths = rows.cast_column("image", Image(decode=False))["image"]
     captions = [
         {"image": image["path"], "references": references}
         for image, references in zip(paths, rows["references"], strict=True)
     ]
-    made = statements_from_captions(captions, seed=seed, per_image=per_image)
+    made = statements_from_captions(captions, seed=seed, per_image=per_image, kinds=kinds)
     return [{name: row[name] for name in ("image", "hypothesis", "label")} for row in made]
 
 
@@ -342,7 +347,9 @@ def mixed_parts(
             rows = without(load_entailment(source, "train"), data.leave_out)
             parts.append((Statements(cached(rows), rows["image_id"], data.statements_per_image), share))
     if data.made_statements and (share := left.pop(0)):
-        made = [row for rows in captioned for row in made_statements(rows, data.made_statements, seed)]
+        made = [
+            row for rows in captioned for row in made_statements(rows, data.made_statements, seed, data.made_kinds)
+        ]
         rows = HubDataset.from_list(
             made, features=Features({"image": Image(), "hypothesis": Value("string"), "label": Value("string")})
         )

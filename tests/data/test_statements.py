@@ -123,6 +123,29 @@ def test_words_are_as_frequent_in_true_as_in_false_statements():
     assert [one["image"] for one in made] == sorted(one["image"] for one in made)
 
 
+def test_whole_captions_trade():
+    rows = rows_of(["two dogs run", "a wet dog"], ["one blue kite"], ["green pears lie here"], ["a kite above dogs"])
+    made = statements_from_captions(rows, seed=0, per_image=4, kinds=["caption"])
+    pairs = list(zip(made[::2], made[1::2], strict=True))
+    assert len(pairs) >= 4 and {one["about"] for one in made} == {"caption"}
+    for true, false in pairs:
+        own = rows[true["image"]]["references"]
+        assert true["image"] == false["image"] and (true["kind"], false["kind"]) == ("matched", "caption")
+        assert true["hypothesis"] in own and false["label"] == "contradiction"
+        words = set(false["hypothesis"].split())
+        assert 3 * len(words & set(" ".join(own).split())) <= len(words)
+    texts = [Counter(one["hypothesis"] for one in side) for side in zip(*pairs, strict=True)]
+    assert texts[0] == texts[1]
+
+
+def test_whole_captions_fill_what_other_kinds_leave():
+    rows = rows_of(CATS, DOGS, ["two blue kites", "high up"], ["green pears", "food on wood"])
+    made = statements_from_captions(rows, seed=0, per_image=4, kinds=["object", "caption"])
+    assert Counter(one["about"] for one in made)["object"] == 4
+    assert {one["image"] for one in made if one["about"] == "caption"} & {2, 3}
+    assert len({(one["image"], one["hypothesis"]) for one in made}) == len(made)
+
+
 def test_the_seed_decides():
     one, same, other = (statements_from_captions(many_rows(), seed=seed) for seed in (1, 1, 2))
     assert one == same != other

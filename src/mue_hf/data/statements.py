@@ -17,6 +17,10 @@ from .statement_words import KINDS, Slot, excludes, find_slots, put, words_of
 
 # Captions that are looked at as partners of one, so that time stays linear in their number.
 MOST_TRIED = 400
+# What a statement can be false by: the caption of another image is the coarsest.
+STATEMENT_KINDS = (*KINDS, "caption")
+# Of the words of a caption at most this part may be in the captions of the image that it is false of.
+MOST_SHARED = 1 / 3
 
 
 def changed_caption(
@@ -79,11 +83,15 @@ def statements_from_captions(
     that a caption of the image may be speaking of. Captions with nothing to exchange, or without a partner, make no
     statements; kinds are as equally frequent as the captions allow.
 
+    The kind "caption" is the easiest to learn: two images trade whole captions, which share few words with those of
+    the image that they are false of. What other kinds leave of `per_image` goes to it.
+
     Args:
         rows (iterable of `dict`): one per image: "references", its captions, and anything else, such as "image".
         seed (`int`): of all draws; the same rows and seed give the same statements.
         per_image (`int`, *optional*, defaults to 2): statements about one image at most, an even number.
-        kinds (sequence of `str`, *optional*): what is exchanged: of "object", "count", "colour" and "place".
+        kinds (sequence of `str`, *optional*): what is exchanged: of "object", "count", "colour" and "place", and of
+            "caption".
 
     Returns:
         `list` of `dict`: what the row has beside its captions, and "hypothesis", "label" ("entailment" or
@@ -95,20 +103,30 @@ def statements_from_captions(
     """
     if per_image < 2 or per_image % 2:
         raise ValueError(f"`per_image` must be even and at least 2, got {per_image}; half of them are changed.")
-    if isinstance(kinds, str) or not kinds or not set(kinds) <= set(KINDS):
-        raise ValueError(f"`kinds` must be a list of some of {list(KINDS)}, got {kinds!r}; check the spelling.")
+    if isinstance(kinds, str) or not kinds or not set(kinds) <= set(STATEMENT_KINDS):
+        raise ValueError(
+            f"`kinds` must be a list of some of {list(STATEMENT_KINDS)}, got {kinds!r}; check the spelling."
+        )
     rows = list(rows)
     words = [words_of(_references(row, number)) for number, row in enumerate(rows)]
     rng = random.Random(seed)
-    trades = _trades(rows, words, rng, per_image // 2, kinds)
     made: list[list[dict[str, Any]]] = [[] for _ in rows]
-    for pair in trades:
+
+    def add(row: int, true: str, false: str, kind: str) -> None:
+        rest = {name: value for name, value in rows[row].items() if name != "references"}
+        for text, label, name in ((true, "entailment", "matched"), (false, "contradiction", kind)):
+            made[row].append({**rest, "hypothesis": text, "label": label, "kind": name, "about": kind})
+
+    for pair in _trades(rows, words, rng, per_image // 2, [kind for kind in kinds if kind in KINDS]):
         for own, other in (pair, pair[::-1]):
-            kind = own.slot.group.kind
             changed = put(own.caption, own.slot, other.slot.form)
-            rest = {name: value for name, value in rows[own.row].items() if name != "references"}
-            for text, label, name in ((own.caption, "entailment", "matched"), (changed, "contradiction", kind)):
-                made[own.row].append({**rest, "hypothesis": text, "label": label, "kind": name, "about": kind})
+            add(own.row, own.caption, changed, own.slot.group.kind)
+    if "caption" in kinds:
+        left = [per_image // 2 - len(some) // 2 for some in made]
+        used = {(number, row["hypothesis"]) for number, some in enumerate(made) for row in some}
+        for (row, own_caption), (partner, other_caption) in _whole_trades(rows, words, rng, left, used):
+            add(row, own_caption, other_caption, "caption")
+            add(partner, other_caption, own_caption, "caption")
     return [statement for some in made for statement in some]
 
 
@@ -221,6 +239,41 @@ def _trades(
     return found
 
 
+def _whole_trades(
+    rows: Sequence[Mapping[str, Any]],
+    words: Sequence[frozenset[str]],
+    rng: random.Random,
+    left: list[int],
+    used: set[tuple[int, str]],
+) -> list[tuple[tuple[int, str], tuple[int, str]]]:
+    """Pairs of (row, caption) that trade as a whole; of each row as many as are `left`, none of those `used`."""
+    free = [(number, text) for number, row in enumerate(rows) for text in dict.fromkeys(row["references"])]
+    free = [place for place in free if place not in used]
+    rng.shuffle(free)
+    waiting: list[tuple[int, str, frozenset[str]]] = []
+    found = []
+    for row, caption in free:
+        if not left[row]:
+            continue
+        own = words_of([caption])
+        for place in range(len(waiting) - 1, max(-1, len(waiting) - 1 - MOST_TRIED), -1):
+            partner, other_caption, other = waiting[place]
+            if partner == row or max(_shared(own, words[partner]), _shared(other, words[row])) > MOST_SHARED:
+                continue
+            waiting.pop(place)
+            found.append(((row, caption), (partner, other_caption)))
+            break
+        else:
+            waiting.append((row, caption, own))
+        # a row that is full, counting what waits, takes no more
+        left[row] -= 1
+    return found
+
+
+def _shared(caption: frozenset[str], references: frozenset[str]) -> float:
+    return len(caption & references) / len(caption)
+
+
 def _contexts(place: _Place) -> tuple[tuple[str, ...], ...]:
     """What partners share: both neighbours, or else the right one."""
     slot = place.slot
@@ -231,4 +284,4 @@ def _likeness(one: _Place, other: _Place) -> float:
     return len(one.words & other.words) / len(one.words | other.words)
 
 
-__all__ = ["changed_caption", "statements_from_captions", "write_statements"]
+__all__ = ["STATEMENT_KINDS", "changed_caption", "statements_from_captions", "write_statements"]
