@@ -402,8 +402,9 @@ def main(argv: list[str] | None = None) -> None:
     mixture = Mixture(
         [rows for rows, _ in parts],
         [share for _, share in parts],
-        batch_size=args.per_device_train_batch_size,
-        num_batches=args.max_steps * args.gradient_accumulation_steps * args.world_size,
+        # batches of one source on all processes at once, so that none waits for another
+        batch_size=args.per_device_train_batch_size * args.world_size,
+        num_batches=args.max_steps * args.gradient_accumulation_steps,
         seed=args.seed,
     )
     collator = MuEDataCollator(
