@@ -49,6 +49,7 @@ from mue_hf.data.statement_words import KINDS
 from mue_hf.data.statements import statements_from_captions
 from mue_hf.evaluation.processes import finish_processes
 from mue_hf.files import write_whole
+from mue_hf.metrics.rewards import CiderDReward
 from mue_hf.training.arguments import MuETrainingArguments
 from mue_hf.training.trainer import MuETrainer
 
@@ -71,6 +72,7 @@ RECIPE = [
     *("muon_learning_rate", "trunk_learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type"),
     *("lr_scheduler_kwargs", "adam_beta1", "adam_beta2", "label_smoothing_factor", "ema_decay", "random_exit_depth"),
     *("layer_weights", "self_distillation", "encoder_agreement", "intermediate_token_share", "bf16"),
+    *("scst_samples", "scst_beam_search", "optim", "freeze_batch_norm"),
 ]
 
 
@@ -281,6 +283,9 @@ def check_splits(sources: Sequence[str], leave_out: Sequence[str]) -> None:
         if Path(source).suffix not in FORMATS:
             continue
         loaded = load_dataset(FORMATS[Path(source).suffix], data_files=source, split="train")
+        if not {"image", "split"} <= set(loaded.column_names):
+            # what `load_captioning` reads in other ways is not one row per image and split
+            continue
         for path, split in sorted(set(zip(loaded["image"], loaded["split"], strict=True))):
             if path in leave_out:
                 continue
@@ -374,6 +379,8 @@ def main(argv: list[str] | None = None) -> None:
     count = len(data.captions) + len(data.texts) + len(data.pairs) + bool(data.made_statements)
     shares = data.shares or [1 / count] * count
     check_shares(shares, count)
+    if args.scst_samples and any(shares[len(data.captions) :]):
+        parser.error("--scst_samples rewards captions of images: --shares of all other sources must be 0.")
     recipe = asdict(sizes) | asdict(data) | {name: getattr(args, name) for name in RECIPE}
     recipe.pop("cache_dir")
     checkpoint = args.checkpoint_to_resume()
@@ -410,7 +417,10 @@ def main(argv: list[str] | None = None) -> None:
     collator = MuEDataCollator(
         processor, captions_per_image=data.captions_per_image, random_captions=False, use_premise=False
     )
-    trainer = PhotoTrainer(model, args, train_dataset=mixture, data_collator=Collator(collator))
+    reward = None
+    if args.scst_samples:
+        reward = CiderDReward([processor.encode_captions(some) for rows in captioned for some in rows["references"]])
+    trainer = PhotoTrainer(model, args, reward=reward, train_dataset=mixture, data_collator=Collator(collator))
     if data.train_blocks_from is not None:
         blocks = model.model.encoder.embed_images._backbone.blocks[data.train_blocks_from :]
         trainer.upper = blocks.to(memory_format=torch.channels_last)

@@ -143,6 +143,17 @@ def test_run_that_was_cut_off_ends_with_the_same_weights(example, words, caption
     assert {path: path.stat().st_mtime_ns for path in (data / "cache").rglob("*.safetensors")} == shards
 
 
+def test_captions_are_rewarded(example, captions, data, tmp_path):
+    options = ["--scst_samples=2", "--max_steps=2", "--logging_steps=1"]
+    argv = [*arguments(data, tmp_path, "0.6 0.4 0", start_from=captions), *options]
+    example.main(argv)
+    assert any("layers" in name for name in changed(captions, tmp_path))
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert all(0 <= row["reward"] <= 10 for row in state["log_history"][:2])
+    with pytest.raises(SystemExit):
+        example.main([*arguments(data, tmp_path / "texts", "0.4 0.4 0.2", start_from=captions), *options])
+
+
 def test_statements_and_upper_blocks(example, captions, data, tmp_path):
     options = [f"--pairs={data / 'five' / 'pairs.jsonl'}", "--made_statements=2", "--train_blocks_from=5"]
     options += ["--statements_per_image=2", "--encoder_agreement=0.5", "--trunk_learning_rate=1e-3"]
