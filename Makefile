@@ -92,19 +92,22 @@ $(REPRODUCED)/table.md: $(REPRODUCED)/calibrated
 		--output $(REPRODUCED)/points.jsonl --plots $(REPRODUCED)/plots --table $@
 
 # The stages of examples/train_photos.py: each starts from the ones before, an interrupted one goes on from its last
-# checkpoint. Two runs of a stage take turns on two cores with `make -j2 photos`; their weights are averaged.
+# checkpoint. `make -j2 photos` gives each of two runs that are averaged a core; from `long` on a run has two processes.
 FLICKR8K ?= data/flickr8k
 COCO ?= data/coco_small
 PHOTOS_RUN ?= runs/photos
-PHOTOS_TRAIN = OMP_NUM_THREADS=1 $(BIN)/python examples/train_photos.py --output_dir $(@D) \
+PHOTOS_SCRIPT = examples/train_photos.py --output_dir $(@D) \
 	--captions $(FLICKR8K)/captions.jsonl $(COCO)/captions.jsonl --texts $(COCO)/captions_without_images.jsonl \
 	--leave_out images/2851198725_37b6027625.jpg --cache_dir $(PHOTOS_RUN)/features \
 	--use_cpu --bf16 --per_device_train_batch_size 64 --adam_beta2 0.98 \
-	--weight_decay 0.01 --label_smoothing_factor 0.1 --lr_scheduler_type cosine_with_min_lr \
-	--lr_scheduler_kwargs '{"min_lr_rate": 0.1}' --random_exit_depth --save_steps 50 --save_total_limit 2 \
+	--weight_decay 0.01 --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr_rate": 0.1}' \
+	--label_smoothing_factor 0.1 --random_exit_depth --save_steps 50 --save_total_limit 2 \
 	--report_to none --logging_steps 20
+PHOTOS_TRAIN = OMP_NUM_THREADS=1 $(BIN)/python $(PHOTOS_SCRIPT)
+PHOTOS_BOTH = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 $(PHOTOS_SCRIPT) --ddp_backend gloo
 PHOTOS_RATES = --learning_rate 1e-3 --muon_learning_rate 5e-3
 LAST_LAYER = --layer_weights 0 0 0 0 0 1 --intermediate_token_share 0.1
+ALL_LAYERS = --layer_weights 0.1 0.1 0.1 0.1 0.1 1 --intermediate_token_share 0.4 --self_distillation 1
 STATEMENTS = --pairs $(FLICKR8K)/entailment.jsonl --made_statements 6 --ema_decay 0.99 --warmup_steps 30
 
 $(PHOTOS_RUN)/words/model.safetensors: | $(VENV)/dev.installed
@@ -119,8 +122,7 @@ $(PHOTOS_RUN)/mixed-%/model.safetensors: $(PHOTOS_RUN)/captions/model.safetensor
 		--shares 0.34 0.26 0.08 0.1 0.22
 
 AGREE = $(PHOTOS_TRAIN) $(STATEMENTS) --start_from $(^D) --max_steps 400 --shares 0.42 0.32 0.05 0.07 0.14 \
-	--learning_rate 3e-4 --muon_learning_rate 1.5e-3 --layer_weights 0.1 0.1 0.1 0.1 0.1 1 \
-	--intermediate_token_share 0.4 --self_distillation 1
+	--learning_rate 3e-4 --muon_learning_rate 1.5e-3 $(ALL_LAYERS)
 MIXED = $(PHOTOS_RUN)/mixed-1/model.safetensors $(PHOTOS_RUN)/mixed-2/model.safetensors
 
 $(PHOTOS_RUN)/mixed/model.safetensors: $(MIXED)
@@ -132,8 +134,26 @@ $(PHOTOS_RUN)/agree-5/model.safetensors: $(PHOTOS_RUN)/mixed/model.safetensors
 $(PHOTOS_RUN)/agree-6/model.safetensors: $(PHOTOS_RUN)/mixed/model.safetensors
 	$(AGREE) --seed 6 --encoder_agreement 1
 
-$(PHOTOS_RUN)/photos/model.safetensors: $(PHOTOS_RUN)/agree-5/model.safetensors $(PHOTOS_RUN)/agree-6/model.safetensors
+AGREED = $(PHOTOS_RUN)/agree-5/model.safetensors $(PHOTOS_RUN)/agree-6/model.safetensors
+
+$(PHOTOS_RUN)/agree/model.safetensors: $(AGREED)
 	$(PHOTOS_TRAIN) --start_from $(^D) --max_steps 0
+
+$(PHOTOS_RUN)/long/model.safetensors: $(PHOTOS_RUN)/agree/model.safetensors
+	$(PHOTOS_BOTH) --start_from $(<D) --max_steps 720 --warmup_steps 30 --shares 0.44 0.34 0.06 0.04 0.12 \
+		--pairs $(FLICKR8K)/entailment.jsonl --made_statements 8 --made_kinds object caption --statements_per_image 3 \
+		--learning_rate 4e-4 --muon_learning_rate 1.75e-3 --ema_decay 0.99 $(ALL_LAYERS) \
+		--lr_scheduler_kwargs '{"min_lr_rate": 0.05}'
+
+REWARDED = $(PHOTOS_BOTH) --start_from $(<D) --shares 0.65 0.35 0 --warmup_steps 5 --captions_per_image 5 \
+	--per_device_train_batch_size 32 --scst_samples 5 --label_smoothing_factor 0 \
+	--layer_weights 0 0 0 0 0 1 --intermediate_token_share 0.4 --self_distillation 1
+
+$(PHOTOS_RUN)/rewarded/model.safetensors: $(PHOTOS_RUN)/long/model.safetensors
+	$(REWARDED) --max_steps 200 --learning_rate 4e-5 --ema_decay 0.97 --lr_scheduler_kwargs '{"min_lr_rate": 0.2}'
+
+$(PHOTOS_RUN)/photos/model.safetensors: $(PHOTOS_RUN)/rewarded/model.safetensors
+	$(REWARDED) --max_steps 300 --learning_rate 6e-5 --ema_decay 0.98 --seed 7
 
 photos: $(PHOTOS_RUN)/photos/model.safetensors ## Train the captioner of photos (hours; needs FLICKR8K= and COCO=)
 
