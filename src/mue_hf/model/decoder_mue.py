@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import auto_docstring
 
-from .cache_mue import ImageView, MuECache, TokenView
+from .cache_mue import MuECache
 from .criteria_mue import ExitPolicy
 from .early_exit_mue import ExitDecider, ExitRecord, run_stack
 from .encoder_mue import MuEEncoderOutput, check_token_ids
@@ -22,6 +22,7 @@ from .layers_mue import (
     table_rows,
     text_relative_index,
 )
+from .views_mue import ImageView, TokenView
 
 
 @dataclass
@@ -57,7 +58,8 @@ class _PositionBias:
             self.offsets = self.key_mask.int().argmax(dim=1)
 
     def self_bias(self, layer: int, tokens: TokenView, keys: int) -> Tensor:
-        """Additive bias [rows or 1, heads, tokens, keys] of the self-attention; it masks later and missing tokens."""
+        """Additive bias [rows or 1, heads, tokens, keys] of the self-attention, folded as the view of the tokens says;
+        it masks later and missing tokens."""
         table = self._self_table(layer)
         if isinstance(tokens.positions, slice) and self.offsets is None:
             bias = table[:, tokens.positions, :keys].unsqueeze(0)
@@ -69,7 +71,7 @@ class _PositionBias:
         if self.key_mask is not None:
             mask = self.key_mask[:, :keys] if tokens.rows is None else self.key_mask[tokens.rows, :keys]
             bias = bias.masked_fill(~mask[:, None, None, :], mask_value(bias))
-        return bias
+        return bias if tokens.fold is None else tokens.fold.fold_bias(bias, None)
 
     def cross_bias(self, tokens: TokenView) -> Tensor:
         """Additive bias [heads, tokens, source], or [rows, heads, tokens, source] where rows differ in position."""
@@ -153,54 +155,53 @@ class _DecoderCall:
             cache.begin(num_rows, num_tokens)
             past, tables = cache.length, cache.tables
             length = min(cache.capacity, decoder.config.max_position_embeddings)
-        self.past, self.positions = past, slice(past, past + num_tokens)
+        self.positions = slice(past, past + num_tokens)
         self.bias = _PositionBias(decoder, encoder_outputs.position_embeddings[0], mask, length, tables)
         self.new_mask = None if self.bias.key_mask is None else self.bias.key_mask[:, past:]
         self.attentions: tuple[list, list] | None = ([], []) if output_attentions else None
         # rows x tokens that policy "exact" ran besides the new tokens
         self.caught_up = 0
-        # of the rows that ran last: they change only when rows exit
-        self.images: tuple[ImageView, Tensor] | None = None
-        self.images_count = -1
+        # what the layer that ran last was about: mostly the same as for the next one
+        self.filled: Tensor | None = None
+        self.count = -1
 
     def run_layer(self, layer: int, states: Tensor, rows: Tensor | None) -> Tensor:
-        """Runs a layer on the new tokens' states [rows, tokens, d]; earlier tokens of these rows catch up first."""
-        if self.cache is not None:
-            self.caught_up += self.cache.catch_up(layer, rows, lambda x, tokens: self._run(layer, x, tokens))
-        tokens = TokenView(rows, self.positions)
-        if self.images is None or self.images_count != states.shape[0]:
-            self.images, self.images_count = self._image_view(tokens), states.shape[0]
-        output = self._run(layer, states, tokens, self.images, self.attentions is not None)
-        if self.attentions is None:
-            return output
-        for collected, weights in zip(self.attentions, output[1:], strict=True):
-            collected.append(weights)
-        return output[0]
-
-    def _image_view(self, tokens: TokenView) -> tuple[ImageView, Tensor]:
-        view = ImageView(tokens.rows, self.num_rows, self.source.shape[0])
-        return view, view.fold_bias(self.bias.cross_bias(tokens), self.source_mask)
-
-    def _run(
-        self,
-        layer: int,
-        states: Tensor,
-        tokens: TokenView,
-        images: tuple[ImageView, Tensor] | None = None,
-        output_attentions: bool = False,
-    ) -> Any:
-        view, cross_bias = images or self._image_view(tokens)
-        keys = tokens.positions.stop if isinstance(tokens.positions, slice) else self.past
-        return self.layers[layer](
-            states,
+        """Runs a layer on the new tokens' states [rows, tokens, d] and, in the same call, on earlier tokens of these
+        rows that skipped it, where the cache asks for that."""
+        filled = None if self.cache is None else self.cache.skipped(layer, rows)
+        if self.count != states.shape[0] or not _same(filled, self.filled):
+            self._set_view(rows, filled)
+            self.count = states.shape[0]
+        joined = states if filled is None else self.cache.with_skipped(states, self.tokens)
+        self.caught_up += joined.shape[0] * joined.shape[1] - states.shape[0] * states.shape[1]
+        output = self.layers[layer](
+            joined,
             self.source,
-            self.bias.self_bias(layer, tokens, keys),
-            cross_bias,
-            tokens=tokens,
-            images=view,
+            self.bias.self_bias(layer, self.tokens, self.positions.stop),
+            self.cross_bias,
+            tokens=self.tokens,
+            images=self.images,
             cache=self.cache,
-            output_attentions=output_attentions,
+            output_attentions=self.attentions is not None,
         )
+        if self.attentions is not None:
+            output, *weights = output
+            for collected, part in zip(self.attentions, weights, strict=True):
+                collected.append(self.tokens.new_of(part.transpose(1, 2)).transpose(1, 2))
+        if filled is None:
+            return output
+        self.cache.keep_skipped(layer, output, self.tokens)
+        return self.tokens.new_of(output)
+
+    def _set_view(self, rows: Tensor | None, filled: Tensor | None) -> None:
+        self.filled = filled
+        self.tokens = TokenView(rows, self.positions, filled)
+        self.images = ImageView(self.tokens.rows, self.num_rows, self.source.shape[0])
+        self.cross_bias = self.images.fold_bias(self.bias.cross_bias(self.tokens), self.source_mask)
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 class MuEDecoder(nn.Module):
