@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,22 @@ class _PositionBias:
         return position_scores(query, key, self._decoder_positions(), keys, heads, factor)
 
 
+class _LayerView(NamedTuple):
+    """What a layer call is about, which stays the same until rows exit or a layer misses other tokens: the tokens from
+    `filled` on of `num_rows` rows, their images, and the bias of the cross-attention as these fold it."""
+
+    num_rows: int
+    filled: Tensor | None
+    tokens: TokenView
+    images: ImageView
+    cross_bias: Tensor
+
+    def is_of(self, num_rows: int, filled: Tensor | None) -> bool:
+        if self.filled is None or filled is None:
+            return self.num_rows == num_rows and self.filled is filled
+        return torch.equal(self.filled, filled)
+
+
 class _DecoderCall:
     """One call of the decoder: which tokens it is about, what they attend to, and how a layer runs on some rows.
 
@@ -161,47 +177,43 @@ class _DecoderCall:
         self.attentions: tuple[list, list] | None = ([], []) if output_attentions else None
         # rows x tokens that policy "exact" ran besides the new tokens
         self.caught_up = 0
-        # what the layer that ran last was about: mostly the same as for the next one
-        self.filled: Tensor | None = None
-        self.count = -1
+        self.view: _LayerView | None = None
 
     def run_layer(self, layer: int, states: Tensor, rows: Tensor | None) -> Tensor:
         """Runs a layer on the new tokens' states [rows, tokens, d] and, in the same call, on earlier tokens of these
         rows that skipped it, where the cache asks for that."""
-        filled = None if self.cache is None else self.cache.skipped(layer, rows)
-        if self.count != states.shape[0] or not _same(filled, self.filled):
-            self._set_view(rows, filled)
-            self.count = states.shape[0]
-        joined = states if filled is None else self.cache.with_skipped(states, self.tokens)
+        cache = self.cache
+        filled = None if cache is None else cache.skipped(layer, rows)
+        if self.view is None or not self.view.is_of(states.shape[0], filled):
+            self.view = self._layer_view(states.shape[0], rows, filled)
+        tokens = self.view.tokens
+        joined = states if cache is None or filled is None else cache.with_skipped(states, tokens)
         self.caught_up += joined.shape[0] * joined.shape[1] - states.shape[0] * states.shape[1]
         output = self.layers[layer](
             joined,
             self.source,
-            self.bias.self_bias(layer, self.tokens, self.positions.stop),
-            self.cross_bias,
-            tokens=self.tokens,
-            images=self.images,
-            cache=self.cache,
+            self.bias.self_bias(layer, tokens, self.positions.stop),
+            self.view.cross_bias,
+            tokens=tokens,
+            images=self.view.images,
+            cache=cache,
             output_attentions=self.attentions is not None,
         )
         if self.attentions is not None:
             output, *weights = output
             for collected, part in zip(self.attentions, weights, strict=True):
-                collected.append(self.tokens.new_of(part.transpose(1, 2)).transpose(1, 2))
-        if filled is None:
+                collected.append(tokens.new_of(part.transpose(1, 2)).transpose(1, 2))
+        if cache is None or filled is None:
             return output
-        self.cache.keep_skipped(layer, output, self.tokens)
-        return self.tokens.new_of(output)
+        cache.keep_skipped(layer, output, tokens)
+        return tokens.new_of(output)
 
-    def _set_view(self, rows: Tensor | None, filled: Tensor | None) -> None:
-        self.filled = filled
-        self.tokens = TokenView(rows, self.positions, filled)
-        self.images = ImageView(self.tokens.rows, self.num_rows, self.source.shape[0])
-        self.cross_bias = self.images.fold_bias(self.bias.cross_bias(self.tokens), self.source_mask)
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
+    def _layer_view(self, num_rows: int, rows: Tensor | None, filled: Tensor | None) -> _LayerView:
+        tokens = TokenView(rows, self.positions, filled)
+        images = ImageView(tokens.rows, self.num_rows, self.source.shape[0])
+        return _LayerView(
+            num_rows, filled, tokens, images, images.fold_bias(self.bias.cross_bias(tokens), self.source_mask)
+        )
 
 
 class MuEDecoder(nn.Module):
