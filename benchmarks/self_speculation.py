@@ -76,7 +76,7 @@ def speculate(
             output = decoder(encoded, input_ids=token, cache=cache, policy=shallow)
             token = best(output.last_hidden_state)
             drafts.append(token)
-        # The deep layers first catch up with all drafted tokens, then run on the last one.
+        # The deep layers run on all drafted tokens and on the last one at once.
         last = decoder(encoded, input_ids=token, cache=cache).last_hidden_state
         states = [last]
         if drafts:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEProcessor
-from mue_hf.model.cache_mue import ImageView
+from mue_hf.model.views_mue import ImageView
 
 
 class Encoder(nn.Module):

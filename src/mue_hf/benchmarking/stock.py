@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from ..model.cache_mue import ImageView
 from ..model.encoder_mue import MuEEncoderOutput
 from ..model.layers_mue import MuELinear, known_true, mask_value, position_scores, relative_bias, text_relative_index
+from ..model.views_mue import ImageView
 
 
 def unfolded_copy(model: PreTrainedModel) -> PreTrainedModel:

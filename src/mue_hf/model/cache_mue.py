@@ -9,94 +9,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from .views_mue import TokenView
+
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class TokenView:
-    """Which decoder tokens a layer call is about.
-
-    Args:
-        rows (`LongTensor` [rows] on the CPU, *optional*): rows of the batch in ascending order; all by default.
-        positions (`slice` or `LongTensor` [rows, tokens]): their places in the sequence, one range for all or a list
-            each.
-    """
-
-    rows: Tensor | None
-    positions: slice | Tensor
-
-
-class ImageView:
-    """Which image each decoder row belongs to, and how rows of one image are folded into its query length.
-
-    Args:
-        rows (`LongTensor` [rows] on the CPU, *optional*): rows of the batch in ascending order; all by default.
-        num_rows, num_images (`int`): rows of the whole batch and images; row r belongs to image
-            r // (num_rows // num_images).
-
-    Attributes:
-        images (`LongTensor`, *optional*): the images that still have rows; None for all.
-        rows_per_image (`int`): places that the folded queries have for rows of an image.
-        runs (list of (query slice, image slice)): neighbouring images, so that their keys are sliced, not copied.
-    """
-
-    def __init__(self, rows: Tensor | None, num_rows: int, num_images: int):
-        group = num_rows // num_images
-        if rows is None:
-            self.images, self.index, self.rows_per_image = None, None, group
-            self.runs = [(slice(None), slice(None))]
-            self.count = num_images
-            return
-        self.images, inverse, counts = torch.unique_consecutive(rows // group, return_inverse=True, return_counts=True)
-        self.count, self.rows_per_image = len(self.images), int(counts.max())
-        place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[inverse]
-        self.index = None if len(rows) == self.count * self.rows_per_image else (inverse, place)
-        self.runs = self._neighbours(self.images)
-
-    @staticmethod
-    def _neighbours(images: Tensor) -> list[tuple[slice, slice]]:
-        cuts = [0, *((images[1:] - images[:-1] != 1).nonzero().flatten() + 1).tolist(), len(images)]
-        first = images.tolist()
-        return [(slice(a, b), slice(first[a], first[a] + b - a)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-
-    def fold_bias(self, bias: Tensor, mask: Tensor | None) -> Tensor:
-        """An additive bias [heads, tokens, source] or [rows, heads, tokens, source] as the folded queries need it,
-        [images or 1, heads, folded tokens or 1, source], with what mask [all images, source] hides filled in."""
-        if bias.dim() == 4:
-            bias = self.fold(bias)
-        elif bias.shape[1] > 1:
-            bias = bias.unsqueeze(1).expand(-1, self.rows_per_image, -1, -1).flatten(1, 2).unsqueeze(0)
-        else:
-            # one token: the singleton broadcasts over the folded rows
-            bias = bias.unsqueeze(0)
-        if mask is None:
-            return bias
-        mask = mask if self.images is None else mask[self.images]
-        return bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)
-
-    def fold(self, states: Tensor) -> Tensor:
-        """[rows, heads, tokens, x] -> [images, heads, rows_per_image * tokens, x]; a missing row has zeros."""
-        rows, heads, tokens, width = states.shape
-        if self.index is not None:
-            places = states.new_zeros(self.count, self.rows_per_image, heads, tokens, width)
-            states = places.index_put(self.index, states)
-        states = states.reshape(self.count, self.rows_per_image, heads, tokens, width)
-        return states.transpose(1, 2).flatten(2, 3)
-
-    def unfold(self, states: Tensor) -> Tensor:
-        """[images, rows_per_image * tokens, d] -> [rows, tokens, d]."""
-        states = states.unflatten(1, (self.rows_per_image, -1))
-        return states.flatten(0, 1) if self.index is None else states[self.index]
-
-    def unfold_weights(self, weights: tuple[Tensor | None, ...]) -> Tensor | None:
-        """[images, heads, rows_per_image * tokens, source] of all runs -> [rows, heads, tokens, source]."""
-        if weights[0] is None:
-            return None
-        states = torch.cat(weights) if len(weights) > 1 else weights[0]
-        if self.rows_per_image == 1:
-            return states
-        states = states.unflatten(2, (self.rows_per_image, -1)).transpose(1, 2)
-        return states.flatten(0, 1) if self.index is None else states[self.index]
 
 
 @dataclass
@@ -131,7 +46,8 @@ class MuECache(Cache):
 
     * "project": the exit state goes through the layer's own norm and projections (state propagation as in CALM);
     * "copy": the exit layer's keys and values are reused;
-    * "exact": the layer runs on all tokens that miss it, in one batch; the numbers are those of full depth.
+    * "exact": the layer runs on the tokens that miss it, in the call of the new ones; the numbers are those of full
+      depth.
 
     Gradients flow through the tokens of the current call, not into earlier calls.
 
@@ -199,20 +115,20 @@ class MuECache(Cache):
     def update_self(
         self, layer_idx: int, keys: Tensor, values: Tensor, view: TokenView, project: Project
     ) -> tuple[Tensor, Tensor]:
-        """Stores keys and values [rows, heads, tokens, head dim] of new tokens; returns those of the rows' whole
-        prefix, in which tokens that skipped this layer are completed first.
+        """Stores keys and values [rows, heads, tokens, head dim] of the view's tokens; returns those of the rows'
+        whole prefix, which policies "project" and "copy" complete first for tokens that skipped this layer.
 
         Args:
             project (`Callable`): states [rows, tokens, d] -> the layer's self-attention keys and values.
         """
         rows, positions = view.rows, view.positions
-        if isinstance(positions, slice):
-            self._complete(layer_idx, rows, project)
+        self._complete(layer_idx, rows, project)
         layer, index = self._with_room(layer_idx, keys), slice(None) if rows is None else rows
         if not isinstance(positions, slice):
-            layer.keys[rows[:, None], :, positions] = keys.detach().transpose(1, 2)
-            layer.values[rows[:, None], :, positions] = values.detach().transpose(1, 2)
-            return layer.keys[index, :, : self.length], layer.values[index, :, : self.length]
+            layer.keys[rows, :, positions[:, 0]] = keys.detach().squeeze(2)
+            layer.values[rows, :, positions[:, 0]] = values.detach().squeeze(2)
+            index = view.keys_of
+            return layer.keys[index, :, : view.new.stop], layer.values[index, :, : view.new.stop]
         layer.keys[index, :, positions] = keys.detach()
         layer.values[index, :, positions] = values.detach()
         if positions.start == 0:
@@ -263,21 +179,22 @@ class MuECache(Cache):
         self.states[early, start : self.length] = states[early].detach()
         self.depths[early, start : self.length] = depths[early].unsqueeze(1)
 
-    def _incomplete(self, layer_idx: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of `rows` those with tokens that skipped the layer, and how many leading positions of each are filled."""
-        rows = torch.arange(self.num_rows) if rows is None else rows
+    def _filled(self, layer_idx: int, rows: Tensor | None) -> Tensor:
+        """How many leading positions of each of `rows` the layer has keys and values for [rows]."""
         filled = self.layers[layer_idx].filled
-        filled = torch.zeros(len(rows), dtype=torch.long) if filled is None else filled[rows]
-        missing = filled < self.length
-        return rows[missing], filled[missing]
+        if filled is None:
+            return torch.zeros(self.num_rows if rows is None else len(rows), dtype=torch.long)
+        return filled if rows is None else filled[rows]
 
     def _complete(self, layer_idx: int, rows: Tensor | None, project: Project) -> None:
         """Policies "project" and "copy": keys and values of the tokens of `rows` that skipped the layer."""
         if self.states is None or self.kv_policy == "exact":
             return
-        rows, filled = self._incomplete(layer_idx, rows)
-        if not len(rows):
+        filled = self._filled(layer_idx, rows)
+        incomplete = filled < self.length
+        if not incomplete.any():
             return
+        rows, filled = (torch.arange(self.num_rows) if rows is None else rows)[incomplete], filled[incomplete]
         missing = (torch.arange(self.length) >= filled.unsqueeze(1)).nonzero()
         row, position = rows[missing[:, 0]], missing[:, 1]
         if self.kv_policy == "copy":
@@ -299,28 +216,23 @@ class MuECache(Cache):
             values[of] = self.layers[i].values[row[of], :, position[of]]
         return keys, values
 
-    def catch_up(self, layer_idx: int, rows: Tensor | None, run: Callable[[Tensor, TokenView], Tensor]) -> int:
-        """Policy "exact": runs a layer on the tokens of `rows` that skipped it, before these rows enter it.
+    def skipped(self, layer_idx: int, rows: Tensor | None) -> Tensor | None:
+        """Policy "exact": from which position on each of `rows` has to run a layer [rows], since earlier tokens
+        skipped it; None where no row misses any."""
+        if self.kv_policy != "exact" or self.states is None:
+            return None
+        filled = self._filled(layer_idx, rows)
+        return filled.clone() if bool((filled < self.length).any()) else None
 
-        Args:
-            run (`Callable`): (states [rows, tokens, d], view) -> the layer's output; it updates this cache.
+    def with_skipped(self, states: Tensor, tokens: TokenView) -> Tensor:
+        """The states [rows, tokens, d] of new tokens, and those of the view's earlier ones: what the layer runs on."""
+        return tokens.join(self.states[tokens.older_index], states)
 
-        Returns:
-            `int`: how often the layer ran, as rows x tokens.
-        """
-        if self.kv_policy != "exact" or self.states is None or self.length == 0:
-            return 0
-        rows, filled = self._incomplete(layer_idx, rows)
-        if not len(rows):
-            return 0
-        # Rows miss different numbers of tokens: shorter lists repeat their last token, which changes nothing.
-        span = torch.arange(int(self.length - filled.min()))
-        positions = (filled.unsqueeze(1) + span).clamp(max=self.length - 1)
-        index = rows.unsqueeze(1), positions
-        self.states[index] = run(self.states[index], TokenView(rows, positions)).detach()
-        self.depths[index] = layer_idx + 1
-        self.layers[layer_idx].filled[rows] = self.length
-        return positions.numel()
+    def keep_skipped(self, layer_idx: int, states: Tensor, tokens: TokenView) -> None:
+        """Stores what the layer made of the view's earlier tokens, which the next layer starts from."""
+        self.states[tokens.older_index] = tokens.older_of(states).detach()
+        self.depths[tokens.older_index] = layer_idx + 1
+        self.layers[layer_idx].filled[slice(None) if tokens.rows is None else tokens.rows] = self.length
 
     # --- what `generate` asks of a cache ---------------------------------------------------------------------------
 
@@ -388,4 +300,4 @@ class MuECache(Cache):
         return self.num_rows is not None
 
 
-__all__ = ["ImageView", "MuECache", "MuECacheLayer", "TokenView"]
+__all__ = ["MuECache", "MuECacheLayer"]

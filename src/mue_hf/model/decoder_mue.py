@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import auto_docstring
 
-from .cache_mue import ImageView, MuECache, TokenView
+from .cache_mue import MuECache
 from .criteria_mue import ExitPolicy
 from .early_exit_mue import ExitDecider, ExitRecord, run_stack
 from .encoder_mue import MuEEncoderOutput, check_token_ids
@@ -22,6 +22,7 @@ from .layers_mue import (
     table_rows,
     text_relative_index,
 )
+from .views_mue import ImageView, TokenView
 
 
 @dataclass
@@ -57,7 +58,8 @@ class _PositionBias:
             self.offsets = self.key_mask.int().argmax(dim=1)
 
     def self_bias(self, layer: int, tokens: TokenView, keys: int) -> Tensor:
-        """Additive bias [rows or 1, heads, tokens, keys] of the self-attention; it masks later and missing tokens."""
+        """Additive bias [rows or 1, heads, tokens, keys] of the self-attention, folded as the view of the tokens says;
+        it masks later and missing tokens."""
         table = self._self_table(layer)
         if isinstance(tokens.positions, slice) and self.offsets is None:
             bias = table[:, tokens.positions, :keys].unsqueeze(0)
@@ -69,7 +71,7 @@ class _PositionBias:
         if self.key_mask is not None:
             mask = self.key_mask[:, :keys] if tokens.rows is None else self.key_mask[tokens.rows, :keys]
             bias = bias.masked_fill(~mask[:, None, None, :], mask_value(bias))
-        return bias
+        return bias if tokens.fold is None else tokens.fold.fold_bias(bias, None)
 
     def cross_bias(self, tokens: TokenView) -> Tensor:
         """Additive bias [heads, tokens, source], or [rows, heads, tokens, source] where rows differ in position."""
@@ -123,6 +125,22 @@ class _PositionBias:
         return position_scores(query, key, self._decoder_positions(), keys, heads, factor)
 
 
+class _LayerView(NamedTuple):
+    """What a layer call is about, which stays the same until rows exit or a layer misses other tokens: the tokens from
+    `filled` on of `num_rows` rows, their images, and the bias of the cross-attention as these fold it."""
+
+    num_rows: int
+    filled: Tensor | None
+    tokens: TokenView
+    images: ImageView
+    cross_bias: Tensor
+
+    def is_of(self, num_rows: int, filled: Tensor | None) -> bool:
+        if self.filled is None or filled is None:
+            return self.num_rows == num_rows and self.filled is filled
+        return torch.equal(self.filled, filled)
+
+
 class _DecoderCall:
     """One call of the decoder: which tokens it is about, what they attend to, and how a layer runs on some rows.
 
@@ -153,53 +171,48 @@ class _DecoderCall:
             cache.begin(num_rows, num_tokens)
             past, tables = cache.length, cache.tables
             length = min(cache.capacity, decoder.config.max_position_embeddings)
-        self.past, self.positions = past, slice(past, past + num_tokens)
+        self.positions = slice(past, past + num_tokens)
         self.bias = _PositionBias(decoder, encoder_outputs.position_embeddings[0], mask, length, tables)
         self.new_mask = None if self.bias.key_mask is None else self.bias.key_mask[:, past:]
         self.attentions: tuple[list, list] | None = ([], []) if output_attentions else None
         # rows x tokens that policy "exact" ran besides the new tokens
         self.caught_up = 0
-        # of the rows that ran last: they change only when rows exit
-        self.images: tuple[ImageView, Tensor] | None = None
-        self.images_count = -1
+        self.view: _LayerView | None = None
 
     def run_layer(self, layer: int, states: Tensor, rows: Tensor | None) -> Tensor:
-        """Runs a layer on the new tokens' states [rows, tokens, d]; earlier tokens of these rows catch up first."""
-        if self.cache is not None:
-            self.caught_up += self.cache.catch_up(layer, rows, lambda x, tokens: self._run(layer, x, tokens))
-        tokens = TokenView(rows, self.positions)
-        if self.images is None or self.images_count != states.shape[0]:
-            self.images, self.images_count = self._image_view(tokens), states.shape[0]
-        output = self._run(layer, states, tokens, self.images, self.attentions is not None)
-        if self.attentions is None:
-            return output
-        for collected, weights in zip(self.attentions, output[1:], strict=True):
-            collected.append(weights)
-        return output[0]
-
-    def _image_view(self, tokens: TokenView) -> tuple[ImageView, Tensor]:
-        view = ImageView(tokens.rows, self.num_rows, self.source.shape[0])
-        return view, view.fold_bias(self.bias.cross_bias(tokens), self.source_mask)
-
-    def _run(
-        self,
-        layer: int,
-        states: Tensor,
-        tokens: TokenView,
-        images: tuple[ImageView, Tensor] | None = None,
-        output_attentions: bool = False,
-    ) -> Any:
-        view, cross_bias = images or self._image_view(tokens)
-        keys = tokens.positions.stop if isinstance(tokens.positions, slice) else self.past
-        return self.layers[layer](
-            states,
+        """Runs a layer on the new tokens' states [rows, tokens, d] and, in the same call, on earlier tokens of these
+        rows that skipped it, where the cache asks for that."""
+        cache = self.cache
+        filled = None if cache is None else cache.skipped(layer, rows)
+        if self.view is None or not self.view.is_of(states.shape[0], filled):
+            self.view = self._layer_view(states.shape[0], rows, filled)
+        tokens = self.view.tokens
+        joined = states if cache is None or filled is None else cache.with_skipped(states, tokens)
+        self.caught_up += joined.shape[0] * joined.shape[1] - states.shape[0] * states.shape[1]
+        output = self.layers[layer](
+            joined,
             self.source,
-            self.bias.self_bias(layer, tokens, keys),
-            cross_bias,
+            self.bias.self_bias(layer, tokens, self.positions.stop),
+            self.view.cross_bias,
             tokens=tokens,
-            images=view,
-            cache=self.cache,
-            output_attentions=output_attentions,
+            images=self.view.images,
+            cache=cache,
+            output_attentions=self.attentions is not None,
+        )
+        if self.attentions is not None:
+            output, *weights = output
+            for collected, part in zip(self.attentions, weights, strict=True):
+                collected.append(tokens.new_of(part.transpose(1, 2)).transpose(1, 2))
+        if cache is None or filled is None:
+            return output
+        cache.keep_skipped(layer, output, tokens)
+        return tokens.new_of(output)
+
+    def _layer_view(self, num_rows: int, rows: Tensor | None, filled: Tensor | None) -> _LayerView:
+        tokens = TokenView(rows, self.positions, filled)
+        images = ImageView(tokens.rows, self.num_rows, self.source.shape[0])
+        return _LayerView(
+            num_rows, filled, tokens, images, images.fold_bias(self.bias.cross_bias(tokens), self.source_mask)
         )
 
 

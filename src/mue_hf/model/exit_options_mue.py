@@ -73,7 +73,7 @@ class ExitOptions:
             No row exits before this many layers.
         exit_kv (`str`):
             Self-attention keys and values of skipped layers: "project" (from the exit state), "copy" (of the exit
-            layer) or "exact" (the skipped layers are run when a later token needs them).
+            layer) or "exact" (the skipped layers are run in the call of a later token that needs them).
     """
 
     image_exit_threshold: Threshold = None

@@ -9,7 +9,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_mue import ImageView, MuECache, TokenView
+from .cache_mue import MuECache
+from .views_mue import ImageView, TokenView
 
 
 def eager_attention_forward(
@@ -119,27 +120,25 @@ class MuEAttention(nn.Module):
         return (output * self.c_attn.unsqueeze(-1)).flatten(2), weights
 
     def forward(
-        self, hidden_states: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
+        self, hidden_states: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, view: ImageView | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Queries from hidden_states [batch, tokens, d] over given keys and values. Returns output and weights."""
-        output, weights = self.attend(self.split_heads(self.q_proj(hidden_states)), keys, values, bias)
-        return self.out_proj(output), weights
+        """Queries from hidden_states [batch, tokens, d] over given keys and values. Returns output and weights.
 
-
-class MuECrossAttention(MuEAttention):
-    """Attention of decoder tokens to an image and its text. All rows of one image are folded into the query length."""
-
-    def forward(
-        self, hidden_states: Tensor, keys: Tensor, values: Tensor, bias: Tensor, view: ImageView
-    ) -> tuple[Tensor, Tensor | None]:
-        """Queries of decoder rows [rows, tokens, d] over the keys and values of all images; `bias` is folded."""
-        query = view.fold(self.split_heads(self.q_proj(hidden_states)))
+        Args:
+            view (`ImageView`, *optional*): which keys and values each row attends to: rows that share them are folded
+                into the query length, as `bias` is. By default each row has its own.
+        """
+        query = self.split_heads(self.q_proj(hidden_states))
+        if view is None:
+            output, weights = self.attend(query, keys, values, bias)
+            return self.out_proj(output), weights
+        query = view.fold(query)
         parts = (
             self.attend(query[q], keys[kv], values[kv], bias if bias.shape[0] == 1 else bias[q]) for q, kv in view.runs
         )
-        outputs, weights = zip(*parts, strict=True)
+        outputs, folded = zip(*parts, strict=True)
         output = view.unfold(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
-        return self.out_proj(output), view.unfold_weights(weights)
+        return self.out_proj(output), view.unfold_weights(folded)
 
 
 def drop_path(states: Tensor, rate: float) -> Tensor:
@@ -204,7 +203,7 @@ class MuEDecoderLayer(_MuELayer):
         rate = config.decoder_drop_path_rate * layer_idx / max(config.decoder_layers - 1, 1)
         super().__init__(config, config.decoder_attention_heads, config.decoder_ffn_dim, rate)
         self.layer_idx = layer_idx
-        self.cross_attn = MuECrossAttention(config, config.decoder_attention_heads)
+        self.cross_attn = MuEAttention(config, config.decoder_attention_heads)
         self.cross_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.cross_attn_mid_layer_norm = nn.LayerNorm(config.d_model)
 
@@ -228,6 +227,7 @@ class MuEDecoderLayer(_MuELayer):
         Args:
             encoder_hidden_states (`Tensor` [images, source, d]): what cross-attention keys are made of, once.
             self_bias (`Tensor` [rows or 1, heads, tokens, keys]): additive bias of the self-attention; it also masks.
+                Folded where the view of the tokens says how.
             cross_bias (`Tensor` [images or 1, heads, folded tokens or 1, source]): the same for cross-attention.
             tokens (`TokenView`): which rows and positions these are.
             images (`ImageView`): which image each row belongs to.
@@ -237,7 +237,9 @@ class MuEDecoderLayer(_MuELayer):
         keys, values = self.self_attn.keys_values(states)
         if cache is not None:
             keys, values = cache.update_self(self.layer_idx, keys, values, tokens, self.project_self)
-        output, self_weights = self.self_attn(states, keys, values, self_bias)
+        # the export of a layer passes no tokens
+        fold = None if tokens is None else tokens.fold
+        output, self_weights = self.self_attn(states, keys, values, self_bias, fold)
         hidden_states = self.residual(hidden_states, self.self_attn_mid_layer_norm(output))
 
         if cache is None:
@@ -298,7 +300,6 @@ def mask_value(bias: Tensor) -> float:
 
 __all__ = [
     "MuEAttention",
-    "MuECrossAttention",
     "MuEDecoderLayer",
     "MuEEncoderLayer",
     "MuELinear",
