@@ -309,7 +309,7 @@ class MuEGenerationMixin(AnswerScoringMixin, RescoringMixin, GenerationMixin):
             kwargs["generation_config"] = all_beams = copy(config)
             all_beams.num_return_sequences, all_beams.return_dict_in_generate = config.num_beams, True
             every = super()._beam_search(input_ids, *args, **kwargs)
-            output, executed = self._rescored(every, config, run.schedule.prompt_length, run.text_ids, kwargs)
+            output, executed = self._rescored(every, config, run, kwargs)
             run.executed += executed
             if not config.return_dict_in_generate:
                 return output.sequences

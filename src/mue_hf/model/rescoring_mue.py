@@ -46,8 +46,7 @@ class RescoringMixin:
         self,
         output: ModelOutput,
         config: GenerationConfig,
-        prompt: int,
-        text_ids: slice | None,
+        run: Any,
         search: Mapping[str, Any],
     ) -> tuple[ModelOutput, int]:
         """Of a search, the sequences that are best at full depth.
@@ -61,8 +60,7 @@ class RescoringMixin:
         Args:
             output (`ModelOutput`): of the search, with all hypotheses [rows = images x beams].
             config (`GenerationConfig`): how many of them are wanted, and how they are scored.
-            prompt (`int`): tokens of the prompt.
-            text_ids (`slice`, *optional*): token ids that can be emitted; all by default.
+            run (`_ExitRun`): the state of the call.
             search (`Mapping`): the arguments of the search.
 
         Returns:
@@ -71,9 +69,10 @@ class RescoringMixin:
             tokens.
         """
         sequences, lengths = output.sequences, (output.beam_indices >= 0).sum(1)
+        prompt = run.schedule.prompt_length
         states, executed = self._full_depth_states(sequences, prompt, search)
         totals = torch.zeros(len(sequences), device=sequences.device)
-        for step, logits in enumerate(self._step_logits(states, text_ids)):
+        for step, logits in enumerate(self._step_logits(states, run.text_ids)):
             prefixes, live = sequences[:, : prompt + step], step < lengths
             scores = logits.float().log_softmax(-1)
             for processor in search["logits_processor"]:
@@ -86,9 +85,10 @@ class RescoringMixin:
             chosen = scores.gather(1, sequences[:, prompt + step, None].clamp_min(0)).squeeze(1)
             totals = totals + torch.where(live, chosen, 0.0)
         scores = totals / lengths.clamp_min(1) ** config.length_penalty
-        missing = ~_ended(sequences, lengths, prompt, search["stopping_criteria"])
-        missing |= _repeated(sequences, config.num_beams)
-        scores = scores.masked_fill(missing, -torch.inf)
+        ended = _ended(sequences, lengths, prompt, search["stopping_criteria"])
+        # a beam of an image that has too few continuations may go on after its end
+        ended &= ~run.finished(sequences).gather(1, lengths.clamp_min(1).unsqueeze(1) - 1).squeeze(1)
+        scores = scores.masked_fill(~ended | _repeated(sequences, config.num_beams), -torch.inf)
         # those of one score stay in the order of the search
         order = scores.unflatten(0, (-1, config.num_beams)).sort(dim=1, descending=True, stable=True).indices
         first = torch.arange(len(order), device=order.device).unsqueeze(1) * config.num_beams
