@@ -69,6 +69,7 @@ def count(config, model, **options):
         beams=options.get("num_beams", 1),
         exit_kv=options.get("exit_kv", "project"),
         criterion=options.get("exit_criterion", "similarity"),
+        rescore=options.get("exit_rescore", False),
     )
     return depths, sum(parts.values()), counter.get_total_flops()
 
@@ -83,6 +84,13 @@ def test_counts_what_torch_counts(decomposed, beams, exits):
         streams = {"image_exit_layer": 2, "text_exit_layer": 1} if decomposed else {"encoder_exit_layer": 2}
         options |= {"exit_criterion": "fixed", "decoder_exit_layer": 2} | streams
     _, ours, theirs = count(config, make_model(config), **options)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("exits", [{}, {"exit_criterion": "fixed", "decoder_exit_layer": 2}], ids=["full", "exits"])
+def test_counts_hypotheses_that_are_scored_anew(exits):
+    config = make_config(text_vocab_size=30)
+    _, ours, theirs = count(config, make_model(config), num_beams=3, max_new_tokens=6, exit_rescore=True, **exits)
     assert ours == theirs
 
 

@@ -74,6 +74,8 @@ def test_laws(seed):
     inputs["patch_mask"] = torch.tensor([draw.random() < 0.8 for _ in range(batch)])
     prompts = draw_prompts(draw, batch)
     options, decoding = draw_options(draw, decomposed), draw_decoding(draw)
+    if decoding["num_beams"] > 1:
+        options["exit_rescore"] = draw.random() < 0.5
     outputs = []
     prompted = inputs | left_padded(prompts)
     calls = count_calls(model, lambda: outputs.append(model.generate(**prompted, **options, **decoding)))

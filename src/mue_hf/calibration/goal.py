@@ -12,7 +12,7 @@ from .bounds import METHODS, check_choice, check_share
 RISKS = ("disagreement", "metric")
 OBJECTIVES = ("flops", "time")
 # Exit options that every candidate may share; the others are what calibration finds.
-SHARED_OPTIONS = ("exit_decay_tau", "exit_kv", "exit_min_layers")
+SHARED_OPTIONS = ("exit_decay_tau", "exit_kv", "exit_min_layers", "exit_rescore")
 
 
 def calibrated_criteria() -> list[str]:

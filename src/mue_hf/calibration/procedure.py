@@ -95,7 +95,8 @@ def calibrate(
             "fixed" all depths are tried. `levels` is its deprecated name.
         candidates (`int`): combinations to run on the search and held-out split at most.
         search_share (`float`), seed (`int`): share of the images in the search split, in (0, 1), and how it is drawn.
-        options (`dict`): of `generate`, for every run; of exit options `exit_decay_tau`, `exit_kv`, `exit_min_layers`.
+        options (`dict`): of `generate`, for every run; of exit options those in
+            `SHARED_OPTIONS`: `exit_decay_tau`, `exit_kv`, `exit_min_layers`, `exit_rescore`.
         batch_size, prompt_type, progress: see [`predict`].
         folder (`str` or `os.PathLike`): where the outputs of all runs are kept, so that an interrupted calibration of
             the same weights, data and options goes on from there; made if it does not exist.

@@ -30,7 +30,10 @@ from .goal import SHARED_OPTIONS, Goal
 # Saved options must not reach a run: a preset takes their place.
 DEFAULTS = {
     name: getattr(ExitOptions(), name)
-    for name in ("exit_criterion", "exit_decay_beta", "exit_decay_tau", "exit_kv", "exit_min_layers", "exit_warmup")
+    for name in (
+        *("exit_criterion", "exit_decay_beta", "exit_decay_tau"),
+        *("exit_kv", "exit_min_layers", "exit_rescore", "exit_warmup"),
+    )
 }
 
 

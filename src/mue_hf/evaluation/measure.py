@@ -216,7 +216,7 @@ class Meter:
         # The encoder's prompt without </s>, or <s> alone; and the longest beginning of an answer that is run.
         prompt = text_tokens - 1 if self.prompt_type == "prev_output" else 1
         length = prompt + max(map(len, branching))
-        sizes |= {"text_tokens": text_tokens, "max_tokens": length, "beams": 1}
+        sizes |= {"text_tokens": text_tokens, "max_tokens": length, "beams": 1, "rescore": False}
         # A token that runs no layer costs what all of them share.
         parts = caption_flops(config, [0], **sizes)
         memory = sizes["image_tokens"] + text_tokens

@@ -80,6 +80,7 @@ def caption_flops(
     beams: int = 1,
     exit_kv: str = "project",
     criterion: str = "similarity",
+    rescore: bool = False,
 ) -> dict[str, int]:
     """FLOPs of one caption by its parts, for the depths that were reached and an image that is alone in its batch.
 
@@ -96,6 +97,8 @@ def caption_flops(
             value projections ("project"), nothing ("copy") or the layer itself ("exact").
         criterion (`str`, *optional*, defaults to `"similarity"`): one that needs intermediate logits runs the whole
             output head after every layer but the last; what `generate` emits takes the rows of text alone.
+        rescore (`bool`, *optional*, defaults to False): whether all beams, as long as the returned one, run once more
+            at full depth, all tokens at once (`exit_rescore`).
 
     Returns:
         `dict[str, int]`: "trunk", "image_encoder", "text_encoder" ("encoder" in the joint mode), "cross_keys",
@@ -115,7 +118,8 @@ def caption_flops(
     else:
         parts["encoder"] = projection + encoder_flops(config, encoder_tokens, max(image_exit_layers, text_exit_layers))
     # The position keys of the encoder tokens are shared by all layers.
-    parts["cross_keys"] = (2 * max(decoder_exit_layers, default=0) + 1) * 2 * encoder_tokens * width**2
+    deepest = config.decoder_layers if rescore else max(decoder_exit_layers, default=0)
+    parts["cross_keys"] = (2 * deepest + 1) * 2 * encoder_tokens * width**2
     layers = fill = 0
     for position, filled in enumerate(filled_layers(decoder_exit_layers)):
         layer = decoder_layer_flops(config, position, encoder_tokens)
@@ -128,6 +132,12 @@ def caption_flops(
     rows = len(decoder_exit_layers) * config.num_text_tokens
     rows += intermediate_logits(config, decoder_exit_layers, criterion) * config.vocab_size
     parts["head"] = beams * 2 * width * rows
+    if rescore:
+        tokens = len(decoder_exit_layers)
+        # All tokens at once attend to places that lie after them, masked but multiplied.
+        layer = decoder_layer_flops(config, tokens - 1, encoder_tokens)
+        parts["decoder"] += beams * tokens * config.decoder_layers * layer
+        parts["head"] += beams * tokens * config.num_text_tokens * 2 * width
     return parts
 
 
@@ -166,7 +176,8 @@ class FlopCount:
         saved = model.generation_config.to_dict()
         exits = resolve_options(options, {}, saved, model.config)
         self.config, self.count = model.config, count
-        self.policy = {"exit_kv": exits.exit_kv, "criterion": exits.exit_criterion if exits.active else "never"}
+        criterion = exits.exit_criterion if exits.active else "never"
+        self.policy = {"exit_kv": exits.exit_kv, "criterion": criterion, "rescore": exits.exit_rescore}
         self.max_tokens = max_new_tokens(model, options)
         self.beams = (saved | dict(options)).get("num_beams") or 1
         self.trunk = cache(partial(trunk_flops, model))

@@ -2,7 +2,8 @@
 cross-attention once per image."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -235,6 +236,13 @@ class MuECache(Cache):
         self.layers[layer_idx].filled[slice(None) if tokens.rows is None else tokens.rows] = self.length
 
     # --- what `generate` asks of a cache ---------------------------------------------------------------------------
+
+    def for_same_images(self) -> "MuECache":
+        """An empty cache of other tokens of the same rows, which shares what belongs to images and positions."""
+        other = copy(self)
+        other.length, other.states, other.depths = 0, None, None
+        other.layers = [replace(layer, keys=None, values=None, filled=None) for layer in self.layers]
+        return other
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row r continues as row beam_idx[r] did. Beams stay with their image, so cross-attention keys stay put."""

@@ -24,7 +24,7 @@ LAYER_OPTIONS = {
 }
 STREAMS = tuple(THRESHOLD_OPTIONS)
 # Taken by every criterion that can exit, and by those that compare a score with a decaying threshold.
-SHARED_OPTIONS = frozenset({"exit_criterion", "exit_kv", "exit_min_layers", "exit_warmup"})
+SHARED_OPTIONS = frozenset({"exit_criterion", "exit_kv", "exit_min_layers", "exit_rescore", "exit_warmup"})
 ENCODER_THRESHOLDS = frozenset(name for stream, name in THRESHOLD_OPTIONS.items() if stream != "decoder")
 DECODER_THRESHOLD = frozenset({"decoder_exit_threshold", "exit_decay_beta", "exit_decay_tau"})
 

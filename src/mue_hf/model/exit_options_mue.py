@@ -74,6 +74,8 @@ class ExitOptions:
         exit_kv (`str`):
             Self-attention keys and values of skipped layers: "project" (from the exit state), "copy" (of the exit
             layer) or "exact" (the skipped layers are run in the call of a later token that needs them).
+        exit_rescore (`bool`):
+            Beam search: the final hypotheses are scored anew at full depth, in one pass, and the best are returned.
     """
 
     image_exit_threshold: Threshold = None
@@ -91,6 +93,7 @@ class ExitOptions:
     decoder_exit_layer: Depth = None
     exit_min_layers: int = 1
     exit_kv: str = "project"
+    exit_rescore: bool = False
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], config: Any) -> "ExitOptions":
@@ -169,6 +172,15 @@ def check_names(names: Iterable[str], allowed: Iterable[str] = OPTION_NAMES) -> 
             near = difflib.get_close_matches(name, sorted(allowed), n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"use one of {sorted(allowed)}."
             raise ValueError(f"`{name}` is not an exit option; {hint}")
+
+
+def check_no_search(call: Mapping[str, Any], where: str) -> None:
+    """Raises a ValueError for options of a call of `where` that only a search can follow; in a preset they rest."""
+    if call.get("exit_rescore"):
+        raise ValueError(
+            f"`exit_rescore` must be left out of `{where}`, which has no hypotheses to score anew, got "
+            f"{call['exit_rescore']!r}; pass it to `generate` with `num_beams` above 1."
+        )
 
 
 def resolve_options(
@@ -275,6 +287,7 @@ def _check_scalars(given: Mapping[str, Any], most_layers: int) -> None:
         "exit_warmup": (lambda x: _is_number(x) and 0 <= x <= 1, "a share of the steps in [0, 1] (0 is none)"),
         "exit_criterion": (lambda x: isinstance(x, str) and x in CRITERIA, f"one of {list(CRITERIA)}"),
         "exit_kv": (lambda x: x in KV_POLICIES, f"one of {list(KV_POLICIES)}"),
+        "exit_rescore": (lambda x: isinstance(x, bool), "True or False"),
     }
     for name in ("exit_patience", "exit_min_layers"):
         rules[name] = (
@@ -332,6 +345,7 @@ __all__ = [
     "SHIPPED_PRESETS",
     "ExitOptions",
     "check_names",
+    "check_no_search",
     "chosen_preset",
     "exit_attributes",
     "resolve_options",

@@ -1,6 +1,7 @@
 """What `generate` needs to exit early: options into policies, Theta(t) step by step, depths back through beams."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ from .early_exit_mue import ExitRecord, ExitSchedule
 from .encoder_mue import check_attentions
 from .exit_options_mue import CONFIG_NAMES, check_names, exit_attributes, resolve_options
 from .presets_mue import weights_fingerprint
+from .rescoring_mue import RescoringMixin, check_rescoring
 from .scoring_mue import AnswerScoringMixin, MuEScoreOutput
 
 Allowed = Callable[[int, Tensor], list[int]]
@@ -51,7 +53,8 @@ class MuEGenerateOutput(ExitRecord, GenerateEncoderDecoderOutput):
 @dataclass
 class MuEGenerateBeamOutput(ExitRecord, GenerateBeamEncoderDecoderOutput):
     """Output of `generate` with beams; see [`ExitRecord`] for exits. All running beams count in `executed_layers`,
-    also those that no returned sequence descends from."""
+    also those that no returned sequence descends from, and so does the pass of `exit_rescore`, whose scores are then
+    `sequences_scores`."""
 
 
 @dataclass
@@ -93,7 +96,7 @@ class _ExitRun:
         return torch.tensor(sorted(following), device=input_ids.device) if following else None
 
 
-class MuEGenerationMixin(AnswerScoringMixin, GenerationMixin):
+class MuEGenerationMixin(AnswerScoringMixin, RescoringMixin, GenerationMixin):
     """`generate` with exit options, per-token thresholds, and exit depths in its output."""
 
     def _prepare_generation_config(
@@ -127,6 +130,8 @@ class MuEGenerationMixin(AnswerScoringMixin, GenerationMixin):
     def _validate_generation_mode(
         self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict
     ) -> None:
+        if generation_config._exit_options.exit_rescore:
+            check_rescoring(generation_mode, generation_config, generation_mode_kwargs.get("streamer"))
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
         if generation_mode != GenerationMode.ASSISTED_GENERATION:
             return
@@ -299,8 +304,17 @@ class MuEGenerationMixin(AnswerScoringMixin, GenerationMixin):
         return MuEGenerateOutput(**output, **_exit_record(run, depths, kwargs["encoder_outputs"]))
 
     def _beam_search(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        run = kwargs["exit_run"]
-        output = super()._beam_search(input_ids, *args, **kwargs)
+        run, config = kwargs["exit_run"], kwargs["generation_config"]
+        if config._exit_options.exit_rescore:
+            kwargs["generation_config"] = all_beams = copy(config)
+            all_beams.num_return_sequences, all_beams.return_dict_in_generate = config.num_beams, True
+            every = super()._beam_search(input_ids, *args, **kwargs)
+            output, executed = self._rescored(every, config, run, kwargs)
+            run.executed += executed
+            if not config.return_dict_in_generate:
+                return output.sequences
+        else:
+            output = super()._beam_search(input_ids, *args, **kwargs)
         if isinstance(output, Tensor):
             return output
         # Token t of a sequence was made by row beam_indices[t] of step t; -1 is no token.

@@ -19,7 +19,7 @@ from .criteria_mue import ExitPolicy
 from .decoder_mue import MuEDecoder, MuEDecoderOutput
 from .early_exit_mue import ExitRecord
 from .encoder_mue import MuEEncoder, MuEEncoderOutput
-from .exit_options_mue import CONFIG_NAMES, ExitOptions, check_names, resolve_options
+from .exit_options_mue import CONFIG_NAMES, ExitOptions, check_names, check_no_search, resolve_options
 from .generation_mue import MuEGenerationMixin
 from .layers_mue import MuEAttention, MuEOutputHead
 from .presets_mue import PresetCheckMixin
@@ -266,6 +266,7 @@ class MuEModel(MuEPreTrainedModel):
             hint = f"did you mean `{near[0]}`?" if near else "drop it."
             raise ValueError(f"`{unknown[0]}` must be an input of the model, which it is not; {hint}")
         given = {name: value for name, value in kwargs.items() if name in names and value is not None}
+        check_no_search(given, "forward")
         return resolve_options(given, {}, {"exit_presets": presets}, self.config) if given else None
 
     def _cache(

@@ -10,7 +10,14 @@ from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
 from .early_exit_mue import ExitRecord
-from .exit_options_mue import CONFIG_NAMES, ExitOptions, check_names, exit_attributes, resolve_options
+from .exit_options_mue import (
+    CONFIG_NAMES,
+    ExitOptions,
+    check_names,
+    check_no_search,
+    exit_attributes,
+    resolve_options,
+)
 from .layers_mue import known_true
 
 
@@ -182,6 +189,7 @@ class AnswerScoringMixin:
         """Takes the exit options out of the keyword arguments, and resolves them with those that are saved."""
         call = {name: inputs.pop(name) for name in list(inputs) if name in CONFIG_NAMES}
         check_names(inputs, CONFIG_NAMES)
+        check_no_search(call, "score_answers")
         saved = exit_attributes(self.generation_config)
         options = resolve_options(call, {}, saved, self.config)
         if options.active:
