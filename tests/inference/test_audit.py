@@ -14,7 +14,7 @@ from mue_hf.inference.bulk import bulk_rows
 from mue_hf.inference.journal import Journal
 from mue_hf.inference.sources import Row
 
-ROWS = 40
+ROWS = 30
 PROMISE = {"risk": "disagreement", "task": "captioning", "budget": 0.05}
 # Thresholds that no layer reaches.
 CAREFUL = {"image_exit_threshold": 2.0, "text_exit_threshold": 2.0, "decoder_exit_threshold": 2.0}
@@ -239,9 +239,9 @@ class TestFiles:
         with pytest.warns(UserWarning, match="is refuted after row"):
             _, expected, output = caption(*arguments, out="whole.jsonl")
         whole = json.loads(output.out)["audit"]
-        assert whole["rows"] > 10 and 5 < whole["refuted_at"] < ROWS - 4 and whole["budget"] == 0.05
+        assert whole["rows"] > 10 and 4 < whole["refuted_at"] < ROWS - 4 and whole["budget"] == 0.05
         for number in (4, whole["refuted_at"] + 4):
-            with monkeypatch.context() as patch, pytest.warns() if number > 4 else monkeypatch.context():
+            with monkeypatch.context() as patch:
                 patch.setattr(Journal, "append", killed_after(number))
                 assert caption(*arguments, out=f"{number}.jsonl")[0] == 130
             with pytest.warns(UserWarning, match=f"is refuted after row {whole['refuted_at']}:"):
@@ -276,7 +276,7 @@ class TestFiles:
     def test_a_run_without_an_audit_has_none_of_it(self, caption, tmp_path):
         _, rows, output = caption("--json", preset="careful")
         assert not {"audited", "changed", "full_depth"} & rows[0].keys()
-        assert "audit" not in (tmp_path / "out.jsonl.run.json").read_text() + output.out
+        assert '"audit' not in (tmp_path / "out.jsonl.run.json").read_text() + output.out
 
     def test_parquet(self, caption, tmp_path):
         import pyarrow.parquet as pq

@@ -49,6 +49,8 @@ def _run(args: argparse.Namespace, source: Source, task: str, answers: Sequence[
     if args.audit is not None:
         budget = promised_budget(model, processor, task, options, answers)
         audit = Audit(args.audit, budget=budget, **given)
+        # Before there is a file.
+        audit.check_run(model, task, options)
     elif given:
         raise ValueError("`--audit` must be given with `--audit-seed` and `--on-drift`, got none; pass a share.")
     work = {"task": task, "answers": answers, "options": options, "columns": args.columns}
@@ -114,15 +116,14 @@ def _describe(summary: Mapping[str, Any]) -> str:
 
 
 def _describe_audit(audit: Mapping[str, Any], seconds: float) -> str:
-    low, high = audit["interval"]
-    budget, refuted_at = audit["budget"], audit["refuted_at"]
-    share = "" if audit["changed_share"] is None else f" ({audit['changed_share']:.2%}, 95 % [{low:.2%}, {high:.2%}])"
-    verdict = (
-        ""
-        if budget is None
-        else f", budget {budget:.4g} " + ("not refuted" if refuted_at is None else f"refuted after row {refuted_at}")
-    )
-    return f"{audit['changed']} of {audit['rows']} audited rows changed{share}{verdict}; audits took {seconds:.1f} s"
+    text = f"{audit['changed']} of {audit['rows']} audited rows changed"
+    if audit["rows"]:
+        low, high = audit["interval"]
+        text += f" ({audit['changed_share']:.2%}, 95 % interval {low:.2%} to {high:.2%})"
+    if audit["budget"] is not None:
+        after = audit["refuted_at"]
+        text += f", budget {audit['budget']:.4g} {'not refuted' if after is None else f'refuted after row {after}'}"
+    return f"{text}; audits took {seconds:.1f} s"
 
 
 __all__ = ["run_bulk"]
