@@ -77,10 +77,10 @@ class BudgetTest:
         # The last one is the budget itself: it does not bet.
         shares = budget ** (np.arange(1, BETS + 1) / BETS)
         self._bets = (shares - budget) / (budget * (1 - budget))
-        self._prior = np.append(np.full(BETS - 1, 0.5 / (BETS - 1)), 0.5)
+        self._prior: NDArray[np.float64] = np.append(np.full(BETS - 1, 0.5 / (BETS - 1)), 0.5)
         self._spread = np.broadcast_to(self._prior, (*streams, BETS))
         self.log_capital = np.zeros(streams)
-        self.refuted = np.zeros(streams, dtype=bool)
+        self.refuted: NDArray[np.bool_] = np.zeros(streams, dtype=bool)
 
     def update(self, changed: ArrayLike) -> NDArray[np.bool_]:
         """Counts a row, changed or not, of each stream: bool [streams]. Returns `refuted`, of which none is undone."""
