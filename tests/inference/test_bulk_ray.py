@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from bulk_fixtures import make_checkpoint, make_images
+from bulk_fixtures import BALANCED, make_checkpoint, make_images
 
 from mue_hf import cli
+from mue_hf.calibration.presets import write_preset
 
 pytest.importorskip("ray.data", reason="needs the extra `ray`")
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds Ray's processes in /proc")
@@ -66,6 +67,32 @@ def test_a_killed_actor_costs_nothing(tmp_path, capsys):
     assert together == alone and len(together) == 120
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
     assert second["compute_skipped"] == pytest.approx(first["compute_skipped"])
+
+
+def test_an_audit_that_goes_on_at_full_depth(tmp_path, capsys):
+    """Until the budget is refuted rows are those of one process; new actors run the rest at full depth."""
+    made = make_images(tmp_path / "images", 40, 0.2, seed=11)
+    (tmp_path / "images" / "list.txt").write_text("".join(f"{name}\n" for name in made))
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    promise = {"risk": "disagreement", "task": "captioning", "budget": 0.05}
+    write_preset(checkpoint, "bold", BALANCED | promise)
+    command = ["caption", tmp_path / "images" / "list.txt", "--model", checkpoint, "--dtype", "float64"]
+    command = [str(word) for word in [*command, "--workers", 0, "--json", "--batch-size", 1, "--preset", "bold"]]
+    for name, more in (("alone", ["--audit", "0.5"]), ("ray", ["--audit", "0.5", "--on-drift", "full", "--ray"])):
+        with pytest.warns(UserWarning, match="is refuted after row"):
+            assert cli.main([*command, "--out", str(tmp_path / f"{name}.jsonl"), *more]) == 1
+    assert cli.main([*command, "--out", str(tmp_path / "full.jsonl"), "--generate", "exit_criterion=never"]) == 1
+    alone, together, full = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("alone", "ray", "full")
+    )
+    first, second, _ = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    refuted_at = first["audit"]["refuted_at"]
+    assert second["audit"]["refuted_at"] == refuted_at < 30 and second["audit_seconds"] > 0
+    assert together[: refuted_at + 1] == alone[: refuted_at + 1]
+    rest = range(refuted_at + 1, 40)
+    assert [together[row]["caption"] for row in rest] == [full[row]["caption"] for row in rest]
+    assert [together[row]["full_depth"] for row in rest] == [full[row]["error"] is None for row in rest]
 
 
 def test_bad_arguments_start_no_cluster(tmp_path, capsys):

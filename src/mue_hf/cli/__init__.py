@@ -59,7 +59,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command with `argv`, the process' own arguments by default, to an exit code: 0 done, 1 done in part,
-    2 bad input, 130 interrupted."""
+    2 bad input, 3 stopped by an audit, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((argument for argument in argv if not argument.startswith("-")), None)
     try:

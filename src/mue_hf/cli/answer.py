@@ -19,7 +19,8 @@ A table has an image and a hypothesis (and perhaps a premise), or an image and a
 scores every answer; the best one is the row's. Without --out the rows are printed as JSON lines; with it a run that
 was killed goes on where it was, as in `mue-hf caption`.
 
-exit code: 0 done; 1 done, but some rows could not be used; 2 bad input; 130 interrupted."""
+exit code: 0 done; 1 done, but some rows could not be used; 2 bad input; 3 stopped by an
+audit; 130 interrupted."""
 
 
 def answer_list(text: str) -> list[str]:
@@ -76,7 +77,7 @@ def text_columns(args: argparse.Namespace, source: Source) -> tuple[str, dict[st
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers the rows; 1 if some could not be used."""
+    """Answers the rows; 1 if some could not be used, 3 if an audit stopped the run."""
     source = Source(args.tables, args.split, args.image_root)
     task, texts = text_columns(args, source)
     args.keep = list(dict.fromkeys([*texts.values(), *args.keep]))

@@ -43,7 +43,8 @@ With --out any number of images is captioned with exits alone, in the order of t
 on where it was when the same command is given again; batch size, workers and device may differ. An image that cannot
 be used has a row with the reason under "error".
 
-exit code: 0 done; 1 done, but some images could not be used; 2 bad input; 130 interrupted."""
+exit code: 0 done; 1 done, but some images could not be used; 2 bad input; 3 stopped by an
+audit; 130 interrupted."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,8 +124,18 @@ def run(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     """Captions a few images both ways and shows what the exits skipped; 1 if some could not be read."""
-    for name in ("columns", "image_column", "image_root", "keep", "overwrite", "ray"):
-        if getattr(args, name):
+    for name in (
+        "audit",
+        "audit_seed",
+        "columns",
+        "image_column",
+        "image_root",
+        "keep",
+        "on_drift",
+        "overwrite",
+        "ray",
+    ):
+        if getattr(args, name) not in (None, [], False):
             raise ValueError(f"`--out` must be given with `--{name.replace('_', '-')}`, got none; pass a file name.")
     for name in args.images:
         if Path(name).is_dir() or Path(name).suffix.lower() in TABLE_SUFFIXES | LIST_SUFFIXES:

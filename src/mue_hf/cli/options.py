@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ..inference.audit import REACTIONS
 from ..inference.loading import DEFAULT_PRESET, SMALL_CHECKPOINT, load_checkpoint
 from ..model.criteria_mue import THRESHOLD_OPTIONS
 from ..model.exit_options_mue import CONFIG_NAMES
@@ -110,6 +111,11 @@ def add_bulk_arguments(group: Any, known: Sequence[str]) -> None:
     group.add_argument("--image-root", metavar="DIR", help=root)
     group.add_argument("--split", default="train", help="of a data set of the Hub (default: train)")
     group.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help=ray)
+    audit = "share of the rows, in (0, 1], to run again at full depth: how many outputs do exits change?"
+    drift = "once audits refute the preset's budget: warn (default), stop, or go on at full depth"
+    group.add_argument("--audit", type=float, metavar="SHARE", help=audit)
+    group.add_argument("--audit-seed", type=int, metavar="N", help="another one draws other rows (default: 0)")
+    group.add_argument("--on-drift", choices=REACTIONS, help=drift)
     group.add_argument("--actors", type=at_least(1), default=1, metavar="N", help="with --ray: models (default: 1)")
 
 

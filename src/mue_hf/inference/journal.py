@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class Journal:
         self.lock = FileLock(lock)
         self.counts = {"rows": 0, "bad": 0}
         self.complete = False
+        #: What `out`.run.json holds once the work is complete.
+        self.finished: dict[str, Any] = {}
         self._file: Any = None
 
     def __enter__(self) -> "Journal":
@@ -98,7 +100,7 @@ class Journal:
                 "name another file, or pass --overwrite (`overwrite=True`)."
             )
         if self.out.exists():
-            self.complete, self.counts = True, run["counts"]
+            self.complete, self.counts, self.finished = True, run["counts"], run
             # left behind by a kill
             self.part.unlink(missing_ok=True)
             return
@@ -118,8 +120,8 @@ class Journal:
             ) from error
         return run
 
-    def remaining(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The rows that are not done yet; cuts off what a kill has torn.
+    def remaining(self, rows: Iterable[Row], seen: Callable[[dict[str, Any]], None] | None = None) -> Iterator[Row]:
+        """The rows that are not done yet; cuts off what a kill has torn. `seen` is given the results that are done.
 
         Raises:
             ValueError: if what is done is of another source.
@@ -140,6 +142,8 @@ class Journal:
                 )
             end += len(line)
             self._count(record)
+            if seen is not None:
+                seen(record)
         self._file.truncate(end)
         self._file.seek(end)
         return rows
@@ -170,7 +174,7 @@ class Journal:
             self.part.unlink()
         else:
             os.replace(self.part, self.out)
-        self.complete = True
+        self.complete, self.finished = True, run
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
