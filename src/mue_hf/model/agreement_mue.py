@@ -1,0 +1,192 @@
+"""Criterion "agreement": the probability that the whole model would pick the same token, by a small fit per layer."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .criteria_mue import (
+    ENCODER_THRESHOLDS,
+    SHARED_OPTIONS,
+    Criterion,
+    ExitPolicy,
+    LayerStates,
+    register_criterion,
+    similarity,
+)
+
+FIT_VERSION = 1
+# What the fit of a layer looks at, in this order: probability of the best of the candidate tokens, and by how much it
+# is above that of the second; -log of what each lacks to 1; how much each has grown since the layer before, and
+# whether the best token was the same there (0 after the first layer); cosine of the layer's input and output; tokens
+# of the output so far.
+INPUTS = (
+    "confidence",
+    "margin",
+    "log_confidence",
+    "log_margin",
+    "confidence_gain",
+    "margin_gain",
+    "same_token",
+    "similarity",
+    "step",
+    "log_step",
+)
+# Nearer to 1 a probability does not count: its logarithm would be that of rounding.
+FLOOR = 1e-6
+REFIT = "`mue-hf calibrate CHECKPOINT --task TASK --data DATA --criterion agreement`"
+
+
+@register_criterion
+class Agreement(Criterion):
+    name = "agreement"
+    summary = "it is probable enough that the last layer has the same best token, by a fit on this model's full depth"
+    options = SHARED_OPTIONS | ENCODER_THRESHOLDS | {"decoder_exit_threshold", "exit_fit"}
+    needed = ("exit_fit",)
+    remedy = f"fit it on this model with {REFIT}, and pass the preset that it writes as `exit_preset`."
+    needs_logits = True
+    candidates = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9, 0.8)
+
+    def __init__(self, policy: ExitPolicy):
+        super().__init__(policy)
+        # confidence, margin and best token of the layer before, by row of the call
+        self.last: NDArray | None = None
+
+    @classmethod
+    def check_options(cls, given: Mapping[str, Any], config: Any) -> None:
+        check_fit(given["exit_fit"], config.decoder_layers, given.get("exit_candidates"))
+        threshold = given.get("decoder_exit_threshold")
+        for value in threshold if isinstance(threshold, tuple) else (threshold,):
+            if value is not None and not 0.0 < value < 1.0:
+                raise ValueError(
+                    f"`decoder_exit_threshold` must be a probability above 0 and below 1 with "
+                    f"`exit_criterion='agreement'`, got {value}; choose such as 0.98, or None to run all layers."
+                )
+
+    def inputs(self, states: LayerStates) -> NDArray:
+        """What a layer's fit looks at, [rows, INPUTS] on the CPU; every layer from the first must be asked for, or
+        from the one before the first that may let rows exit."""
+        best = states.logits().log_softmax(-1).topk(2, dim=-1)
+        cosine = similarity(states.previous, states.current, states.mask).unsqueeze(1)
+        # One transfer for all rows; what is left to do is a few numbers for each.
+        seen = torch.cat([best.values, best.indices[:, :1], cosine], dim=1).detach().cpu().numpy().T.astype(np.float64)
+        now, inputs = np.empty((3, seen.shape[1])), np.empty((len(INPUTS), seen.shape[1]))
+        lacking = np.maximum(-np.expm1(seen[0]), FLOOR)
+        apart = np.maximum(lacking + np.exp(seen[1]), FLOOR)
+        now[0], now[1], now[2] = 1.0 - lacking, 1.0 - apart, seen[2]
+        rows = slice(None) if states.rows is None else states.rows.numpy()
+        if self.last is None:
+            self.last = np.empty((3, seen.shape[1] if states.rows is None else int(rows.max()) + 1))
+            inputs[4:7] = 0.0
+        else:
+            before = self.last[:, rows]
+            inputs[4:6] = now[:2] - before[:2]
+            inputs[6] = now[2] == before[2]
+        self.last[:, rows] = now
+        inputs[:2] = now[:2]
+        inputs[2], inputs[3], inputs[7] = -np.log(lacking), -np.log(apart), seen[3]
+        step = self.policy.step
+        inputs[8] = step.cpu().numpy()[rows] if isinstance(step, Tensor) else step
+        inputs[9] = np.log1p(inputs[8])
+        return inputs.T
+
+    def score(self, states: LayerStates) -> Tensor:
+        weights = self.policy.fit[states.layer]
+        return torch.from_numpy(self.inputs(states) @ weights[:-1] + weights[-1]).sigmoid()
+
+    def exits(self, states: LayerStates) -> Tensor | None:
+        here = self._may_exit(states.layer)
+        # the next layer compares with this one
+        if not here and not self._may_exit(states.layer + 1):
+            return None
+        scores = self.score(states)
+        return self.passes(scores, self.policy.thresholds[states.layer]) if here else None
+
+    def _may_exit(self, layer: int) -> bool:
+        in_time = self.policy.min_layers <= layer + 1 < len(self.policy.thresholds)
+        return in_time and self.policy.thresholds[layer] is not None
+
+
+def fit_weights(fit: Mapping[str, Any]) -> NDArray:
+    """Weights and bias of each layer of a fit, [layers - 1, INPUTS + 1]."""
+    return np.asarray(fit["weights"], dtype=np.float64)
+
+
+def check_fit(fit: Any, num_layers: int, candidates: Sequence[int] | None) -> None:
+    """Raises a ValueError unless `fit` is one for a decoder of `num_layers` and for these candidate tokens.
+
+    Args:
+        fit (`dict`): "version"; "inputs", the names in `INPUTS`; "layers" of the decoder; "candidates", [`token_hash`]
+            of the tokens that it was made with, None for the whole vocabulary; "answers", [`answers_hash`] of what was
+            scored, None where tokens were generated; "weights", a row [inputs + 1] for each layer but the last: the
+            weights of the inputs, and a bias.
+    """
+    expected = {"version": FIT_VERSION, "inputs": list(INPUTS), "layers": num_layers}
+    if not isinstance(fit, Mapping):
+        raise ValueError(f"`exit_fit` must be a dict that {REFIT} made, got {fit!r}; make one.")
+    for name, value in expected.items():
+        if fit.get(name) != value:
+            raise ValueError(
+                f"`exit_fit` must have {name} {value!r}, got {fit.get(name)!r}; fit it anew with {REFIT}."
+            )
+    weights = fit.get("weights")
+    rows = weights if isinstance(weights, list | tuple) else ()
+    if len(rows) != num_layers - 1 or not all(_is_row(row) for row in rows):
+        raise ValueError(
+            f"`exit_fit` must have {len(INPUTS) + 1} finite numbers as `weights` of each of {num_layers - 1} layers, "
+            f"got {weights!r}; fit it anew with {REFIT}."
+        )
+    found = None if candidates is None else token_hash(candidates)
+    if fit.get("answers") is None and fit.get("candidates") != found:
+        raise ValueError(
+            f"`exit_fit` must be used with the `exit_candidates` that it was made with, of hash "
+            f"{fit.get('candidates')!r}, got {found!r} (None is the whole vocabulary); fit it anew with {REFIT}."
+        )
+
+
+def check_answers(fit: Mapping[str, Any] | None, answers: Sequence[Sequence[int]] | None) -> None:
+    """Raises a ValueError unless `fit`, if there is one, was made for scoring `answers`, or for generating if None."""
+    found = None if answers is None else answers_hash(answers)
+    if fit is not None and fit.get("answers") != found:
+        made, used = ("generated tokens" if one is None else "other answers" for one in (fit.get("answers"), found))
+        used = used if found is None else "these answers"
+        raise ValueError(
+            f"`exit_fit` must be made for what it is used for, but it was fitted on {made} and is used for {used}; "
+            f"fit it with {REFIT}, or choose another `exit_criterion`."
+        )
+
+
+def token_hash(ids: Sequence[int]) -> str:
+    """SHA-256 of a set of token ids."""
+    return sha256(json.dumps(sorted(ids)).encode()).hexdigest()
+
+
+def answers_hash(answers: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of a set of answers, each a list of token ids."""
+    return sha256(json.dumps(sorted([int(token) for token in answer] for answer in answers)).encode()).hexdigest()
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, list | tuple)
+        and len(row) == len(INPUTS) + 1
+        and all(isinstance(x, int | float) and math.isfinite(x) for x in row)
+    )
+
+
+__all__ = [
+    "FIT_VERSION",
+    "INPUTS",
+    "Agreement",
+    "answers_hash",
+    "check_answers",
+    "check_fit",
+    "fit_weights",
+    "token_hash",
+]
