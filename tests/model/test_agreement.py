@@ -3,13 +3,14 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, tiny_inputs, tiny_model
 from torch.nn.functional import cosine_similarity
 
 from mue_hf import ExitOptions
-from mue_hf.model.agreement_mue import FIT_VERSION, INPUTS, Agreement, answers_hash, token_hash
+from mue_hf.model.agreement_mue import FIT_VERSION, INPUTS, Agreement, answers_hash, fit_weights, token_hash
 from mue_hf.model.criteria_mue import ExitPolicy, LayerStates
 from mue_hf.model.exit_options_mue import resolve_options
 from mue_hf.model.layers_mue import head_of
@@ -57,7 +58,7 @@ class TestScore:
         # one row that does not change its mind
         states[2, 4] = states[1, 4] * 1.1
         fit = made_up_fit()["weights"]
-        criterion = Agreement(ExitPolicy("agreement", (0.5,) * 4, fit=torch.tensor(fit).numpy(), step=3))
+        criterion = Agreement(ExitPolicy("agreement", (0.5,) * 4, fit=np.array(fit), step=3))
         for layer, rows in enumerate([None, [0, 2, 3, 4], [2, 4]]):
             members = range(5) if rows is None else rows
             chosen = states[:, list(members)]
@@ -108,7 +109,7 @@ class TestScore:
     )
     def test_layers_are_looked_at_where_one_may_exit_or_compares(self, thresholds, min_layers, looked):
         seen = []
-        weights = torch.tensor(made_up_fit(bias=-9)["weights"]).numpy()
+        weights = fit_weights(made_up_fit(bias=-9))
         criterion = Agreement(ExitPolicy("agreement", thresholds, fit=weights, min_layers=min_layers))
         states = torch.randn(2, 1, 6)
         for layer in range(3):

@@ -80,6 +80,7 @@ def caption_flops(
     beams: int = 1,
     exit_kv: str = "project",
     criterion: str = "similarity",
+    candidates: int | None = None,
 ) -> dict[str, int]:
     """FLOPs of one caption by its parts, for the depths that were reached and an image that is alone in its batch.
 
@@ -94,8 +95,9 @@ def caption_flops(
         beams (`int`, *optional*, defaults to 1): rows that are decoded for the image.
         exit_kv (`str`, *optional*, defaults to `"project"`): a skipped layer that is needed later costs its key and
             value projections ("project"), nothing ("copy") or the layer itself ("exact").
-        criterion (`str`, *optional*, defaults to `"similarity"`): one that needs intermediate logits runs the whole
-            output head after every layer but the last; what `generate` emits takes the rows of text alone.
+        criterion (`str`, *optional*, defaults to `"similarity"`): one that needs intermediate logits runs the output
+            head after every layer but the last; what `generate` emits takes the rows of text alone.
+        candidates (`int`, *optional*): tokens that it then looks at; the whole vocabulary by default.
 
     Returns:
         `dict[str, int]`: "trunk", "image_encoder", "text_encoder" ("encoder" in the joint mode), "cross_keys",
@@ -126,7 +128,7 @@ def caption_flops(
     parts["decoder"] = beams * layers + positions
     parts["fill"] = beams * fill
     rows = len(decoder_exit_layers) * config.num_text_tokens
-    rows += intermediate_logits(config, decoder_exit_layers, criterion) * config.vocab_size
+    rows += intermediate_logits(config, decoder_exit_layers, criterion) * (candidates or config.vocab_size)
     parts["head"] = beams * 2 * width * rows
     return parts
 
@@ -166,7 +168,12 @@ class FlopCount:
         saved = model.generation_config.to_dict()
         exits = resolve_options(options, {}, saved, model.config)
         self.config, self.count = model.config, count
-        self.policy = {"exit_kv": exits.exit_kv, "criterion": exits.exit_criterion if exits.active else "never"}
+        self.policy: dict[str, Any] = {
+            "exit_kv": exits.exit_kv,
+            "criterion": exits.exit_criterion if exits.active else "never",
+        }
+        if exits.exit_candidates is not None:
+            self.policy["candidates"] = len(exits.exit_candidates)
         self.max_tokens = max_new_tokens(model, options)
         self.beams = (saved | dict(options)).get("num_beams") or 1
         self.trunk = cache(partial(trunk_flops, model))

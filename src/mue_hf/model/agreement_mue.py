@@ -51,6 +51,7 @@ class Agreement(Criterion):
     needed = ("exit_fit",)
     remedy = f"fit it on this model with {REFIT}, and pass the preset that it writes as `exit_preset`."
     needs_logits = True
+    bound = 1.0
     candidates = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9, 0.8)
 
     def __init__(self, policy: ExitPolicy):
@@ -111,6 +112,20 @@ class Agreement(Criterion):
     def _may_exit(self, layer: int) -> bool:
         in_time = self.policy.min_layers <= layer + 1 < len(self.policy.thresholds)
         return in_time and self.policy.thresholds[layer] is not None
+
+
+def blank_fit(
+    layers: int, candidates: Sequence[int] | None, answers: Sequence[Sequence[int]] | None
+) -> dict[str, Any]:
+    """A fit for a decoder of `layers` that knows nothing: every probability is one half; see [`check_fit`]."""
+    return {
+        "version": FIT_VERSION,
+        "inputs": list(INPUTS),
+        "layers": layers,
+        "candidates": None if candidates is None or answers is not None else token_hash(candidates),
+        "answers": None if answers is None else answers_hash(answers),
+        "weights": [[0.0] * (len(INPUTS) + 1) for _ in range(layers - 1)],
+    }
 
 
 def fit_weights(fit: Mapping[str, Any]) -> NDArray:
@@ -185,6 +200,7 @@ __all__ = [
     "INPUTS",
     "Agreement",
     "answers_hash",
+    "blank_fit",
     "check_answers",
     "check_fit",
     "fit_weights",
