@@ -62,8 +62,8 @@ class TestCandidates:
     def test_coverage_is_that_of_outputs_that_were_not_counted(self):
         assert choose_candidates(self.OUTPUTS, self.REFERENCES, 0.5) == ([2, 5], 6 / 12)
         assert choose_candidates(self.OUTPUTS, self.REFERENCES, 0.51) == ([2, 5, 6], 8 / 12)
-        # 6 is not among the outputs and references of the other half: all tokens that are known
-        assert choose_candidates(self.OUTPUTS, self.REFERENCES, 0.99)[0] == [2, 4, 5, 6, 7, 8, 9]
+        # 6 is not among the outputs and references of the other half: as many as the place of the last that is, 8
+        assert choose_candidates(self.OUTPUTS, self.REFERENCES, 0.99) == ([2, 5, 6, 7, 8], 9 / 12)
 
     def test_nothing_to_choose_from(self):
         with pytest.raises(ValueError, match="must be at least two tokens, but the full-depth outputs hold 1"):
@@ -78,7 +78,7 @@ class TestRegression:
         right = rng.random(20000) < probability(weights, inputs)
         found = logistic_regression(inputs, right)
         np.testing.assert_allclose(found[:-1], weights[:-1], rtol=0.1)
-        np.testing.assert_allclose(probability(found, inputs), probability(weights, inputs), atol=0.03)
+        np.testing.assert_allclose(probability(found, inputs), probability(weights, inputs), atol=0.05)
 
     @pytest.mark.parametrize("right", [True, False])
     def test_what_never_varies(self, right):
@@ -159,7 +159,9 @@ class TestCalibrate:
         model, processor = parts
         rows = scenes if task == "captioning" else statements
         options = {"criteria": "agreement", "budget": 0.95, "num_thresholds": 3, "candidates": 2}
-        options |= {"options": {"exit_kv": "exact"}, "folder": tmp_path / "runs", "progress": False}
+        # too deep for the encoder's three layers: the decoder alone exits
+        options |= {"options": {"exit_kv": "exact", "exit_min_layers": 3}}
+        options |= {"folder": tmp_path / "runs", "progress": False}
         found = calibrate(model, processor, describe_rows(rows), task, **options)
         assert calibrate(model, processor, describe_rows(rows), task, **options) == found
         preset = found.preset
@@ -178,7 +180,7 @@ class TestCalibrate:
         exits |= {} if found.exit_candidates is None else {"exit_candidates": found.exit_candidates}
         expected = predict(model, processor, rows, task, exits, progress=False)
         assert [one.decoder_exit_layers for one in by_name] == [one.decoder_exit_layers for one in expected]
-        assert len({depth for one in expected for depth in one.decoder_exit_layers}) > 1
+        assert min(depth for one in expected for depth in one.decoder_exit_layers) == 3
         # the next one goes by the list that is saved
         if task == "captioning":
             later = calibrate(again, processor, describe_rows(rows), task, **options | {"criteria": "margin"})
@@ -201,6 +203,7 @@ class TestCalibrate:
         monkeypatch.chdir(tmp_path)
         data = ["--task", "captioning", "--data", "scenes:3:24", "--split", "test", "--compute", "0.99"]
         how = ["--criterion", "agreement", "--exit-candidates", "20", "--kv", "copy", "--num-thresholds", "2"]
+        how += ["--generate", "exit_min_layers=3"]
         assert cli.main(["calibrate", str(checkpoint), *data, *how, "--candidates", "2", "--preset", "mine"]) == 0
         output = capsys.readouterr().out
         assert "decisions over 20 tokens, which hold" in output and "area under ROC: agreement  confidence" in output

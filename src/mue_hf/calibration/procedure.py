@@ -107,7 +107,7 @@ def calibrate(
         batch_size, prompt_type, progress: see [`predict`].
         exit_candidates (`int` or `float`): how many tokens criteria look at in captions, or the share of the tokens of
             full-depth outputs that they cover; see [`choose_candidates`]. Default: the list that is saved with the
-            model; without one .995 for criterion "agreement", and the whole vocabulary for others.
+            model; without one .99 for criterion "agreement", and the whole vocabulary for others.
         folder (`str` or `os.PathLike`): where the outputs of all runs are kept, so that an interrupted calibration of
             the same weights, data and options goes on from there; made if it does not exist.
 
@@ -124,6 +124,11 @@ def calibrate(
     check_share("search_share", search_share)
     check_search(criteria, betas, num_thresholds=num_thresholds, candidates=candidates)
     check_candidates(exit_candidates, task)
+    if Agreement.name in criteria and model.config.decoder_layers < 2:
+        raise ValueError(
+            f"`criteria` may hold {Agreement.name!r} for decoders of at least two layers, got "
+            f"{model.config.decoder_layers}; there is nothing to fit, leave it out."
+        )
     check_options(options or {}, bool(model.generation_config.do_sample))
     goal.check_rows(data.fields)
     images = split_images([row["image_id"] for row in data.fields], search_share, seed)

@@ -17,15 +17,15 @@ from .criteria_mue import (
     Criterion,
     ExitPolicy,
     LayerStates,
+    last_valid,
     register_criterion,
-    similarity,
 )
 
 FIT_VERSION = 1
 # What the fit of a layer looks at, in this order: probability of the best of the candidate tokens, and by how much it
 # is above that of the second; -log of what each lacks to 1; how much each has grown since the layer before, and
-# whether the best token was the same there (0 after the first layer); cosine of the layer's input and output; tokens
-# of the output so far.
+# whether the best token was the same there (0 after the first layer); cosine of the layer's input and output at the
+# position that is decided about; tokens of the output so far.
 INPUTS = (
     "confidence",
     "margin",
@@ -38,8 +38,8 @@ INPUTS = (
     "step",
     "log_step",
 )
-# Nearer to 1 a probability does not count: its logarithm would be that of rounding.
-FLOOR = 1e-6
+# What a probability lacks to 1 is at least that: below, the logarithm would be that of rounding in single precision.
+FLOOR = 1e-5
 REFIT = "`mue-hf calibrate CHECKPOINT --task TASK --data DATA --criterion agreement`"
 
 
@@ -74,16 +74,20 @@ class Agreement(Criterion):
         """What a layer's fit looks at, [rows, INPUTS] on the CPU; every layer from the first must be asked for, or
         from the one before the first that may let rows exit."""
         best = states.logits().log_softmax(-1).topk(2, dim=-1)
-        cosine = similarity(states.previous, states.current, states.mask).unsqueeze(1)
-        # One transfer for all rows; what is left to do is a few numbers for each.
-        seen = torch.cat([best.values, best.indices[:, :1], cosine], dim=1).detach().cpu().numpy().T.astype(np.float64)
-        now, inputs = np.empty((3, seen.shape[1])), np.empty((len(INPUTS), seen.shape[1]))
-        lacking = np.maximum(-np.expm1(seen[0]), FLOOR)
-        apart = np.maximum(lacking + np.exp(seen[1]), FLOOR)
-        now[0], now[1], now[2] = 1.0 - lacking, 1.0 - apart, seen[2]
+        pair = torch.stack([last_valid(x, states.mask) for x in (states.previous, states.current)], dim=1)
+        pair = pair.float() if pair.dtype in (torch.float16, torch.bfloat16) else pair
+        seen = (best.values, best.indices[:, :1], (pair @ pair.mT).flatten(1))
+        if pair.device.type != "cpu":
+            # one transfer for all
+            seen = torch.cat(seen, dim=1).cpu().split([2, 1, 4], dim=1)
+        # A few numbers for each row are left: NumPy's overhead is the smallest that does them all at once.
+        log_probs, token, dots = (x.detach().numpy().T for x in seen)
+        now, inputs = np.empty((3, len(pair))), np.empty((len(INPUTS), len(pair)))
+        np.exp(log_probs, out=now[:2], dtype=np.float64)
+        now[1], now[2] = now[0] - now[1], token[0]
         rows = slice(None) if states.rows is None else states.rows.numpy()
         if self.last is None:
-            self.last = np.empty((3, seen.shape[1] if states.rows is None else int(rows.max()) + 1))
+            self.last = np.empty((3, len(pair) if states.rows is None else int(rows.max()) + 1))
             inputs[4:7] = 0.0
         else:
             before = self.last[:, rows]
@@ -91,23 +95,28 @@ class Agreement(Criterion):
             inputs[6] = now[2] == before[2]
         self.last[:, rows] = now
         inputs[:2] = now[:2]
-        inputs[2], inputs[3], inputs[7] = -np.log(lacking), -np.log(apart), seen[3]
+        inputs[2:4] = -np.log(np.maximum(1.0 - now[:2], FLOOR))
+        inputs[7] = dots[1] / np.sqrt(np.maximum(dots[0] * dots[3], np.finfo(dots.dtype).tiny))
         step = self.policy.step
         inputs[8] = step.cpu().numpy()[rows] if isinstance(step, Tensor) else step
         inputs[9] = np.log1p(inputs[8])
         return inputs.T
 
     def score(self, states: LayerStates) -> Tensor:
-        weights = self.policy.fit[states.layer]
-        return torch.from_numpy(self.inputs(states) @ weights[:-1] + weights[-1]).sigmoid()
+        return torch.from_numpy(self._log_odds(states)).sigmoid()
 
     def exits(self, states: LayerStates) -> Tensor | None:
         here = self._may_exit(states.layer)
         # the next layer compares with this one
         if not here and not self._may_exit(states.layer + 1):
             return None
-        scores = self.score(states)
-        return self.passes(scores, self.policy.thresholds[states.layer]) if here else None
+        odds, threshold = self._log_odds(states), self.policy.thresholds[states.layer]
+        passed = odds > math.log(threshold / (1.0 - threshold)) if here else None
+        return None if passed is None or not passed.any() else torch.from_numpy(passed)
+
+    def _log_odds(self, states: LayerStates) -> NDArray:
+        weights = self.policy.fit[states.layer]
+        return self.inputs(states) @ weights[:-1] + weights[-1]
 
     def _may_exit(self, layer: int) -> bool:
         in_time = self.policy.min_layers <= layer + 1 < len(self.policy.thresholds)
