@@ -395,7 +395,7 @@ class TestCalibrate:
             calibrated(parts, scenes, "captioning", criteria=names, **options).preset | {"seconds": None}
             for names in (["similarity"], ["fixed"], ["similarity", "fixed"])
         )
-        assert fixed["exit_criterion"] == "fixed" and "exit_criterion" not in similarity
+        assert (fixed["exit_criterion"], similarity["exit_criterion"]) == ("fixed", "similarity")
         assert both in (similarity, fixed)
 
     def test_joint_encoder(self, scenes):

@@ -304,7 +304,14 @@ def test_every_criterion_with_recorded_thresholds_and_plots(evaluate, tmp_path):
     code, records, _ = evaluate("entailment", *arguments, "--plots", plots)
     assert code == 0
     criteria = {record["criterion"] for record in records}
-    assert criteria >= {*known_sweeps(), "similarity per layer", "fixed image", "fixed text", "fixed decoder", "full"}
+    # the checkpoint has no fit
+    assert criteria >= {*known_sweeps()} - {"agreement"} | {
+        "similarity per layer",
+        "fixed image",
+        "fixed text",
+        "fixed decoder",
+        "full",
+    }
     names = {path.name for path in plots.iterdir()}
     assert names == {
         *("quality_flops.png", "identical_flops.png", "similarity_layers.png"),

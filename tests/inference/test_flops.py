@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration
 from mue_hf.inference.depths import Depths, layers_skipped
-from mue_hf.inference.flops import caption_flops, filled_layers, full_depth_flops, trunk_flops
+from mue_hf.inference.flops import FlopCount, caption_flops, filled_layers, full_depth_flops, trunk_flops
 
 TRUNK = {
     "model_type": "resnet",
@@ -70,6 +70,7 @@ def count(config, model, **options):
         exit_kv=options.get("exit_kv", "project"),
         criterion=options.get("exit_criterion", "similarity"),
         rescore=options.get("exit_rescore", False),
+        candidates=len(options.get("exit_candidates", ())) or None,
     )
     return depths, sum(parts.values()), counter.get_total_flops()
 
@@ -166,6 +167,19 @@ def test_criteria_that_need_intermediate_logits_pay_for_them():
     confidence = caption_flops(make_config(), [1, 4], criterion="confidence", **sizes)
     # Intermediate logits once for the first token, three times for the second, which needs none after its last layer.
     assert confidence["head"] == similarity["head"] * (2 + 4) // 2
+
+
+def test_a_list_of_tokens_costs_its_own_rows():
+    config = make_config()
+    model = make_model(config)
+    options = {"exit_criterion": "margin", "decoder_exit_threshold": 0.99, "exit_candidates": list(range(20))}
+    depths, ours, theirs = count(config, model, max_new_tokens=4, **options)
+    assert depths == [4] * 4
+    assert ours == theirs
+    whole = FlopCount(model, options | {"exit_candidates": list(range(49))})
+    few = FlopCount(model, options)
+    found = [one((3, 64, 64), 6, Depths(3, 3, (4, 4)))[0]["head"] for one in (whole, few)]
+    assert found[0] - found[1] == 2 * config.d_model * (49 - 20) * 2 * 3
 
 
 def test_unknown_policy_is_refused():

@@ -282,7 +282,16 @@ class TestStack:
 
 class TestCriteria:
     def test_every_criterion_is_covered(self):
-        assert set(CRITERIA) == {"similarity", "confidence", "margin", "entropy", "patience", "fixed", "never"}
+        assert set(CRITERIA) == {
+            "similarity",
+            "confidence",
+            "margin",
+            "entropy",
+            "patience",
+            "fixed",
+            "never",
+            "agreement",
+        }
 
     @pytest.mark.parametrize("name", CRITERIA)
     def test_sweeps_go_from_careful_to_fast(self, name):

@@ -1,7 +1,7 @@
 """The ways to generate that `mue-hf bench` times beside each other, and forced depths that differ between rows."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..model.agreement_mue import blank_fit
 from ..model.criteria_mue import CRITERIA, THRESHOLD_OPTIONS, Criterion
 from ..model.exit_options_mue import ExitOptions
 from .probes import hooked
@@ -16,6 +17,8 @@ from .stock import StockModel, unfolded_copy
 
 # Those that are timed by default, in the order of the tables.
 DEFAULT_VARIANTS = ("stock", "plain", "lossless", "enabled", "half", "spread", "synchronised")
+# Candidate tokens of a criterion with a made-up fit.
+MADE_UP_TOKENS = 512
 DEFAULT_CRITERION = ExitOptions().exit_criterion
 
 
@@ -73,13 +76,18 @@ def spread_pattern(config: Any, batch: int, beams: int, steps: int) -> DepthPatt
     return DepthPattern(image, (config.encoder_layers + 1) // 2, decoder)
 
 
-def unused_exits(config: Any, criterion: str) -> dict[str, Any]:
+def unused_exits(config: Any, criterion: str, tokens: Sequence[int] | None = None) -> dict[str, Any]:
     """Exit options by which every stream computes the scores of a criterion (or of the default one, where the encoder
-    does not follow it), and no row exits."""
+    does not follow it), and no row exits. A criterion that needs a fit has a made-up one, for the candidate `tokens`
+    that are saved with the model, or else for a few hundred."""
     cls = CRITERIA[criterion]
     # Whatever the checkpoint has saved.
     neutral = {"exit_decay_beta": 1.0, "exit_warmup": 0.0}
-    options = {"exit_criterion": criterion} | {name: neutral[name] for name in neutral if name in cls.options}
+    options: dict[str, Any] = {"exit_criterion": criterion}
+    options |= {name: neutral[name] for name in neutral if name in cls.options}
+    if "exit_fit" in cls.needed:
+        tokens = list(tokens or range(min(MADE_UP_TOKENS, config.vocab_size)))
+        options |= {"exit_candidates": tokens, "exit_fit": blank_fit(config.decoder_layers, tokens, None)}
     for stream in ("image", "text", "decoder") if config.modality_decomposition else ("encoder", "decoder"):
         followed = cls if stream in cls.sweep_options else CRITERIA[DEFAULT_CRITERION]
         option = followed.sweep_options[stream]
@@ -170,7 +178,8 @@ def make_variants(
         if name in patterns:
             return Variant(name, model, inputs, patterns[name].options(config), patterns[name])
         criterion = name.partition("-")[2] or DEFAULT_CRITERION
-        return Variant(name, model, inputs, unused_exits(config, criterion))
+        tokens = getattr(model.generation_config, "exit_candidates", None)
+        return Variant(name, model, inputs, unused_exits(config, criterion, tokens))
 
     chosen = [make(name) for name in variant_names() if name in names]
     return chosen + [Variant(name, model, inputs, options) for name, options in exits.items()]

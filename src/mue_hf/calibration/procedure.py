@@ -21,12 +21,15 @@ from ..evaluation.settings import sets_depths
 from ..evaluation.signals import Signals, without_decay
 from ..evaluation.store import content_key
 from ..evaluation.thresholds import candidate_thresholds
+from ..inference.predict import Prediction
 from ..metrics.rewards import CiderDReward
+from ..model.agreement_mue import Agreement
 from ..model.criteria_mue import CRITERIA, Similarity
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
 from .certify import Outcome, Tested, certify, check_size, split_images, summarize
+from .fit import check_candidates
 from .goal import SHARED_OPTIONS, Goal, check_options, check_search, check_share
 from .runner import DEFAULTS, Runner, Split
 from .search import Candidate, expected_risk, front, pareto_path, thinned, within
@@ -35,10 +38,14 @@ from .search import Candidate, expected_risk, front, pareto_path, thinned, withi
 @dataclass(frozen=True)
 class Calibration:
     """What calibration found: the `preset`, exit options for `exit_presets` with what they promise (None if nothing
-    could be certified), and the candidates `tested` on the held-out split, of which the last may have failed."""
+    could be certified), and the candidates `tested` on the held-out split, of which the last may have failed. Where
+    criteria look at a list of tokens, that is `exit_candidates`, to be saved beside the presets; with criterion
+    "agreement", `report` says how reliable its probabilities are, see [`reliability`]."""
 
     preset: dict[str, Any] | None
     tested: list[Tested]
+    exit_candidates: list[int] | None = None
+    report: dict[str, Any] | None = None
 
 
 def calibrate(
@@ -63,6 +70,7 @@ def calibrate(
     options: Mapping[str, Any] | None = None,
     batch_size: int = 16,
     prompt_type: str = "prev_output",
+    exit_candidates: int | float | None = None,
     folder: str | os.PathLike | None = None,
     progress: bool = True,
     levels: int | None = None,
@@ -98,6 +106,9 @@ def calibrate(
         options (`dict`): of `generate`, for every run; of exit options those in
             `SHARED_OPTIONS`: `exit_decay_tau`, `exit_kv`, `exit_min_layers`, `exit_rescore`.
         batch_size, prompt_type, progress: see [`predict`].
+        exit_candidates (`int` or `float`): how many tokens criteria look at in captions, or the share of the tokens of
+            full-depth outputs that they cover; see [`choose_candidates`]. Default: the list that is saved with the
+            model; without one .99 for criterion "agreement", and the whole vocabulary for others.
         folder (`str` or `os.PathLike`): where the outputs of all runs are kept, so that an interrupted calibration of
             the same weights, data and options goes on from there; made if it does not exist.
 
@@ -113,6 +124,12 @@ def calibrate(
     goal = Goal(task, risk, budget, compute, objective, delta, method)
     check_share("search_share", search_share)
     check_search(criteria, betas, num_thresholds=num_thresholds, candidates=candidates)
+    check_candidates(exit_candidates, task)
+    if Agreement.name in criteria and model.config.decoder_layers < 2:
+        raise ValueError(
+            f"`criteria` may hold {Agreement.name!r} for decoders of at least two layers, got "
+            f"{model.config.decoder_layers}; there is nothing to fit, leave it out."
+        )
     check_options(options or {}, bool(model.generation_config.do_sample))
     goal.check_rows(data.fields)
     images = split_images([row["image_id"] for row in data.fields], search_share, seed)
@@ -125,22 +142,31 @@ def calibrate(
         runner.reward = CiderDReward([processor.encode_captions(row["references"]) for row in search.texts])
     with tqdm(unit="run", desc="recording", disable=not progress) as bar:
         exits = partial(_stream_exits, betas=betas, count=num_thresholds, per_layer=per_layer)
-        path = _search(runner, search, criteria, exits, candidates, bar)
+        path = _search(runner, search, criteria, exits, candidates, bar, exit_candidates)
         bar.set_description("testing")
         tested, certified = _test(runner, held_out, path, candidates, bar)
+    report = runner.fitted and runner.fitted.report
     if not certified:
-        return Calibration(None, tested)
+        return Calibration(None, tested, None, report)
     best = min(tested[:certified], key=lambda one: one.flops if objective == "flops" else one.seconds)
-    return Calibration(_preset(runner, best, len(held_out.counts)), tested)
+    tokens = runner.exits(best.options).get("exit_candidates")
+    return Calibration(_preset(runner, best, len(held_out.counts)), tested, tokens, report)
 
 
 def _search(
-    runner: Runner, split: Split, criteria: Sequence[str], stream_exits: Callable, count: int, bar: tqdm
+    runner: Runner,
+    split: Split,
+    criteria: Sequence[str],
+    stream_exits: Callable,
+    count: int,
+    bar: tqdm,
+    wanted: int | float | None,
 ) -> list[Candidate]:
     """At most `count` candidates from safest to fastest, from real runs on the search split. `stream_exits` gives the
-    options to try for a criterion and a stream."""
+    options to try for a criterion and a stream; `wanted` are the candidate tokens."""
     goal = runner.goal
     full, signals = runner.recorded(split)
+    _prepare(runner, split, criteria, full, wanted)
     if goal.objective == "time":
         # The recorded run was slowed by recording.
         full = runner.predictions(split, None)
@@ -174,6 +200,19 @@ def _search(
     return front(path) or path[:1]
 
 
+def _prepare(
+    runner: Runner, split: Split, criteria: Sequence[str], full: list[Prediction], wanted: int | float | None
+) -> None:
+    """Chooses the tokens that criteria look at, and fits the criterion that needs a fit."""
+    saved = getattr(runner.model.generation_config, "exit_candidates", None)
+    looking = any(CRITERIA[name].needs_logits for name in criteria)
+    fitting, coverage = Agreement.name in criteria, None
+    if runner.goal.task == "captioning" and looking and (fitting or wanted is not None or saved is not None):
+        coverage = runner.choose_tokens(split, full, wanted)
+    if fitting:
+        runner.fit(split, coverage)
+
+
 def _stream_exits(
     runner: Runner, signals: Signals, name: str, stream: str, betas: Sequence[float], count: int, per_layer: bool
 ) -> list[dict[str, Any]]:
@@ -184,7 +223,9 @@ def _stream_exits(
         criterion = Similarity
     option, layers = criterion.sweep_options[stream], runner.layers[stream]
     min_layers = runner.shared["exit_min_layers"]
-    named = {} if criterion is Similarity else {"exit_criterion": name}
+    named: dict[str, Any] = {} if criterion is Similarity else {"exit_criterion": name}
+    if criterion is Agreement and runner.fitted is not None:
+        named["exit_fit"] = runner.fitted.exit_fit
     if sets_depths(criterion):
         return [named | {option: depth} for depth in criterion.sweep(layers) if depth >= min_layers]
     found = []
@@ -226,6 +267,8 @@ def _preset(runner: Runner, best: Tested, images: int) -> dict[str, Any]:
     """The preset of the best candidate: its exit options, and what they promise under which conditions."""
     ran = runner.exits(best.options)
     shared = {name: ran[name] for name in SHARED_OPTIONS if ran.get(name, DEFAULTS[name]) != DEFAULTS[name]}
+    # Never left to a default: a preset stays what was certified.
+    shared |= {name: ran[name] for name in ("exit_criterion", "exit_kv")}
     notes = {
         **asdict(runner.goal),
         "n": images,

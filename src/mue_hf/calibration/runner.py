@@ -1,5 +1,6 @@
 """Real runs of candidates, compared with full depth: losses by image, FLOPs and seconds."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,17 @@ from ..evaluation import store
 from ..evaluation.measure import Meter
 from ..evaluation.rows import EvaluationData
 from ..evaluation.signals import SignalRecorder, Signals, answer_tokens, stream_layers
+from ..files import write_whole
 from ..inference.flops import max_new_tokens
 from ..inference.predict import Prediction, predict
 from ..metrics.rewards import CiderDReward
+from ..model.agreement_mue import blank_fit
 from ..model.criteria_mue import CRITERIA, LAYER_OPTIONS, THRESHOLD_OPTIONS
 from ..model.exit_options_mue import ExitOptions
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 from .certify import Outcome
+from .fit import COVERAGE, FitRecorder, Fitted, choose_candidates, fit_agreement
 from .goal import SHARED_OPTIONS, Goal
 
 # Saved options must not reach a run: a preset takes their place.
@@ -70,6 +74,9 @@ class Runner:
     prompt_type: str
     folder: str | os.PathLike | None = None
     reward: CiderDReward | None = None
+    # tokens that criteria look at, None for the whole vocabulary, and what criterion "agreement" goes by
+    tokens: list[int] | None = None
+    fitted: Fitted | None = None
 
     def __post_init__(self) -> None:
         self.layers = stream_layers(self.model.config)
@@ -95,7 +102,10 @@ class Runner:
         off: dict[str, Any] = {THRESHOLD_OPTIONS[stream]: [None] * layers for stream, layers in self.layers.items()}
         off |= {LAYER_OPTIONS[stream]: layers for stream, layers in self.layers.items()}
         every = self.shared | off | dict(exits)
-        return {name: value for name, value in every.items() if name in CRITERIA[every["exit_criterion"]].options}
+        criterion = CRITERIA[every["exit_criterion"]]
+        chosen = {name: value for name, value in every.items() if name in criterion.options}
+        looks = criterion.needs_logits and self.tokens is not None
+        return chosen | ({"exit_candidates": self.tokens} if looks else {})
 
     def predictions(self, split: Split, exits: Mapping[str, Any] | None) -> list[Prediction]:
         """Of a candidate, or at full depth for None; from disk where they are."""
@@ -123,6 +133,42 @@ class Runner:
             store.write_predictions(path, full)
             store.write_signals(path.with_suffix(".safetensors"), recorder.signals)
         return full, recorder.signals
+
+    def choose_tokens(self, split: Split, full: list[Prediction], wanted: int | float | None) -> float | None:
+        """Takes the tokens that criteria look at from outputs at full depth; returns the share that they cover. For
+        None they are those that are saved with the model."""
+        saved = getattr(self.model.generation_config, "exit_candidates", None)
+        if wanted is None and saved is not None:
+            self.tokens = list(saved)
+            return None
+        references = [
+            [token for ids in self.processor.encode_captions(row.get("references") or []) for token in ids]
+            for row in split.texts
+        ]
+        outputs = [one.token_ids for one in full]
+        self.tokens, coverage = choose_candidates(outputs, references, COVERAGE if wanted is None else wanted)
+        return coverage
+
+    def fit(self, split: Split, coverage: float | None) -> None:
+        """Fits criterion "agreement" on a run at full depth, and writes the report into the folder."""
+        answers = None
+        if self.goal.task == "entailment":
+            answers = self.processor.encode_answers(list(self.processor.entailment_answers.values()))
+        blank = blank_fit(self.layers["decoder"], self.tokens, answers)
+        exits = {"exit_criterion": "agreement", "exit_fit": blank, "decoder_exit_threshold": 0.9}
+        options = self.others | self.exits(exits)
+        path = self._path("fit", split, options)
+        path = None if path is None else path.with_suffix(".json")
+        if path is not None and path.exists():
+            self.fitted = Fitted(**json.loads(path.read_text(encoding="utf-8")))
+            return
+        with FitRecorder(self.model, answers is not None) as recorder:
+            self._run(split, options)
+        fitted = fit_agreement(*recorder.recorded(), blank)
+        known = {"candidates": None if self.tokens is None else len(self.tokens), "coverage": coverage}
+        self.fitted = Fitted(fitted.exit_fit, known | fitted.report)
+        if path is not None:
+            write_whole(path, json.dumps(vars(self.fitted), indent=2) + "\n")
 
     def _path(self, kind: str, split: Split, options: Mapping[str, Any]) -> Path | None:
         if self.folder is None:

@@ -10,12 +10,14 @@ from tqdm import tqdm
 
 from ..calibration import Calibration, calibrate, check_preset, write_preset
 from ..calibration.bounds import METHODS, rounded_up
+from ..calibration.fit import COVERAGE
 from ..calibration.goal import OBJECTIVES, RISKS, SHARED_OPTIONS, calibrated_criteria
 from ..data.features import cache_trunk_features
 from ..evaluation.rows import describe_rows, load_rows
 from ..inference.loading import check_not_replaced
 from ..inference.predict import TASKS
 from ..model.criteria_mue import CRITERIA
+from ..model.exit_options_mue import KV_POLICIES
 from .evaluate import add_data_arguments
 from .options import (
     RenamedOption,
@@ -30,6 +32,7 @@ from .options import (
 EPILOG = """examples:
   mue-hf calibrate my-checkpoint --task captioning --data captions.jsonl --budget 0.05 --preset balanced
   mue-hf calibrate my-checkpoint --task entailment --data scenes:0:2000 --compute 0.6 --preset fast
+  mue-hf calibrate my-checkpoint --task captioning --data captions.jsonl --criterion agreement --kv exact
 
 With --budget, the preset changes at most that share of the outputs (or loses at most that much of the metric) on
 average over images like these, with confidence 1 - delta; nothing is written if no setting can be certified. With
@@ -69,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings.add_argument("--num-thresholds", **count, default=5, help="candidate thresholds per stream (5)")
     settings.add_argument("--levels", dest="num_thresholds", action=RenamedOption, **count, help=argparse.SUPPRESS)
     settings.add_argument("--candidates", **count, default=8, help="combinations to test (8)")
+    tokens = f"tokens that criteria look at in captions, or the share of outputs that they cover ({COVERAGE})"
+    settings.add_argument("--exit-candidates", type=_number_or_share, metavar="N", help=tokens)
+    kv = f"keys and values of skipped layers: {', '.join(KV_POLICIES)} (project); the preset has what was certified"
+    settings.add_argument("--kv", choices=KV_POLICIES, metavar="POLICY", help=kv)
     runs = parser.add_argument_group("runs")
     add_device_arguments(runs)
     runs.add_argument("--batch-size", **count, default=16, help="rows per call (16)")
@@ -79,12 +86,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generate_argument(runs, f"any other option of generate, or one of {shared}; may be repeated")
 
 
+def _number_or_share(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
+
+
+def _show_fit(report: dict[str, Any]) -> list[str]:
+    """How reliable the probabilities of criterion "agreement" are, as lines."""
+    count, coverage = report["candidates"], report["coverage"]
+    looked = "the answers' tokens" if count is None else f"{count} tokens"
+    held = "" if coverage is None else f", which hold {coverage:.1%} of new full-depth outputs"
+    names = list(report["layers"][0]["auc"]) if report["layers"] else []
+    lines = [f"agreement: fitted on {report['decisions']} decisions over {looked}{held}; on the other half of them:"]
+    lines.append("  layer  right  Brier  area under ROC: " + "  ".join(names))
+    for one in report["layers"]:
+        areas = (one["auc"][name] for name in names)
+        shown = "  ".join("-" if area is None else f"{area:.3f}" for area in areas)
+        lines.append(f"  {one['layer']:5}  {one['right']:5.3f}  {one['brier']['agreement']:5.3f}  {shown}")
+    lines.append("  probability    expected  right  decisions")
+    for one in report["bins"]:
+        edges = f"{one['from']:5.3f} - {one['to']:5.3f}"
+        lines.append(f"  {edges}  {one['expected']:8.3f}  {one['right']:5.3f}  {one['count']:9}")
+    return lines
+
+
 def _show(calibration: Calibration, name: str, written: bool) -> str:
-    lines = ["   loss  bound  p-value  FLOPs   time  options"]
+    lines = _show_fit(calibration.report) if calibration.report else []
+    lines += ["   loss  bound  p-value  FLOPs   time  options"]
     for one in calibration.tested:
         pvalue = "-" if one.pvalue is None else f"{one.pvalue:.3g}"
         cost = f"{one.flops:5.0%}  {one.seconds:5.0%}"
-        lines.append(f"  {one.loss:5.3f}  {one.bound:5.3f}  {pvalue:>7}  {cost}  {json.dumps(one.options)}")
+        options = {name: value for name, value in one.options.items() if name != "exit_fit"}
+        lines.append(f"  {one.loss:5.3f}  {one.bound:5.3f}  {pvalue:>7}  {cost}  {json.dumps(options)}")
     preset = calibration.preset
     if preset is None:
         lines.append("No setting could be certified: already the safest one lost too much. Nothing was written.")
@@ -112,10 +144,11 @@ def run(args: argparse.Namespace) -> int:
     same |= {"model": model, "processor": processor, "data": data}
     if args.budget is None and args.compute is None:
         same["budget"] = 0.05
-    calibration = calibrate(**same, options=dict(args.generate) | decoding_options(args))
+    kv = {} if args.kv is None else {"exit_kv": args.kv}
+    calibration = calibrate(**same, options=dict(args.generate) | kv | decoding_options(args))
     preset, written = calibration.preset, False
     if preset is not None and not args.dry_run:
-        write_preset(args.model, args.preset, preset)
+        write_preset(args.model, args.preset, preset, calibration.exit_candidates)
         written = True
     tqdm.write(_show(calibration, args.preset, written))
     return 0 if preset is not None else 1

@@ -217,13 +217,14 @@ class Meter:
         prompt = text_tokens - 1 if self.prompt_type == "prev_output" else 1
         length = prompt + max(map(len, branching))
         sizes |= {"text_tokens": text_tokens, "max_tokens": length, "beams": 1, "rescore": False}
+        # Criteria look at the answers' own tokens, whatever list there is for captions.
+        looked_at = len({token for tokens in branching.values() for token in tokens})
         # A token that runs no layer costs what all of them share.
         parts = caption_flops(config, [0], **sizes)
         memory = sizes["image_tokens"] + text_tokens
         parts["cross_keys"] += max(depths) * 2 * 2 * memory * config.d_model**2
         parts["decoder"] += sum(depths) * length * decoder_layer_flops(config, length - 1, memory)
-        # Intermediate logits are those of the whole vocabulary.
-        rows = sum(map(len, branching.values())) + intermediate_logits(config, depths, criterion) * config.vocab_size
+        rows = sum(map(len, branching.values())) + intermediate_logits(config, depths, criterion) * looked_at
         parts["head"] = 2 * config.d_model * rows
         return parts
 

@@ -18,7 +18,7 @@ from ..files import write_whole
 from ..inference.predict import Prediction, predict
 from ..metrics import caption_scores
 from ..metrics.words import words_baseline
-from ..model.exit_options_mue import CONFIG_NAMES, resolve_options
+from ..model.exit_options_mue import CHECKPOINT_OPTIONS, CONFIG_NAMES, ExitOptions, resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
@@ -63,7 +63,7 @@ class Evaluation:
         self.side_folder = args.output.with_suffix("")
         self.known = self.processes.share(lambda: read_records(args.output))
         if args.sweeps or args.chosen:
-            for name in CONFIG_NAMES - {"exit_presets"}:
+            for name in CONFIG_NAMES - {"exit_presets", *CHECKPOINT_OPTIONS}:
                 if getattr(model.generation_config, name, None) is not None:
                     setattr(model.generation_config, name, None)
         saved = model.generation_config.to_dict()
@@ -77,7 +77,7 @@ class Evaluation:
         self.against = by_name[args.against]
         # A wrong option is found before the first point is run.
         self.resolved = {
-            name: asdict(resolve_options(point.exits, {}, saved, model.config)) for name, point in by_name.items()
+            name: _known(resolve_options(point.exits, {}, saved, model.config)) for name, point in by_name.items()
         }
         if args.task == "captioning":
             _try_scores(args.metrics, args.tokenizer)
@@ -115,7 +115,15 @@ class Evaluation:
             rows = ControlledRows(rows, args.premise, None, True)
             thresholds = self.processes.share(lambda: stream_thresholds(self._signals(rows), args.num_thresholds))
         asked = {name: getattr(args, name) for name in ("presets", "sweeps", "chosen", "shuffled_depths")}
+        asked["fit"] = self._fit()
         return make_settings(self.model.config, base=args.exits, thresholds=thresholds, **asked)
+
+    def _fit(self) -> Mapping[str, Any] | None:
+        """The fit of the first preset that has one for this task."""
+        presets = getattr(self.model.generation_config, "exit_presets", None) or {}
+        fits = [preset["exit_fit"] for _, preset in sorted(presets.items()) if preset.get("exit_fit")]
+        generated = self.args.task == "captioning"
+        return next((fit for fit in fits if (fit.get("answers") is None) == generated), None)
 
     def _words_statements(self) -> tuple[list[str], list[str]] | None:
         """Texts and labels of the statements that the baseline of words alone learns from."""
@@ -257,6 +265,13 @@ class Evaluation:
 def _of_source(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the data that hold for the statements of words alone too: generated scenes have none."""
     return {} if source.startswith("scenes:") else dict(options)
+
+
+def _known(options: ExitOptions) -> dict[str, Any]:
+    """Options by name. Those that are newer than the first records are left out where they are not given, so that
+    older records keep their keys."""
+    newer = {"exit_candidates", "exit_fit"}
+    return {name: value for name, value in asdict(options).items() if name not in newer or value is not None}
 
 
 def _evenly(rows: Any, count: int) -> Any:

@@ -35,6 +35,10 @@ def known_sweeps() -> dict[str, Sweep]:
     return sweeps | {f"kv-{policy}": Sweep(Similarity, ("decoder",), policy) for policy in others}
 
 
+def _needs_fit(criterion: type[Criterion]) -> bool:
+    return "exit_fit" in criterion.needed
+
+
 def sets_depths(criterion: type[Criterion]) -> bool:
     """Whether a criterion is told the depths instead of finding them."""
     return set(criterion.sweep_options.values()) == set(LAYER_OPTIONS.values())
@@ -60,6 +64,7 @@ def make_settings(
     base: Mapping[str, Any] | None = None,
     thresholds: Mapping[str, Any] | None = None,
     shuffled_depths: Sequence[str] = (),
+    fit: Mapping[str, Any] | None = None,
 ) -> list[Setting]:
     """
     Every point of a comparison, full depth first.
@@ -68,22 +73,26 @@ def make_settings(
         config (`MuEConfig`): of the model.
         presets (sequence of `str`): names.
         sweeps (sequence of (`str`, values or None)): names of [`known_sweeps`]; values in place of the usual. "all" is
-            all of them, and shuffled depths of the points of "similarity".
+            all of them that need no fit or have one, and shuffled depths of the points of "similarity".
         chosen (`dict`): exit options by name.
         base (`dict`): exit options of all points of sweeps but fixed depths; without sweeps one point.
         thresholds (`dict`): those of similarity, see [`stream_thresholds`]; the usual ones by default.
         shuffled_depths (sequence of `str`): points that get a shuffled-depth baseline.
+        fit (`dict`): what criteria that need a fit go by.
 
     Raises:
         ValueError: if two points have one name, or `shuffled_depths` names none of them.
     """
     base = dict(base or {})
+    fits = {} if fit is None else {"exit_fit": dict(fit)}
     points = [Setting("full depth", "full", {"exit_criterion": "never"})]
     points += [Setting(name, "presets", {"exit_preset": name}) for name in presets]
     if everything := any(name == "all" for name, _ in sweeps):
-        sweeps = [(name, None) for name in known_sweeps()]
+        usable = {name: sweep for name, sweep in known_sweeps().items() if fits or not _needs_fit(sweep.criterion)}
+        sweeps = [(name, None) for name in usable]
     for name, values in sweeps:
-        points += _sweep(name, values, base, config, thresholds)
+        fitted = base | fits if _needs_fit(known_sweeps()[name].criterion) else base
+        points += _sweep(name, values, fitted, config, thresholds, base)
     if everything:
         found = [point.name for point in points if point.criterion == Similarity.name]
         shuffled_depths = list(dict.fromkeys([*shuffled_depths, *found]))
@@ -107,12 +116,14 @@ def _sweep(
     base: dict[str, Any],
     config: PreTrainedConfig,
     thresholds: Mapping[str, Any] | None,
+    named: dict[str, Any],
 ) -> list[Setting]:
+    """The points of a sweep, with the options `base`; their names tell those that are `named`."""
     sweep, layers = known_sweeps()[name], stream_layers(config)
     criterion = sweep.criterion
     if sets_depths(criterion):
         return _depths(criterion, layers, {"exit_kv": base["exit_kv"]} if "exit_kv" in base else {})
-    note = "".join(f", {option} {value}" for option, value in base.items())
+    note = "".join(f", {option} {value}" for option, value in named.items())
     exits = base if criterion is Similarity else base | {"exit_criterion": criterion.name}
     if sweep.exit_kv is not None:
         exits = exits | {"exit_kv": sweep.exit_kv}

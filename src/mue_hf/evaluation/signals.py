@@ -77,7 +77,7 @@ class SignalRecorder:
         self.handles = []
         encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
         for module, record in ((encoder, self._record_encoder), (decoder, self._record_decoder)):
-            self.handles.append(module.register_forward_pre_hook(_ask_for_states, with_kwargs=True))
+            self.handles.append(module.register_forward_pre_hook(ask_for_states, with_kwargs=True))
             self.handles.append(module.register_forward_hook(record, with_kwargs=True))
         return self
 
@@ -149,7 +149,8 @@ def _until_exit(values: list[Tensor], depths: Tensor | None, layers: int, rest: 
     return stacked.masked_fill(torch.arange(layers) >= depths.cpu().unsqueeze(1), rest)
 
 
-def _ask_for_states(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def ask_for_states(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A forward pre-hook of encoder and decoder, by which they return the states after every layer."""
     return args, kwargs | {"output_hidden_states": True}
 
 
@@ -177,4 +178,13 @@ def without_decay(cosines: Tensor, steps: Tensor, num_steps: int, beta: float, t
     return (cosines - (1 - beta) * decay) / beta
 
 
-__all__ = ["SignalRecorder", "Signals", "answer_tokens", "branching_nodes", "replay", "stream_layers", "without_decay"]
+__all__ = [
+    "SignalRecorder",
+    "Signals",
+    "answer_tokens",
+    "ask_for_states",
+    "branching_nodes",
+    "replay",
+    "stream_layers",
+    "without_decay",
+]

@@ -81,6 +81,7 @@ def caption_flops(
     exit_kv: str = "project",
     criterion: str = "similarity",
     rescore: bool = False,
+    candidates: int | None = None,
 ) -> dict[str, int]:
     """FLOPs of one caption by its parts, for the depths that were reached and an image that is alone in its batch.
 
@@ -95,8 +96,9 @@ def caption_flops(
         beams (`int`, *optional*, defaults to 1): rows that are decoded for the image.
         exit_kv (`str`, *optional*, defaults to `"project"`): a skipped layer that is needed later costs its key and
             value projections ("project"), nothing ("copy") or the layer itself ("exact").
-        criterion (`str`, *optional*, defaults to `"similarity"`): one that needs intermediate logits runs the whole
-            output head after every layer but the last; what `generate` emits takes the rows of text alone.
+        criterion (`str`, *optional*, defaults to `"similarity"`): one that needs intermediate logits runs the output
+            head after every layer but the last; what `generate` emits takes the rows of text alone.
+        candidates (`int`, *optional*): tokens that it then looks at; the whole vocabulary by default.
         rescore (`bool`, *optional*, defaults to False): whether all beams, as long as the returned one, run once more
             at full depth, all tokens at once (`exit_rescore`).
 
@@ -130,7 +132,7 @@ def caption_flops(
     parts["decoder"] = beams * layers + positions
     parts["fill"] = beams * fill
     rows = len(decoder_exit_layers) * config.num_text_tokens
-    rows += intermediate_logits(config, decoder_exit_layers, criterion) * config.vocab_size
+    rows += intermediate_logits(config, decoder_exit_layers, criterion) * (candidates or config.vocab_size)
     parts["head"] = beams * 2 * width * rows
     if rescore:
         tokens = len(decoder_exit_layers)
@@ -176,8 +178,13 @@ class FlopCount:
         saved = model.generation_config.to_dict()
         exits = resolve_options(options, {}, saved, model.config)
         self.config, self.count = model.config, count
-        criterion = exits.exit_criterion if exits.active else "never"
-        self.policy = {"exit_kv": exits.exit_kv, "criterion": criterion, "rescore": exits.exit_rescore}
+        self.policy: dict[str, Any] = {
+            "exit_kv": exits.exit_kv,
+            "criterion": exits.exit_criterion if exits.active else "never",
+            "rescore": exits.exit_rescore,
+        }
+        if exits.exit_candidates is not None:
+            self.policy["candidates"] = len(exits.exit_candidates)
         self.max_tokens = max_new_tokens(model, options)
         self.beams = (saved | dict(options)).get("num_beams") or 1
         self.trunk = cache(partial(trunk_flops, model))

@@ -2,7 +2,7 @@
 thresholds are worth a try. Registering one makes it known to `generate`, `evaluate`, `calibrate`, `bench` and docs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -42,6 +42,10 @@ class ExitPolicy:
         patience (`int`): criterion "patience", layers in a row that must agree.
         min_layers (`int`): no row exits before this many layers.
         beta, tau, warmup (`float`): of the decay over decoding steps, see `at_step`.
+        step (`int` or `LongTensor` [rows]): tokens of the output before the one that is decided about.
+        fit (array [layers - 1, inputs + 1], *optional*): criterion "agreement", weights and bias of each layer.
+        allowed (`BoolTensor` [rows, classes], *optional*): of the intermediate logits, those that count; all by
+            default.
     """
 
     criterion: str = "never"
@@ -52,6 +56,9 @@ class ExitPolicy:
     beta: float = 1.0
     tau: float = 1.0
     warmup: float = 0.0
+    step: int | Tensor = 0
+    fit: Any = None
+    allowed: Tensor | None = None
 
     @property
     def is_never(self) -> bool:
@@ -63,12 +70,12 @@ class ExitPolicy:
         if self.is_never or step < self.warmup * num_steps:
             return ExitPolicy()
         if self.beta == 1.0:
-            return self
+            return replace(self, step=step)
         decay = math.exp(-self.tau * step / num_steps)
         # An early step is stricter: its threshold is nearer to 1 where rows exit above it, to 0 where they exit below.
         decay = decay if CRITERIA[self.criterion].exits_above else 1.0 - decay
         thresholds = tuple(None if x is None else self.beta * x + (1.0 - self.beta) * decay for x in self.thresholds)
-        return replace(self, thresholds=thresholds, beta=1.0)
+        return replace(self, thresholds=thresholds, beta=1.0, step=step)
 
 
 @dataclass
@@ -81,6 +88,7 @@ class LayerStates:
         mask (`BoolTensor` [rows, positions], *optional*): positions that count; all by default.
         rows (`LongTensor` [rows], *optional*): which rows of the call these are; all by default.
         predict (`Callable`, *optional*): states [rows, d] -> logits [rows, classes] of the output at this depth.
+        allowed (`BoolTensor` [rows, classes], *optional*): classes that count; all by default.
     """
 
     layer: int
@@ -89,11 +97,15 @@ class LayerStates:
     mask: Tensor | None = None
     rows: Tensor | None = None
     predict: Callable[[Tensor], Tensor] | None = None
+    allowed: Tensor | None = None
 
     def logits(self) -> Tensor:
-        """The intermediate logits [rows, classes] at each row's last valid position, at least in float32."""
+        """The intermediate logits [rows, classes] at each row's last valid position, at least in float32. Classes are
+        the tokens of `exit_candidates` in ascending order, or the whole vocabulary; those of answers in scoring."""
         logits = self.predict(last_valid(self.current, self.mask))
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        # not -inf, of which entropy is not a number
+        return logits if self.allowed is None else logits.masked_fill(~self.allowed, torch.finfo(logits.dtype).min)
 
 
 class Criterion:
@@ -107,6 +119,7 @@ class Criterion:
         summary (`str`): half a sentence for help and docs.
         options (set of `str`): exit options that it takes.
         needed (tuple of `str`): of these, the ones of which one must be given.
+        remedy (`str`): what to do where none of them is.
         needs_logits (`bool`): whether it needs the output head after every layer.
         in_encoder (`bool`): whether encoder streams follow it; otherwise they follow similarity.
         exits_above (`bool`): whether rows exit above the threshold or below it.
@@ -119,6 +132,7 @@ class Criterion:
     summary: ClassVar[str]
     options: ClassVar[frozenset[str]] = SHARED_OPTIONS | ENCODER_THRESHOLDS | DECODER_THRESHOLD
     needed: ClassVar[tuple[str, ...]] = ()
+    remedy: ClassVar[str] = "pass a number of layers."
     needs_logits: ClassVar[bool] = False
     in_encoder: ClassVar[bool] = False
     exits_above: ClassVar[bool] = True
@@ -133,6 +147,11 @@ class Criterion:
     def sweep(cls, num_layers: int) -> Sequence[Any]:
         """Values of `sweep_options` that are worth a try in a stack of `num_layers`, from careful to fast."""
         return cls.candidates
+
+    @classmethod
+    def check_options(cls, given: Mapping[str, Any], config: Any) -> None:
+        """Raises a ValueError if `given`, the exit options of a call for a model of `config`, do not suit it; names,
+        types and ranges that all criteria share have been checked."""
 
     @classmethod
     def is_asked_for(cls, policy: ExitPolicy) -> bool:

@@ -49,7 +49,9 @@ class ExitDecider:
         if self.policy.is_never:
             return None
         mask = self.mask if self.mask is None or rows is None else self.mask[rows]
-        exits = self.criterion.exits(LayerStates(layer, previous, current, mask, rows, self.predict))
+        allowed = self.policy.allowed
+        allowed = allowed if allowed is None or rows is None else allowed[rows]
+        exits = self.criterion.exits(LayerStates(layer, previous, current, mask, rows, self.predict, allowed))
         return None if exits is None else exits.cpu()
 
 

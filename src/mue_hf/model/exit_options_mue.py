@@ -9,9 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from .agreement_mue import fit_weights
 from .criteria_mue import CRITERIA, LAYER_OPTIONS, STREAMS, THRESHOLD_OPTIONS, Depth, ExitPolicy
 
 KV_POLICIES = ("project", "copy", "exact")
+# What belongs to a checkpoint and not to one setting: neither a preset nor another criterion sets it aside.
+CHECKPOINT_OPTIONS = frozenset({"exit_candidates"})
 # Options of earlier versions, which are ignored.
 DROPPED_OPTIONS = frozenset({"exit_costs"})
 
@@ -76,6 +79,12 @@ class ExitOptions:
             layer) or "exact" (the skipped layers are run in the call of a later token that needs them).
         exit_rescore (`bool`):
             Beam search: the final hypotheses are scored anew at full depth, in one pass, and the best are returned.
+        exit_candidates (sequence of `int`):
+            The tokens that criteria with intermediate logits look at, saved once with the checkpoint; all by default.
+            They inform the decision alone: what is emitted comes from the whole head. `score_answers` looks at the
+            tokens of its answers instead.
+        exit_fit (`dict`):
+            Criterion "agreement": what `mue-hf calibrate` has fitted, see `agreement_mue.py`.
     """
 
     image_exit_threshold: Threshold = None
@@ -94,6 +103,8 @@ class ExitOptions:
     exit_min_layers: int = 1
     exit_kv: str = "project"
     exit_rescore: bool = False
+    exit_candidates: tuple[int, ...] | None = None
+    exit_fit: Mapping[str, Any] | None = None
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], config: Any) -> "ExitOptions":
@@ -111,9 +122,15 @@ class ExitOptions:
                 given[name] = _checked_threshold(name, given[name], count)
             if (name := LAYER_OPTIONS[stream]) in given:
                 _check_depth(name, given[name], count)
+        if (tokens := given.get("exit_candidates")) is not None:
+            given["exit_candidates"] = _checked_candidates(tokens, config.vocab_size)
         _check_scalars(given, max(config.encoder_layers, config.decoder_layers))
         _check_mode(given, config.modality_decomposition)
         _check_contradictions(given)
+        criterion = CRITERIA[given.get("exit_criterion", cls.exit_criterion)]
+        criterion.check_options(given, config)
+        if not criterion.needs_logits:
+            given.pop("exit_candidates", None)
         return cls(**given)
 
     @property
@@ -141,6 +158,7 @@ class ExitOptions:
             getattr(self, LAYER_OPTIONS[stream]),
             self.exit_patience or 0,
             self.exit_min_layers,
+            fit=None if self.exit_fit is None else fit_weights(self.exit_fit),
             **schedule,
         )
         return policy if CRITERIA[name].is_asked_for(policy) else ExitPolicy()
@@ -203,9 +221,11 @@ def resolve_options(
     )
     presets = SHIPPED_PRESETS | _presets(saved.pop("exit_presets", {})) | _presets(passed.pop("exit_presets", {}))
     saved_preset = saved.pop("exit_preset", None)
+    kept = {name: saved.pop(name) for name in CHECKPOINT_OPTIONS & saved.keys()}
     asked = call.pop("exit_preset", None) or passed.pop("exit_preset", None)
     if asked or saved_preset:
         saved = _preset(asked or saved_preset, presets) | ({} if asked else saved)
+    saved = kept | saved
     for explicit in (passed, call):
         criterion = explicit.get("exit_criterion")
         if isinstance(criterion, str) and criterion in CRITERIA:
@@ -216,7 +236,7 @@ def resolve_options(
 
 def _used_by(criterion: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Of options, those that a criterion takes, and presets."""
-    used = CRITERIA[criterion].options | {"exit_preset", "exit_presets"}
+    used = CRITERIA[criterion].options | CHECKPOINT_OPTIONS | {"exit_preset", "exit_presets"}
     return {name: value for name, value in options.items() if name in used}
 
 
@@ -264,6 +284,19 @@ def _checked_threshold(name: str, value: Any, num_layers: int) -> Threshold:
             "a number above 1 never exits, one below -1 exits after the first layer."
         )
     return float(value)
+
+
+def _checked_candidates(tokens: Any, vocab_size: int) -> tuple[int, ...]:
+    """The tokens of `exit_candidates` in ascending order."""
+    listed = isinstance(tokens, list | tuple) and all(type(token) is int for token in tokens)
+    ordered = tuple(sorted(set(tokens))) if listed else ()
+    if len(ordered) < 2 or len(ordered) < len(tokens) or not 0 <= ordered[0] <= ordered[-1] < vocab_size:
+        shown = repr(tokens) if len(repr(tokens)) < 100 else f"{repr(tokens)[:100]}..."
+        raise ValueError(
+            f"`exit_candidates` must be a list of at least two different token ids in [0, {vocab_size}), got {shown}; "
+            "pass such a list, or None to look at the whole vocabulary."
+        )
+    return ordered
 
 
 def _check_depth(name: str, value: Any, num_layers: int) -> None:
@@ -314,7 +347,7 @@ def _check_mode(given: Mapping[str, Any], decomposed: bool) -> None:
 def _check_contradictions(given: Mapping[str, Any]) -> None:
     criterion = given.get("exit_criterion", "similarity")
     for name in given:
-        if name not in CRITERIA[criterion].options:
+        if name not in CRITERIA[criterion].options | CHECKPOINT_OPTIONS:
             takers = [other for other in CRITERIA if name in CRITERIA[other].options]
             raise ValueError(
                 f"`{name}` (got {given[name]!r}) contradicts `exit_criterion={criterion!r}`, which does not use it; "
@@ -324,7 +357,7 @@ def _check_contradictions(given: Mapping[str, Any]) -> None:
     if needed and not given.keys() & set(needed):
         raise ValueError(
             f"`exit_criterion={criterion!r}` needs {' or '.join(f'`{name}`' for name in needed)}, got none; "
-            "pass a number of layers."
+            f"{CRITERIA[criterion].remedy}"
         )
     for name in LAYER_OPTIONS.values():
         depth = given.get(name)
@@ -338,6 +371,7 @@ def _check_contradictions(given: Mapping[str, Any]) -> None:
 
 
 __all__ = [
+    "CHECKPOINT_OPTIONS",
     "CONFIG_NAMES",
     "DROPPED_OPTIONS",
     "KV_POLICIES",

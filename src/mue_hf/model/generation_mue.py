@@ -27,6 +27,7 @@ from transformers.generation import (
 )
 from transformers.modeling_outputs import ModelOutput
 
+from .agreement_mue import check_answers
 from .cache_mue import MuECache
 from .early_exit_mue import ExitRecord, ExitSchedule
 from .encoder_mue import check_attentions
@@ -63,6 +64,8 @@ class _ExitRun:
 
     schedule: ExitSchedule
     eos_token_ids: Tensor | None
+    # what criteria look at: states [rows, d] -> logits
+    predict: Callable[[Tensor], Tensor]
     text_ids: slice | None = None
     # what may follow a prefix, where that says which logits are computed
     allowed: Allowed | None = None
@@ -109,6 +112,7 @@ class MuEGenerationMixin(AnswerScoringMixin, RescoringMixin, GenerationMixin):
         passed = {} if generation_config is None else exit_attributes(generation_config)
         saved = exit_attributes(self.generation_config)
         options = resolve_options(call, passed, saved, self.config)
+        check_answers(options.exit_fit, None)
         if options.active:
             self._check_chosen_preset(call, passed, saved)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
@@ -257,7 +261,9 @@ class MuEGenerationMixin(AnswerScoringMixin, RescoringMixin, GenerationMixin):
             config.max_length - input_ids_seq_length,
         )
         if model_kwargs is not None:
-            run = model_kwargs["exit_run"] = _ExitRun(schedule, config._eos_token_tensor, num_beams=config.num_beams)
+            predict = self._exit_head(config._exit_options.exit_candidates)
+            run = _ExitRun(schedule, config._eos_token_tensor, predict, num_beams=config.num_beams)
+            model_kwargs["exit_run"] = run
             constrained = any(isinstance(x, PrefixConstrainedLogitsProcessor) for x in processors)
             if self.config.num_text_tokens < self.config.vocab_size and not constrained:
                 run.text_ids = slice(0, self.config.num_text_tokens)
@@ -276,6 +282,7 @@ class MuEGenerationMixin(AnswerScoringMixin, RescoringMixin, GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if exit_run is not None:
             model_inputs["exit_policy"] = exit_run.schedule.policy
+            model_inputs["predict"] = exit_run.predict
             model_inputs["active_rows"] = exit_run.active_rows(input_ids)
             model_inputs["emitted_ids"] = exit_run.emitted_ids(input_ids)
             model_inputs["output_exit_layers"] = True

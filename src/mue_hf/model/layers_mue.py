@@ -1,6 +1,7 @@
 """OFA's building blocks: attention with scaled heads and an additive position bias, and the two kinds of layer."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,6 +80,19 @@ class MuEOutputHead(MuELinear):
         logits = some.new_full((*some.shape[:-1], self.out_features), -torch.inf)
         logits[..., ids] = some
         return logits
+
+
+def head_of(head: nn.Module, ids: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What maps states [..., d] to the logits [..., ids] of some tokens, all of them for None; the rows of the head
+    are taken out once."""
+    if ids is None:
+        return head
+    # offloaded weights are there inside the head's own call alone
+    if getattr(head, "takes_ids", False) and not head.weight.is_meta:
+        ids = ids.to(head.weight.device)
+        weight, bias = head.weight[ids], None if head.bias is None else head.bias[ids]
+        return lambda states: few_rows_linear(states, weight, bias)
+    return lambda states: head(states)[..., ids.to(states.device)]
 
 
 class MuEAttention(nn.Module):
@@ -304,6 +318,7 @@ __all__ = [
     "MuEEncoderLayer",
     "MuELinear",
     "MuEOutputHead",
+    "head_of",
     "known_true",
     "mask_value",
     "position_scores",

@@ -1,6 +1,7 @@
 """The models: `MuEModel` (encoder and decoder) and `MuEForConditionalGeneration` (with the tied output head)."""
 
 import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -13,15 +14,23 @@ from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import auto_docstring, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
+from .agreement_mue import check_answers
 from .cache_mue import MuECache
 from .configuration_mue import MuEConfig
 from .criteria_mue import ExitPolicy
 from .decoder_mue import MuEDecoder, MuEDecoderOutput
 from .early_exit_mue import ExitRecord
 from .encoder_mue import MuEEncoder, MuEEncoderOutput
-from .exit_options_mue import CONFIG_NAMES, ExitOptions, check_names, check_no_search, resolve_options
+from .exit_options_mue import (
+    CHECKPOINT_OPTIONS,
+    CONFIG_NAMES,
+    ExitOptions,
+    check_names,
+    check_no_search,
+    resolve_options,
+)
 from .generation_mue import MuEGenerationMixin
-from .layers_mue import MuEAttention, MuEOutputHead
+from .layers_mue import MuEAttention, MuEOutputHead, head_of
 from .presets_mue import PresetCheckMixin
 from .vision_mue import trunk_features
 
@@ -207,7 +216,7 @@ class MuEModel(MuEPreTrainedModel):
             Decoder rows that are worth running; the others have depth 0.
         predict (`Callable`, *optional*):
             Normalised decoder states (rows, d_model) -> logits, for criteria that look at the output. Default: the
-            tied embedding matrix.
+            tied embedding matrix, of it the rows of `exit_candidates`.
         kwargs (*optional*):
             The exit options of [`ExitOptions`] by name, e.g. `decoder_exit_threshold=0.95`.
         """
@@ -248,13 +257,20 @@ class MuEModel(MuEPreTrainedModel):
             cache=cache,
             active_rows=active_rows,
             policy=exit_policy,
-            predict=predict or (lambda states: nn.functional.linear(states, self.shared.weight)),
+            predict=predict or self._tied_head(options),
             **wanted,
         )
         return _joined(encoder_outputs, decoder_outputs, output_exit_layers)
 
-    def exit_options_of(self, kwargs: dict[str, Any], presets: dict[str, Any]) -> ExitOptions | None:
-        """The exit options among the keyword arguments of `forward`, None without any.
+    def _tied_head(self, options: ExitOptions) -> Any:
+        ids = options.exit_candidates
+        return lambda states: nn.functional.linear(
+            states, self.shared.weight if ids is None else self.shared.weight[list(ids)]
+        )
+
+    def exit_options_of(self, kwargs: dict[str, Any], saved: dict[str, Any]) -> ExitOptions | None:
+        """The exit options among the keyword arguments of `forward`, None without any; of those that are `saved` with
+        the model, presets and candidate tokens alone count.
 
         Raises:
             ValueError: for options that `ExitOptions` refuses, and for keyword arguments that nobody reads.
@@ -266,8 +282,13 @@ class MuEModel(MuEPreTrainedModel):
             hint = f"did you mean `{near[0]}`?" if near else "drop it."
             raise ValueError(f"`{unknown[0]}` must be an input of the model, which it is not; {hint}")
         given = {name: value for name, value in kwargs.items() if name in names and value is not None}
+        if not given:
+            return None
         check_no_search(given, "forward")
-        return resolve_options(given, {}, {"exit_presets": presets}, self.config) if given else None
+        kept = {name: saved[name] for name in ("exit_presets", *CHECKPOINT_OPTIONS) if saved.get(name)}
+        options = resolve_options(given, {}, kept, self.config)
+        check_answers(options.exit_fit, None)
+        return options
 
     def _cache(
         self,
@@ -389,6 +410,7 @@ class MuEForConditionalGeneration(PresetCheckMixin, MuEPreTrainedModel, MuEGener
         active_rows: torch.BoolTensor | None = None,
         logits_to_keep: int | Tensor = 0,
         emitted_ids: slice | torch.LongTensor | None = None,
+        predict: Any = None,
         **kwargs: Any,
     ) -> MuESeq2SeqLMOutput:
         r"""
@@ -410,6 +432,9 @@ class MuEForConditionalGeneration(PresetCheckMixin, MuEPreTrainedModel, MuEGener
             Decoder rows that are worth running; the others have depth 0.
         emitted_ids (`slice` or `torch.LongTensor`, *optional*):
             Token ids whose logits are wanted, as `generate` passes them; those of the others are -inf.
+        predict (`Callable`, *optional*):
+            Normalised decoder states (rows, d_model) -> logits, for criteria that look at the output, as `generate`
+            passes it. Default: the output head, of it the rows of `exit_candidates`.
         kwargs (*optional*):
             The exit options of [`ExitOptions`] by name, e.g. `decoder_exit_threshold=0.95`.
         """
@@ -418,6 +443,9 @@ class MuEForConditionalGeneration(PresetCheckMixin, MuEPreTrainedModel, MuEGener
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         limits = self.generation_config
+        options = self.model.exit_options_of(kwargs, vars(limits))
+        if predict is None:
+            predict = self._exit_head(options and options.exit_candidates)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -437,9 +465,9 @@ class MuEForConditionalGeneration(PresetCheckMixin, MuEPreTrainedModel, MuEGener
             exit_step=exit_step,
             exit_num_steps=exit_num_steps or limits.max_new_tokens or limits.max_length,
             exit_policy=exit_policy,
-            exit_options=self.model.exit_options_of(kwargs, getattr(limits, "exit_presets", None) or {}),
+            exit_options=options,
             active_rows=active_rows,
-            predict=self.lm_head,
+            predict=predict,
             return_dict=True,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -450,6 +478,10 @@ class MuEForConditionalGeneration(PresetCheckMixin, MuEPreTrainedModel, MuEGener
             loss = self.loss_function(logits=logits, labels=labels, shift_labels=labels, **options)
         shared = {name: outputs[name] for name in outputs if name in MuESeq2SeqLMOutput.__dataclass_fields__}
         return MuESeq2SeqLMOutput(loss=loss, logits=logits, **shared)
+
+    def _exit_head(self, tokens: Sequence[int] | None) -> Callable[[Tensor], Tensor]:
+        """What criteria look at: states (rows, d_model) -> the logits of `tokens`, of all for None."""
+        return head_of(self.lm_head, None if tokens is None else torch.tensor(tokens))
 
     def _logits(self, states: Tensor, ids: slice | Tensor | None) -> Tensor:
         if ids is None:

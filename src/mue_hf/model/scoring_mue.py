@@ -1,6 +1,6 @@
 """Closed answer sets: their trie, and the log-probabilities of candidates as OFA scores them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, NamedTuple
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
+from .agreement_mue import check_answers
+from .criteria_mue import CRITERIA, ExitPolicy
 from .early_exit_mue import ExitRecord
 from .exit_options_mue import (
     CONFIG_NAMES,
@@ -124,8 +126,9 @@ class AnswerScoringMixin:
         """Log-probabilities of a closed set of answers, as OFA scores visual entailment.
 
         Each answer is teacher-forced after the decoder prompt; at each of its tokens, and at its end, the softmax runs
-        over the tokens that some answer allows there. Only the output rows of those tokens are computed. Exit options
-        apply as in `generate`: those saved with the model, those passed here first.
+        over the tokens that some answer allows there. Only the output rows of those tokens are computed, also for
+        exit criteria that look at the output. Exit options apply as in `generate`: those saved with the model, those
+        passed here first.
 
         Args:
             answers (list of lists of `int`): token ids, from `processor.encode_answers([...])`.
@@ -147,6 +150,7 @@ class AnswerScoringMixin:
         if eos is None:
             raise ValueError("`generation_config.eos_token_id` must end an answer, got None; set it.")
         _check_answer_ids(answers, self.config.vocab_size)
+        check_answers(options.exit_fit, answers)
         trie = answer_trie(answers, eos)
         encoder_outputs = inputs.pop("encoder_outputs", None)
         if encoder_outputs is None:
@@ -162,13 +166,15 @@ class AnswerScoringMixin:
         nodes = [prefix for prefix, tokens in trie.items() if len(tokens) > 1] or [()]
         rows = branching_rows(nodes, decoder_input_ids, decoder_attention_mask, self.config.pad_token_id)
         policy = replace(options.policy("decoder", self.config.decoder_layers), warmup=0.0)
+        # all answers are decided at step 0
+        policy = policy.at_step(0, 1 + max(len(answer) for answer in answers))
+        policy, predict = self._looking_at(policy, trie, nodes, batch)
         outputs = self.model(
             encoder_outputs=encoder_outputs,
             decoder_input_ids=rows.input_ids,
             decoder_attention_mask=None if known_true(rows.attention_mask) else rows.attention_mask,
-            # all answers are decided at step 0
-            exit_policy=policy.at_step(0, 1 + max(len(answer) for answer in answers)),
-            predict=self.lm_head,
+            exit_policy=policy,
+            predict=predict,
             use_cache=False,
             output_exit_layers=True,
         )
@@ -184,6 +190,21 @@ class AnswerScoringMixin:
         record = outputs.exit_record()
         record["decoder_exit_layers"] = outputs.decoder_exit_layers.unflatten(0, (batch, len(nodes)))
         return MuEScoreOutput(scores=scores, **record)
+
+    def _looking_at(
+        self, policy: ExitPolicy, trie: dict[tuple[int, ...], list[int]], nodes: list[tuple[int, ...]], batch: int
+    ) -> tuple[ExitPolicy, Callable[[Tensor], Tensor]]:
+        """The policy of the rows of `nodes`, and the head that its criterion looks at: of the tokens allowed there."""
+        tokens = sorted({token for node in nodes for token in trie[node]})
+        # of a single answer there is nothing to decide
+        if not CRITERIA[policy.criterion].needs_logits or len(tokens) < 2:
+            return policy, self._exit_head(None)
+        if len(nodes) > 1:
+            device = self.get_input_embeddings().weight.device
+            allowed = torch.tensor([[token in trie[node] for token in tokens] for node in nodes], device=device)
+            step = torch.tensor([len(node) for node in nodes])
+            policy = replace(policy, step=step.repeat(batch), allowed=allowed.repeat(batch, 1))
+        return policy, self._exit_head(tokens)
 
     def _scoring_options(self, inputs: dict[str, Any]) -> ExitOptions:
         """Takes the exit options out of the keyword arguments, and resolves them with those that are saved."""

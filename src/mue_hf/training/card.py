@@ -77,7 +77,8 @@ def fill_card(
     )
     presets = []
     for label, preset in exit_presets(model).items():
-        options = ", ".join(f"{option}={value!r}" for option, value in preset.items() if option in CONFIG_NAMES)
+        told = {option: value for option, value in preset.items() if option in CONFIG_NAMES and option != "exit_fit"}
+        options = ", ".join(f"{option}={value!r}" for option, value in told.items())
         presets.append({"name": label, "options": options, "promise": promises[label]})
     card = ModelCard.from_template(
         data,

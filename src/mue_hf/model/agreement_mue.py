@@ -1,0 +1,217 @@
+"""Criterion "agreement": the probability that the whole model would pick the same token, by a small fit per layer."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .criteria_mue import (
+    ENCODER_THRESHOLDS,
+    SHARED_OPTIONS,
+    Criterion,
+    ExitPolicy,
+    LayerStates,
+    last_valid,
+    register_criterion,
+)
+
+FIT_VERSION = 1
+# What the fit of a layer looks at, in this order: probability of the best of the candidate tokens, and by how much it
+# is above that of the second; -log of what each lacks to 1; how much each has grown since the layer before, and
+# whether the best token was the same there (0 after the first layer); cosine of the layer's input and output at the
+# position that is decided about; tokens of the output so far.
+INPUTS = (
+    "confidence",
+    "margin",
+    "log_confidence",
+    "log_margin",
+    "confidence_gain",
+    "margin_gain",
+    "same_token",
+    "similarity",
+    "step",
+    "log_step",
+)
+# What a probability lacks to 1 is at least that: below, the logarithm would be that of rounding in single precision.
+FLOOR = 1e-5
+REFIT = "`mue-hf calibrate CHECKPOINT --task TASK --data DATA --criterion agreement`"
+
+
+@register_criterion
+class Agreement(Criterion):
+    name = "agreement"
+    summary = "it is probable enough that the last layer has the same best token, by a fit on this model's full depth"
+    options = SHARED_OPTIONS | ENCODER_THRESHOLDS | {"decoder_exit_threshold", "exit_fit"}
+    needed = ("exit_fit",)
+    remedy = f"fit it on this model with {REFIT}, and pass the preset that it writes as `exit_preset`."
+    needs_logits = True
+    bound = 1.0
+    candidates = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9, 0.8)
+
+    def __init__(self, policy: ExitPolicy):
+        super().__init__(policy)
+        # confidence, margin and best token of the layer before, by row of the call
+        self.last: NDArray | None = None
+
+    @classmethod
+    def check_options(cls, given: Mapping[str, Any], config: Any) -> None:
+        check_fit(given["exit_fit"], config.decoder_layers, given.get("exit_candidates"))
+        threshold = given.get("decoder_exit_threshold")
+        for value in threshold if isinstance(threshold, tuple) else (threshold,):
+            if value is not None and not 0.0 < value < 1.0:
+                raise ValueError(
+                    f"`decoder_exit_threshold` must be a probability above 0 and below 1 with "
+                    f"`exit_criterion='agreement'`, got {value}; choose such as 0.98, or None to run all layers."
+                )
+
+    def inputs(self, states: LayerStates) -> NDArray:
+        """What a layer's fit looks at, [rows, INPUTS] on the CPU; every layer from the first must be asked for, or
+        from the one before the first that may let rows exit."""
+        best = states.logits().log_softmax(-1).topk(2, dim=-1)
+        pair = torch.stack([last_valid(x, states.mask) for x in (states.previous, states.current)], dim=1)
+        pair = pair.float() if pair.dtype in (torch.float16, torch.bfloat16) else pair
+        seen = (best.values, best.indices[:, :1], (pair @ pair.mT).flatten(1))
+        if pair.device.type != "cpu":
+            # one transfer for all
+            seen = torch.cat(seen, dim=1).cpu().split([2, 1, 4], dim=1)
+        # A few numbers for each row are left: NumPy's overhead is the smallest that does them all at once.
+        log_probs, token, dots = (x.detach().numpy().T for x in seen)
+        now, inputs = np.empty((3, len(pair))), np.empty((len(INPUTS), len(pair)))
+        np.exp(log_probs, out=now[:2], dtype=np.float64)
+        now[1], now[2] = now[0] - now[1], token[0]
+        rows = slice(None) if states.rows is None else states.rows.numpy()
+        if self.last is None:
+            self.last = np.empty((3, len(pair) if states.rows is None else int(rows.max()) + 1))
+            inputs[4:7] = 0.0
+        else:
+            before = self.last[:, rows]
+            inputs[4:6] = now[:2] - before[:2]
+            inputs[6] = now[2] == before[2]
+        self.last[:, rows] = now
+        inputs[:2] = now[:2]
+        inputs[2:4] = -np.log(np.maximum(1.0 - now[:2], FLOOR))
+        inputs[7] = dots[1] / np.sqrt(np.maximum(dots[0] * dots[3], np.finfo(dots.dtype).tiny))
+        step = self.policy.step
+        inputs[8] = step.cpu().numpy()[rows] if isinstance(step, Tensor) else step
+        inputs[9] = np.log1p(inputs[8])
+        return inputs.T
+
+    def score(self, states: LayerStates) -> Tensor:
+        return torch.from_numpy(self._log_odds(states)).sigmoid()
+
+    def exits(self, states: LayerStates) -> Tensor | None:
+        here = self._may_exit(states.layer)
+        # the next layer compares with this one
+        if not here and not self._may_exit(states.layer + 1):
+            return None
+        odds, threshold = self._log_odds(states), self.policy.thresholds[states.layer]
+        passed = odds > math.log(threshold / (1.0 - threshold)) if here else None
+        return None if passed is None or not passed.any() else torch.from_numpy(passed)
+
+    def _log_odds(self, states: LayerStates) -> NDArray:
+        weights = self.policy.fit[states.layer]
+        return self.inputs(states) @ weights[:-1] + weights[-1]
+
+    def _may_exit(self, layer: int) -> bool:
+        in_time = self.policy.min_layers <= layer + 1 < len(self.policy.thresholds)
+        return in_time and self.policy.thresholds[layer] is not None
+
+
+def blank_fit(
+    layers: int, candidates: Sequence[int] | None, answers: Sequence[Sequence[int]] | None
+) -> dict[str, Any]:
+    """A fit for a decoder of `layers` that knows nothing: every probability is one half; see [`check_fit`]."""
+    return {
+        "version": FIT_VERSION,
+        "inputs": list(INPUTS),
+        "layers": layers,
+        "candidates": None if candidates is None or answers is not None else token_hash(candidates),
+        "answers": None if answers is None else answers_hash(answers),
+        "weights": [[0.0] * (len(INPUTS) + 1) for _ in range(layers - 1)],
+    }
+
+
+def fit_weights(fit: Mapping[str, Any]) -> NDArray:
+    """Weights and bias of each layer of a fit, [layers - 1, INPUTS + 1]."""
+    return np.asarray(fit["weights"], dtype=np.float64)
+
+
+def check_fit(fit: Any, num_layers: int, candidates: Sequence[int] | None) -> None:
+    """Raises a ValueError unless `fit` is one for a decoder of `num_layers` and for these candidate tokens.
+
+    Args:
+        fit (`dict`): "version"; "inputs", the names in `INPUTS`; "layers" of the decoder; "candidates", [`token_hash`]
+            of the tokens that it was made with, None for the whole vocabulary; "answers", [`answers_hash`] of what was
+            scored, None where tokens were generated; "weights", a row [inputs + 1] for each layer but the last: the
+            weights of the inputs, and a bias.
+    """
+    expected = {"version": FIT_VERSION, "inputs": list(INPUTS), "layers": num_layers}
+    if not isinstance(fit, Mapping):
+        raise ValueError(f"`exit_fit` must be a dict that {REFIT} made, got {fit!r}; make one.")
+    for name, value in expected.items():
+        if fit.get(name) != value:
+            raise ValueError(
+                f"`exit_fit` must have {name} {value!r}, got {fit.get(name)!r}; fit it anew with {REFIT}."
+            )
+    weights = fit.get("weights")
+    rows = weights if isinstance(weights, list | tuple) else ()
+    if len(rows) != num_layers - 1 or not all(_is_row(row) for row in rows):
+        raise ValueError(
+            f"`exit_fit` must have {len(INPUTS) + 1} finite numbers as `weights` of each of {num_layers - 1} layers, "
+            f"got {weights!r}; fit it anew with {REFIT}."
+        )
+    found = None if candidates is None else token_hash(candidates)
+    if fit.get("answers") is None and fit.get("candidates") != found:
+        raise ValueError(
+            f"`exit_fit` must be used with the `exit_candidates` that it was made with, of hash "
+            f"{fit.get('candidates')!r}, got {found!r} (None is the whole vocabulary); fit it anew with {REFIT}."
+        )
+
+
+def check_answers(fit: Mapping[str, Any] | None, answers: Sequence[Sequence[int]] | None) -> None:
+    """Raises a ValueError unless `fit`, if there is one, was made for scoring `answers`, or for generating if None."""
+    found = None if answers is None else answers_hash(answers)
+    if fit is not None and fit.get("answers") != found:
+        made, used = ("generated tokens" if one is None else "other answers" for one in (fit.get("answers"), found))
+        used = used if found is None else "these answers"
+        raise ValueError(
+            f"`exit_fit` must be made for what it is used for, but it was fitted on {made} and is used for {used}; "
+            f"fit it with {REFIT}, or choose another `exit_criterion`."
+        )
+
+
+def token_hash(ids: Sequence[int]) -> str:
+    """SHA-256 of a set of token ids."""
+    return sha256(json.dumps(sorted(ids)).encode()).hexdigest()
+
+
+def answers_hash(answers: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of a set of answers, each a list of token ids."""
+    return sha256(json.dumps(sorted([int(token) for token in answer] for answer in answers)).encode()).hexdigest()
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, list | tuple)
+        and len(row) == len(INPUTS) + 1
+        and all(isinstance(x, int | float) and math.isfinite(x) for x in row)
+    )
+
+
+__all__ = [
+    "FIT_VERSION",
+    "INPUTS",
+    "Agreement",
+    "answers_hash",
+    "blank_fit",
+    "check_answers",
+    "check_fit",
+    "fit_weights",
+    "token_hash",
+]
