@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mue_hf import MuEConfig, MuEForConditionalGeneration
 from mue_hf.inference.depths import Depths, layers_skipped
 from mue_hf.inference.flops import FlopCount, caption_flops, filled_layers, full_depth_flops, trunk_flops
+from mue_hf.model.agreement_mue import blank_fit
 
 TRUNK = {
     "model_type": "resnet",
@@ -169,17 +170,23 @@ def test_criteria_that_need_intermediate_logits_pay_for_them():
     assert confidence["head"] == similarity["head"] * (2 + 4) // 2
 
 
-def test_a_list_of_tokens_costs_its_own_rows():
+@pytest.mark.parametrize("criterion", ["margin", "agreement"])
+def test_a_list_of_tokens_costs_its_own_rows(criterion):
     config = make_config()
     model = make_model(config)
-    options = {"exit_criterion": "margin", "decoder_exit_threshold": 0.99, "exit_candidates": list(range(20))}
+    options = {"exit_criterion": criterion, "decoder_exit_threshold": 0.99, "exit_candidates": list(range(20))}
+    if criterion == "agreement":
+        options["exit_fit"] = blank_fit(4, range(20), None)
     depths, ours, theirs = count(config, model, max_new_tokens=4, **options)
     assert depths == [4] * 4
     assert ours == theirs
-    whole = FlopCount(model, options | {"exit_candidates": list(range(49))})
-    few = FlopCount(model, options)
-    found = [one((3, 64, 64), 6, Depths(3, 3, (4, 4)))[0]["head"] for one in (whole, few)]
-    assert found[0] - found[1] == 2 * config.d_model * (49 - 20) * 2 * 3
+    head, text = (
+        FlopCount(model, one)((3, 64, 64), 6, Depths(3, 3, (4, 1)))[0]["head"]
+        for one in (options, {"exit_criterion": "never"})
+    )
+    # three looks at the first token and one at the second
+    looked_at = 4 * 20 if criterion == "margin" else 2 * 20 + 2 * 16
+    assert head - text == 2 * config.d_model * looked_at
 
 
 def test_unknown_policy_is_refused():

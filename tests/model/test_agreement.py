@@ -13,7 +13,7 @@ from mue_hf import ExitOptions
 from mue_hf.model.agreement_mue import FIT_VERSION, INPUTS, Agreement, answers_hash, fit_weights, token_hash
 from mue_hf.model.criteria_mue import ExitPolicy, LayerStates
 from mue_hf.model.exit_options_mue import resolve_options
-from mue_hf.model.layers_mue import head_of
+from mue_hf.model.layers_mue import CandidateHead, NormedHead
 
 CONFIG = tiny_config()
 TOKENS = (2, 5, 11, 12, 30, 31, 60, 97)
@@ -50,8 +50,10 @@ def run(model, inputs, **options):
 
 
 class TestScore:
-    def test_is_the_regression_on_what_the_layers_say(self):
+    @pytest.mark.parametrize("size", [3, 16])
+    def test_is_the_regression_on_what_the_layers_say(self, size, monkeypatch):
         """Every row by itself, in plain formulae, along layers after which rows leave."""
+        monkeypatch.setattr(Agreement, "shortlist_size", size)
         generator = torch.Generator().manual_seed(0)
         head = torch.randn(9, 6, generator=generator).double()
         states = torch.randn(4, 5, 1, 6, generator=generator).double()
@@ -72,8 +74,9 @@ class TestScore:
                 )
             )
             for row, score in zip(members, found.tolist(), strict=True):
-                confidence, margin, best = self.look(states[layer + 1, row, 0], head)
-                before = self.look(states[layer, row, 0], head) if layer else (confidence, margin, None)
+                short = (states[1, row, 0] @ head.T).topk(min(size, 9)).indices
+                confidence, margin, best = self.look(states[layer + 1, row, 0], head[short])
+                before = self.look(states[layer, row, 0], head[short]) if layer else (confidence, margin, None)
                 inputs = [
                     *(confidence, margin, -math.log(1 - confidence), -math.log(1 - margin)),
                     *(confidence - before[0], margin - before[1], float(best == before[2])),
@@ -169,17 +172,22 @@ class TestGenerate:
         for found, expected in seen:
             torch.testing.assert_close(found, expected)
 
-    @pytest.mark.parametrize("bias", [None, 0.5], ids=["no bias", "bias"])
-    def test_rows_of_any_head(self, bias):
-        head = torch.nn.Linear(6, 9, bias=bias is not None)
-        ids, states = torch.tensor([1, 4, 8]), torch.randn(3, 6)
-        torch.testing.assert_close(head_of(head, ids)(states), head(states)[:, ids])
-        own = tiny_model().lm_head
-        if bias:
-            own.bias = torch.nn.Parameter(torch.randn(99).double())
-        states = torch.randn(3, 32).double()
-        torch.testing.assert_close(head_of(own, ids)(states), own(states)[:, ids])
-        assert head_of(own, None) is own
+    @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+    @pytest.mark.parametrize("ids", [None, [1, 4, 8]], ids=["vocabulary", "list"])
+    @pytest.mark.parametrize("own", [True, False], ids=["own head", "another"])
+    def test_rows_of_any_head(self, own, ids, bias):
+        head, norm = tiny_model().lm_head, torch.nn.LayerNorm(32).double()
+        if not own:
+            head = torch.nn.Linear(32, 99).double()
+        head.bias = torch.nn.Parameter(torch.randn(99).double()) if bias else None
+        states, places = torch.randn(3, 32).double(), torch.tensor([[2, 0], [1, 2], [0, 1]])
+        chosen = CandidateHead(head, None if ids is None else torch.tensor(ids))
+        every = head(states) if ids is None else head(states)[:, ids]
+        torch.testing.assert_close(chosen(states), every)
+        torch.testing.assert_close(chosen.at(states, places), every.gather(1, places))
+        for normed in (NormedHead(norm, chosen), NormedHead(norm, chosen.__call__)):
+            torch.testing.assert_close(normed(states), chosen(norm(states)))
+            torch.testing.assert_close(normed.at(states, places), chosen(norm(states)).gather(1, places))
 
     @pytest.mark.parametrize("kv", ["project", "exact"])
     @pytest.mark.parametrize("beams", [1, 3])

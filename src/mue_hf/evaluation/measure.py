@@ -224,7 +224,7 @@ class Meter:
         memory = sizes["image_tokens"] + text_tokens
         parts["cross_keys"] += max(depths) * 2 * 2 * memory * config.d_model**2
         parts["decoder"] += sum(depths) * length * decoder_layer_flops(config, length - 1, memory)
-        rows = sum(map(len, branching.values())) + intermediate_logits(config, depths, criterion) * looked_at
+        rows = sum(map(len, branching.values())) + intermediate_logits(config, depths, criterion, looked_at)
         parts["head"] = 2 * config.d_model * rows
         return parts
 

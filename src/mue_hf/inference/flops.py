@@ -132,7 +132,7 @@ def caption_flops(
     parts["decoder"] = beams * layers + positions
     parts["fill"] = beams * fill
     rows = len(decoder_exit_layers) * config.num_text_tokens
-    rows += intermediate_logits(config, decoder_exit_layers, criterion) * (candidates or config.vocab_size)
+    rows += intermediate_logits(config, decoder_exit_layers, criterion, candidates or config.vocab_size)
     parts["head"] = beams * 2 * width * rows
     if rescore:
         tokens = len(decoder_exit_layers)
@@ -143,11 +143,12 @@ def caption_flops(
     return parts
 
 
-def intermediate_logits(config: PreTrainedConfig, decoder_exit_layers: Sequence[int], criterion: str) -> int:
-    """How often a criterion runs the output head to decide about these tokens."""
-    if not CRITERIA[criterion].needs_logits:
-        return 0
-    return sum(min(depth, config.decoder_layers - 1) for depth in decoder_exit_layers)
+def intermediate_logits(
+    config: PreTrainedConfig, decoder_exit_layers: Sequence[int], criterion: str, classes: int
+) -> int:
+    """How many logits a criterion computes to decide about these tokens, of `classes` that it looks at."""
+    looks = (min(depth, config.decoder_layers - 1) for depth in decoder_exit_layers)
+    return sum(CRITERIA[criterion].head_rows(number, classes) for number in looks)
 
 
 def full_depth_flops(

@@ -99,13 +99,20 @@ class LayerStates:
     predict: Callable[[Tensor], Tensor] | None = None
     allowed: Tensor | None = None
 
-    def logits(self) -> Tensor:
+    def logits(self, places: Tensor | None = None) -> Tensor:
         """The intermediate logits [rows, classes] at each row's last valid position, at least in float32. Classes are
-        the tokens of `exit_candidates` in ascending order, or the whole vocabulary; those of answers in scoring."""
-        logits = self.predict(last_valid(self.current, self.mask))
+        the tokens of `exit_candidates` in ascending order, or the whole vocabulary; those of answers in scoring. With
+        `places` [rows, few] among the classes, the logits of these alone, which cost less."""
+        states, allowed = last_valid(self.current, self.mask), self.allowed
+        if places is None:
+            logits = self.predict(states)
+        else:
+            at = getattr(self.predict, "at", None)
+            logits = self.predict(states).gather(1, places) if at is None else at(states, places)
+            allowed = None if allowed is None else allowed.gather(1, places)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         # not -inf, of which entropy is not a number
-        return logits if self.allowed is None else logits.masked_fill(~self.allowed, torch.finfo(logits.dtype).min)
+        return logits if allowed is None else logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
 
 
 class Criterion:
@@ -152,6 +159,11 @@ class Criterion:
     def check_options(cls, given: Mapping[str, Any], config: Any) -> None:
         """Raises a ValueError if `given`, the exit options of a call for a model of `config`, do not suit it; names,
         types and ranges that all criteria share have been checked."""
+
+    @classmethod
+    def head_rows(cls, looks: int, classes: int) -> int:
+        """Rows of the output head that are computed to look at one row's logits of `classes` after so many layers."""
+        return looks * classes if cls.needs_logits else 0
 
     @classmethod
     def is_asked_for(cls, policy: ExitPolicy) -> bool:

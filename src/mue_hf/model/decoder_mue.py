@@ -15,6 +15,7 @@ from .early_exit_mue import ExitDecider, ExitRecord, run_stack
 from .encoder_mue import MuEEncoderOutput, check_token_ids
 from .layers_mue import (
     MuEDecoderLayer,
+    NormedHead,
     known_true,
     mask_value,
     position_scores,
@@ -296,7 +297,7 @@ class MuEDecoder(nn.Module):
         rows = None
         if active_rows is not None and not known_true(active_rows):
             rows = active_rows.cpu().nonzero().flatten()
-        decider = ExitDecider(policy, call.new_mask, predict and (lambda states: predict(self.layer_norm(states))))
+        decider = ExitDecider(policy, call.new_mask, predict and NormedHead(self.layer_norm, predict))
         result = run_stack(states, len(self.layers), call.run_layer, decider, rows, output_hidden_states)
         if cache is not None:
             cache.record(result.states, None if rows is None and policy.is_never else result.depths)

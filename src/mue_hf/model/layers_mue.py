@@ -82,17 +82,51 @@ class MuEOutputHead(MuELinear):
         return logits
 
 
-def head_of(head: nn.Module, ids: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """What maps states [..., d] to the logits [..., ids] of some tokens, all of them for None; the rows of the head
-    are taken out once."""
-    if ids is None:
-        return head
-    # offloaded weights are there inside the head's own call alone
-    if getattr(head, "takes_ids", False) and not head.weight.is_meta:
-        ids = ids.to(head.weight.device)
-        weight, bias = head.weight[ids], None if head.bias is None else head.bias[ids]
-        return lambda states: few_rows_linear(states, weight, bias)
-    return lambda states: head(states)[..., ids.to(states.device)]
+class CandidateHead:
+    """The rows of an output head that belong to some tokens, taken out once.
+
+    Args:
+        head (`nn.Module`): the output head.
+        ids (`LongTensor` [candidates], *optional*): the tokens; all by default.
+    """
+
+    def __init__(self, head: nn.Module, ids: Tensor | None):
+        self.head, self.ids, self.weight, self.bias = head, ids, None, None
+        # offloaded weights are there inside the head's own call alone, and a replaced head may be more than a matrix
+        if getattr(head, "takes_ids", False) and not head.weight.is_meta:
+            rows = slice(None) if ids is None else ids.to(head.weight.device)
+            self.weight, self.bias = head.weight[rows], None if head.bias is None else head.bias[rows]
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """States [rows, d] -> logits [rows, candidates]."""
+        if self.ids is None:
+            return self.head(states)
+        if self.weight is None:
+            return self.head(states)[:, self.ids.to(states.device)]
+        return few_rows_linear(states, self.weight, self.bias)
+
+    def at(self, states: Tensor, places: Tensor) -> Tensor:
+        """States [rows, d] -> logits of a few candidates of each row, by their places [rows, few]."""
+        if self.weight is None:
+            return self(states).gather(1, places)
+        logits = torch.bmm(self.weight[places], states.unsqueeze(2)).squeeze(2)
+        return logits if self.bias is None else logits + self.bias[places]
+
+
+class NormedHead:
+    """A layer norm, and a head on what it gives: states [rows, d] -> logits, as a [`CandidateHead`] does."""
+
+    def __init__(self, norm: nn.Module, head: Callable[[Tensor], Tensor]):
+        self.norm, self.head = norm, head
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return self.head(self.norm(states))
+
+    def at(self, states: Tensor, places: Tensor) -> Tensor:
+        states = self.norm(states)
+        if isinstance(self.head, CandidateHead):
+            return self.head.at(states, places)
+        return self.head(states).gather(1, places)
 
 
 class MuEAttention(nn.Module):
@@ -313,12 +347,13 @@ def mask_value(bias: Tensor) -> float:
 
 
 __all__ = [
+    "CandidateHead",
     "MuEAttention",
     "MuEDecoderLayer",
     "MuEEncoderLayer",
     "MuELinear",
     "MuEOutputHead",
-    "head_of",
+    "NormedHead",
     "known_true",
     "mask_value",
     "position_scores",

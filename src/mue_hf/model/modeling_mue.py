@@ -30,7 +30,7 @@ from .exit_options_mue import (
     resolve_options,
 )
 from .generation_mue import MuEGenerationMixin
-from .layers_mue import MuEAttention, MuEOutputHead, head_of
+from .layers_mue import CandidateHead, MuEAttention, MuEOutputHead
 from .presets_mue import PresetCheckMixin
 from .vision_mue import trunk_features
 
@@ -481,7 +481,7 @@ class MuEForConditionalGeneration(PresetCheckMixin, MuEPreTrainedModel, MuEGener
 
     def _exit_head(self, tokens: Sequence[int] | None) -> Callable[[Tensor], Tensor]:
         """What criteria look at: states (rows, d_model) -> the logits of `tokens`, of all for None."""
-        return head_of(self.lm_head, None if tokens is None else torch.tensor(tokens))
+        return CandidateHead(self.lm_head, None if tokens is None else torch.tensor(tokens))
 
     def _logits(self, states: Tensor, ids: slice | Tensor | None) -> Tensor:
         if ids is None:
