@@ -124,18 +124,10 @@ def run(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     """Captions a few images both ways and shows what the exits skipped; 1 if some could not be read."""
-    for name in (
-        "audit",
-        "audit_seed",
-        "columns",
-        "image_column",
-        "image_root",
-        "keep",
-        "on_drift",
-        "overwrite",
-        "ray",
-    ):
-        if getattr(args, name) not in (None, [], False):
+    audited = [name for name in ("audit", "audit_seed", "on_drift") if getattr(args, name) is not None]
+    listed = ("columns", "image_column", "image_root", "keep", "overwrite", "ray")
+    for name in (*audited, *listed):
+        if name in audited or getattr(args, name):
             raise ValueError(f"`--out` must be given with `--{name.replace('_', '-')}`, got none; pass a file name.")
     for name in args.images:
         if Path(name).is_dir() or Path(name).suffix.lower() in TABLE_SUFFIXES | LIST_SUFFIXES:
