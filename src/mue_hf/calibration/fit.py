@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..evaluation.signals import ask_for_states
 from ..model.agreement_mue import INPUTS, Agreement
 from ..model.criteria_mue import LayerStates, last_valid
+from ..model.layers_mue import NormedHead
 
 # The share of the tokens of new full-depth outputs that the candidates hold unless another one is asked for: of 300
 # photos' captions .99 takes 560 tokens. The others' rows go on, and each candidate costs its part of the head.
@@ -134,13 +135,10 @@ class FitRecorder:
         mask = kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, -states[0].shape[1] :].bool()[rows]
         allowed = None if policy.allowed is None else policy.allowed[rows]
-        criterion = Agreement(policy)
+        criterion, head = Agreement(policy), NormedHead(self.model.get_decoder().layer_norm, predict)
 
         def look(layer: int) -> LayerStates:
-            return LayerStates(
-                *(layer, states[layer], states[layer + 1], mask, rows),
-                *(lambda some: predict(module.layer_norm(some)), allowed),
-            )
+            return LayerStates(layer, states[layer], states[layer + 1], mask, rows, head, allowed)
 
         layers = range(len(states) - 1)
         self.inputs.append(np.stack([criterion.inputs(look(layer)) for layer in layers[:-1]], axis=1))
@@ -170,8 +168,8 @@ def fit_agreement(inputs: NDArray, right: NDArray, blank: dict[str, Any]) -> Fit
         for layer in layers:
             weights = logistic_regression(inputs[learnt, layer], right[learnt, layer])
             known[tested, layer] = probability(weights, inputs[tested, layer])
-    weights = [logistic_regression(inputs[:, layer], right[:, layer]) for layer in layers]
-    rounded = [[float(f"{weight:.6g}") for weight in row] for row in weights]
+    fits = [logistic_regression(inputs[:, layer], right[:, layer]) for layer in layers]
+    rounded = [[float(f"{weight:.6g}") for weight in row] for row in fits]
     return Fitted(blank | {"weights": rounded}, reliability(inputs, right, known))
 
 

@@ -145,7 +145,7 @@ def calibrate(
         path = _search(runner, search, criteria, exits, candidates, bar, exit_candidates)
         bar.set_description("testing")
         tested, certified = _test(runner, held_out, path, candidates, bar)
-    report = runner.fitted and runner.fitted.report
+    report = None if runner.fitted is None else runner.fitted.report
     if not certified:
         return Calibration(None, tested, None, report)
     best = min(tested[:certified], key=lambda one: one.flops if objective == "flops" else one.seconds)

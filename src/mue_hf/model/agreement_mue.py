@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any, ClassVar
 
@@ -216,6 +217,12 @@ def check_answers(fit: Mapping[str, Any] | None, answers: Sequence[Sequence[int]
 
 def token_hash(ids: Sequence[int]) -> str:
     """SHA-256 of a set of token ids."""
+    return _token_hash(tuple(ids))
+
+
+@lru_cache(maxsize=8)
+def _token_hash(ids: tuple[int, ...]) -> str:
+    # kept, since every call of `generate` asks for that of the same list
     return sha256(json.dumps(sorted(ids)).encode()).hexdigest()
 
 
