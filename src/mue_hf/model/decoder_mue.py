@@ -203,7 +203,8 @@ class _DecoderCall:
         if self.attentions is not None:
             output, *weights = output
             for collected, part in zip(self.attentions, weights, strict=True):
-                collected.append(tokens.new_of(part.transpose(1, 2)).transpose(1, 2))
+                # the very tensor of the graph where there is nothing to take out, so that it can keep its gradient
+                collected.append(part if filled is None else tokens.new_of(part.transpose(1, 2)).transpose(1, 2))
         if cache is None or filled is None:
             return output
         cache.keep_skipped(layer, output, tokens)

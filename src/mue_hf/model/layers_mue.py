@@ -95,7 +95,8 @@ class CandidateHead:
         # offloaded weights are there inside the head's own call alone, and a replaced head may be more than a matrix
         if getattr(head, "takes_ids", False) and not head.weight.is_meta:
             rows = slice(None) if ids is None else ids.to(head.weight.device)
-            self.weight, self.bias = head.weight[rows], None if head.bias is None else head.bias[rows]
+            bias = getattr(head, "bias", None)
+            self.weight, self.bias = head.weight[rows], None if bias is None else bias[rows]
 
     def __call__(self, states: Tensor) -> Tensor:
         """States [rows, d] -> logits [rows, candidates]."""
