@@ -379,8 +379,8 @@ def main(argv: list[str] | None = None) -> None:
     count = len(data.captions) + len(data.texts) + len(data.pairs) + bool(data.made_statements)
     shares = data.shares or [1 / count] * count
     check_shares(shares, count)
-    if args.scst_samples and any(shares[len(data.captions) :]):
-        parser.error("--scst_samples rewards captions of images: --shares of all other sources must be 0.")
+    if args.scst_samples and any(shares[len(data.captions) : len(data.captions) + len(data.texts)]):
+        parser.error("--scst_samples rewards captions of images: --shares of captions without images must be 0.")
     recipe = asdict(sizes) | asdict(data) | {name: getattr(args, name) for name in RECIPE}
     recipe.pop("cache_dir")
     checkpoint = args.checkpoint_to_resume()

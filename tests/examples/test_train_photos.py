@@ -144,14 +144,17 @@ def test_run_that_was_cut_off_ends_with_the_same_weights(example, words, caption
 
 
 def test_captions_are_rewarded(example, captions, data, tmp_path):
-    options = ["--scst_samples=2", "--max_steps=2", "--logging_steps=1"]
-    argv = [*arguments(data, tmp_path, "0.6 0.4 0", start_from=captions), *options]
+    options = ["--scst_samples=2", "--max_steps=4", "--logging_steps=1", "--made_statements=2"]
+    options += ["--made_kinds", "caption"]
+    argv = [*arguments(data, tmp_path, "0.3 0.2 0 0.5", start_from=captions), *options]
     example.main(argv)
     assert any("layers" in name for name in changed(captions, tmp_path))
-    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    assert all(0 <= row["reward"] <= 10 for row in state["log_history"][:2])
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    # captions have a reward, statements losses
+    rows = state["log_history"][:4]
+    assert sum("reward" in row for row in rows) == 2 and all(0 <= row.get("reward", 0) <= 10 for row in rows)
     with pytest.raises(SystemExit):
-        example.main([*arguments(data, tmp_path / "texts", "0.4 0.4 0.2", start_from=captions), *options])
+        example.main([*arguments(data, tmp_path / "texts", "0.4 0.2 0.2 0.2", start_from=captions), *options])
 
 
 def test_statements_and_upper_blocks(example, captions, data, tmp_path):

@@ -696,6 +696,18 @@ class TestScst:
             expected = expected + (advantages.unsqueeze(1) * losses).sum() / (labels != -100).sum()
         torch.testing.assert_close(loss, expected)
 
+    def test_answers_train_on_their_labels(self, tmp_path):
+        inputs = tiny_inputs(2) | {"decoder_input_ids": torch.tensor([[0, 5, 6], [0, 7, 8]])}
+        inputs["labels"] = torch.tensor([[-100, -100, 9], [-100, -100, 10]])
+        losses = []
+        for options in ({}, {"scst_samples": 2, "reward": share_of_favourite}):
+            model = tiny_model()
+            run = trainer(tmp_path, model, freeze_batch_norm=True, **options)
+            model.train()
+            losses.append(run.compute_loss(model, dict(inputs)))
+            assert not run._rewards
+        assert losses[0] > 0 and losses[0] == losses[1]
+
     def test_beam_search_gives_the_samples(self, tmp_path):
         model = tiny_model()
         model.generation_config.max_new_tokens = 4

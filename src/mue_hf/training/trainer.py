@@ -124,7 +124,8 @@ class MuETrainer(Seq2SeqTrainer):
         labels = inputs.pop("labels")
         if model.training:
             self._rest_frozen()
-            if self.args.scst_samples:
+            # a decoder that reads a prompt is to answer it
+            if self.args.scst_samples and not (labels[:, 0] == IGNORED).any():
                 return self._scst_loss(model, inputs, labels)
         else:
             labels = self._without_repeats(inputs, labels)
