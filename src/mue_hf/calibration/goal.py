@@ -10,6 +10,8 @@ from ..model.exit_options_mue import CONFIG_NAMES
 from .bounds import METHODS, check_choice, check_share
 
 RISKS = ("disagreement", "metric")
+# "confidence": with probability 1 - delta the preset keeps the budget. "expectation": the mean over calibrations does.
+GUARANTEES = ("confidence", "expectation")
 OBJECTIVES = ("flops", "time")
 # Exit options that every candidate may share; the others are what calibration finds.
 SHARED_OPTIONS = ("exit_decay_tau", "exit_kv", "exit_min_layers", "exit_rescore")
@@ -31,14 +33,20 @@ class Goal:
     objective: str
     delta: float
     method: str
+    guarantee: str = "confidence"
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.compute is None):
             given = f"{self.budget} and {self.compute}"
             raise ValueError(f"`budget` or `compute` must be given, got {given}; set the other to None.")
+        if self.guarantee == "expectation" and self.budget is None:
+            raise ValueError(
+                f"`guarantee={self.guarantee!r}` must go with a `budget`, got `compute={self.compute}`; set a budget, "
+                'or take "confidence".'
+            )
         for name in ("budget", "compute", "delta"):
             check_share(name, getattr(self, name))
-        choices = {"task": TASKS, "risk": RISKS, "objective": OBJECTIVES, "method": METHODS}
+        choices = {"task": TASKS, "risk": RISKS, "guarantee": GUARANTEES, "objective": OBJECTIVES, "method": METHODS}
         for name, known in choices.items():
             check_choice(name, getattr(self, name), known)
 
@@ -81,4 +89,13 @@ def check_options(options: Mapping[str, Any], samples: bool) -> None:
         raise ValueError("`do_sample` must be False, got True: sampled outputs differ from run to run; turn it off.")
 
 
-__all__ = ["OBJECTIVES", "RISKS", "SHARED_OPTIONS", "Goal", "calibrated_criteria", "check_options", "check_search"]
+__all__ = [
+    "GUARANTEES",
+    "OBJECTIVES",
+    "RISKS",
+    "SHARED_OPTIONS",
+    "Goal",
+    "calibrated_criteria",
+    "check_options",
+    "check_search",
+]

@@ -28,7 +28,7 @@ from ..model.criteria_mue import CRITERIA, Similarity
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
-from .certify import Outcome, Tested, certify, check_size, split_images, summarize
+from .certify import Outcome, Tested, certify, check_size, control, split_images, summarize
 from .fit import check_candidates
 from .goal import SHARED_OPTIONS, Goal, check_options, check_search, check_share
 from .runner import DEFAULTS, Runner, Split
@@ -60,6 +60,7 @@ def calibrate(
     risk: str = "disagreement",
     objective: str = "flops",
     method: str = "hoeffding-bentkus",
+    guarantee: str = "confidence",
     criteria: Sequence[str] = ("similarity",),
     per_layer: bool = False,
     betas: Sequence[float] = (1.0,),
@@ -95,6 +96,10 @@ def calibrate(
             a right answer is lost.
         objective (`str`): what cost means: "flops", or "time", measured once for each candidate.
         method (`str`): see [`risk_pvalue`].
+        guarantee (`str`): what is said of `budget`: "confidence", that the preset keeps it, with probability 1 -
+            delta; or "expectation", that the mean over calibrations on draws of the data does, which needs fewer
+            images and says less of this one preset. `delta` and `method` are then of no effect; see
+            [`expected_loss_bound`].
         criteria (sequence of `str`): criteria to try; the best setting of any of them becomes the preset. Where one is
             about the decoder alone, encoder streams exit by similarity.
         per_layer (`bool`): one threshold per layer for similarity, see [`candidate_thresholds`].
@@ -121,7 +126,7 @@ def calibrate(
         warnings.warn("`levels` of `calibrate` is now `num_thresholds`; pass that.", FutureWarning, stacklevel=2)
         num_thresholds = levels
     criteria = [criteria] if isinstance(criteria, str) else list(criteria)
-    goal = Goal(task, risk, budget, compute, objective, delta, method)
+    goal = Goal(task, risk, budget, compute, objective, delta, method, guarantee)
     check_share("search_share", search_share)
     check_search(criteria, betas, num_thresholds=num_thresholds, candidates=candidates)
     check_candidates(exit_candidates, task)
@@ -134,8 +139,7 @@ def calibrate(
     goal.check_rows(data.fields)
     images = split_images([row["image_id"] for row in data.fields], search_share, seed)
     search, held_out = (Split.of(data, some) for some in images)
-    if budget is not None:
-        check_size(len(held_out.counts), budget, delta, method)
+    check_size(len(held_out.counts), goal)
     runner = Runner(model, processor, data, goal, dict(options or {}), batch_size, prompt_type, folder)
     if risk == "metric" and task == "captioning":
         # of the search split: losses on the held-out split must not depend on each other's images
@@ -257,7 +261,10 @@ def _test(runner: Runner, split: Split, path: Sequence[Candidate], count: int, b
         return runner.outcome(split, full, exits)
 
     if goal.budget is not None:
-        return certify(thinned(path, goal.most_risk, count), measure, goal.budget, goal.delta, goal.method)
+        path = thinned(path, goal.most_risk, count)
+        if goal.guarantee == "expectation":
+            return control(path, measure, goal.budget)
+        return certify(path, measure, goal.budget, goal.delta, goal.method)
     # Chosen by the search split alone: the bound holds for it whatever comes out.
     chosen = within(path, goal)[0]
     return [summarize(chosen, measure(chosen.options), None, goal.delta, goal.method)], 1
@@ -269,11 +276,15 @@ def _preset(runner: Runner, best: Tested, images: int) -> dict[str, Any]:
     shared = {name: ran[name] for name in SHARED_OPTIONS if ran.get(name, DEFAULTS[name]) != DEFAULTS[name]}
     # Never left to a default: a preset stays what was certified.
     shared |= {name: ran[name] for name in ("exit_criterion", "exit_kv")}
+    goal = asdict(runner.goal)
+    if runner.goal.guarantee == "expectation":
+        del goal["delta"], goal["method"]
     notes = {
-        **asdict(runner.goal),
+        **goal,
         "n": images,
         **{name: getattr(best, name) for name in ("loss", "bound", "flops", "seconds")},
         "generation": runner.others,
+        "certified_for": runner.certified_for,
         "prompt_type": runner.prompt_type if runner.goal.task == "entailment" else None,
         "data_fingerprint": runner.data.fingerprint,
         "weights_fingerprint": weights_fingerprint(runner.model),
