@@ -380,6 +380,15 @@ class TestCalibrate:
             changed = [np.mean([full[row].output != real[row].output for row in image]) for image in test]
             assert np.mean(changed) == pytest.approx(preset["loss"])
 
+    def test_streams_that_may_not_exit_run_whole(self, parts, scenes):
+        how = {"budget": 0.9, "num_thresholds": 2, "candidates": 3, "criteria": ("confidence",)}
+        for streams, thresholds in (
+            (["decoder"], {"decoder_exit_threshold"}),
+            (["image", "text"], {"image_exit_threshold", "text_exit_threshold"}),
+        ):
+            tested = calibrated(parts, scenes, "captioning", streams=streams, **how).tested
+            assert {name for one in tested for name in one.options if "threshold" in name} == thresholds
+
     def test_a_preset_notes_what_it_holds_for(self, parts, scenes, statements):
         """The settings in force, the model's own among them, and which guarantee it is."""
         model, processor = make_parts()
@@ -578,6 +587,8 @@ class TestCalibrate:
                 {"guarantee": "expectation", "budget": None, "compute": 0.5},
                 "must go with a `budget`, got `compute=0.5`",
             ),
+            ({"streams": ()}, r"`streams` must be one or more of \['image', 'text', 'decoder'\].*, got \[\]"),
+            ({"streams": ["encoder"]}, r"`streams` must be .*, got \['encoder'\]"),
             ({"betas": ()}, "`betas` must be at least 1"),
             ({"criteria": ()}, "`criteria` must be at least 1"),
             ({"criteria": ("never",)}, "`criteria` must be one of .*, got 'never'"),

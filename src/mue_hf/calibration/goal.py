@@ -1,6 +1,6 @@
 """What a calibration is to reach, and whether its arguments and data allow that."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,15 @@ def check_search(criteria: Sequence[str], betas: Sequence[float], **counts: int)
         raise ValueError(f"`betas` must be above 0 and at most 1, got {list(betas)}; 1 is no decay.")
 
 
+def check_streams(streams: Sequence[str], known: Iterable[str]) -> None:
+    """Raises a ValueError unless there are streams that may exit, all of them `known`."""
+    if not streams or not set(streams) <= set(known):
+        raise ValueError(
+            f"`streams` must be one or more of {list(known)}, the streams of this model, got {list(streams)}; correct "
+            "it, or leave it out for all."
+        )
+
+
 def check_options(options: Mapping[str, Any], samples: bool) -> None:
     """Raises a ValueError for options of `generate` that calibration finds, or that sample outputs (the model's own
     choice is `samples`)."""
@@ -98,4 +107,5 @@ __all__ = [
     "calibrated_criteria",
     "check_options",
     "check_search",
+    "check_streams",
 ]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..evaluation.rows import EvaluationData
 from ..evaluation.settings import sets_depths
-from ..evaluation.signals import Signals, without_decay
+from ..evaluation.signals import Signals, stream_layers, without_decay
 from ..evaluation.store import content_key
 from ..evaluation.thresholds import candidate_thresholds
 from ..inference.predict import Prediction
@@ -30,7 +30,7 @@ from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
 from .certify import Outcome, Tested, certify, check_size, control, split_images, summarize
 from .fit import check_candidates
-from .goal import SHARED_OPTIONS, Goal, check_options, check_search, check_share
+from .goal import SHARED_OPTIONS, Goal, check_options, check_search, check_share, check_streams
 from .runner import DEFAULTS, Runner, Split
 from .search import Candidate, expected_risk, front, pareto_path, thinned, within
 
@@ -62,6 +62,7 @@ def calibrate(
     method: str = "hoeffding-bentkus",
     guarantee: str = "confidence",
     criteria: Sequence[str] = ("similarity",),
+    streams: Sequence[str] | None = None,
     per_layer: bool = False,
     betas: Sequence[float] = (1.0,),
     num_thresholds: int = 5,
@@ -102,6 +103,9 @@ def calibrate(
             [`expected_loss_bound`].
         criteria (sequence of `str`): criteria to try; the best setting of any of them becomes the preset. Where one is
             about the decoder alone, encoder streams exit by similarity.
+        streams (sequence of `str`, *optional*): of the model's streams ("image", "text" or "encoder", and "decoder")
+            those that may exit; all by default. Captions are nearly ties, and where few of them may change, the
+            encoder had better run whole: others are runs in vain.
         per_layer (`bool`): one threshold per layer for similarity, see [`candidate_thresholds`].
         betas (sequence of `float`): values in (0, 1] of the decoder's `exit_decay_beta` to try.
         num_thresholds (`int`): candidate thresholds per stream, criterion and beta, each of which runs once; of
@@ -140,13 +144,15 @@ def calibrate(
     images = split_images([row["image_id"] for row in data.fields], search_share, seed)
     search, held_out = (Split.of(data, some) for some in images)
     check_size(len(held_out.counts), goal)
+    exiting = list(stream_layers(model.config)) if streams is None else list(streams)
+    check_streams(exiting, stream_layers(model.config))
     runner = Runner(model, processor, data, goal, dict(options or {}), batch_size, prompt_type, folder)
     if risk == "metric" and task == "captioning":
         # of the search split: losses on the held-out split must not depend on each other's images
         runner.reward = CiderDReward([processor.encode_captions(row["references"]) for row in search.texts])
     with tqdm(unit="run", desc="recording", disable=not progress) as bar:
         exits = partial(_stream_exits, betas=betas, count=num_thresholds, per_layer=per_layer)
-        path = _search(runner, search, criteria, exits, candidates, bar, exit_candidates)
+        path = _search(runner, search, criteria, exiting, exits, candidates, bar, exit_candidates)
         bar.set_description("testing")
         tested, certified = _test(runner, held_out, path, candidates, bar)
     report = None if runner.fitted is None else runner.fitted.report
@@ -161,13 +167,14 @@ def _search(
     runner: Runner,
     split: Split,
     criteria: Sequence[str],
+    streams: Sequence[str],
     stream_exits: Callable,
     count: int,
     bar: tqdm,
     wanted: int | float | None,
 ) -> list[Candidate]:
     """At most `count` candidates from safest to fastest, from real runs on the search split. `stream_exits` gives the
-    options to try for a criterion and a stream; `wanted` are the candidate tokens."""
+    options to try for a criterion and one of the `streams` that exit; `wanted` are the candidate tokens."""
     goal = runner.goal
     full, signals = runner.recorded(split)
     _prepare(runner, split, criteria, full, wanted)
@@ -180,7 +187,7 @@ def _search(
         bar.update()
         return Candidate(exits, outcome.cost(goal.objective), expected_risk(outcome.losses))
 
-    found = [[stream_exits(runner, signals, name, stream) for stream in runner.layers] for name in criteria]
+    found = [[stream_exits(runner, signals, name, stream) for stream in streams] for name in criteria]
     bar.set_description("searching")
     # Encoder streams exit alike under several criteria.
     different = {content_key(exits): exits for streams in found for some in streams for exits in some}

@@ -16,7 +16,7 @@ from ..data.features import cache_trunk_features
 from ..evaluation.rows import describe_rows, load_rows
 from ..inference.loading import check_not_replaced
 from ..inference.predict import TASKS
-from ..model.criteria_mue import CRITERIA
+from ..model.criteria_mue import CRITERIA, STREAMS
 from ..model.exit_options_mue import KV_POLICIES
 from .evaluate import add_data_arguments
 from .options import (
@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = f"to choose from: {', '.join(criteria['choices'])} (similarity)"
     known += f"; with {alone} encoder streams exit by similarity"
     settings.add_argument("--criterion", dest="criteria", nargs="+", **criteria, metavar="NAME", help=known)
+    held = "streams that may exit, others run whole, e.g. decoder (default: all of the model)"
+    settings.add_argument("--streams", nargs="+", choices=STREAMS, metavar="NAME", help=held)
     settings.add_argument("--per-layer", action="store_true", help="a threshold for each layer, of similarity")
     decays: dict[str, Any] = {"dest": "betas", "type": float, "nargs": "+", "default": [1.0]}
     settings.add_argument("--beta", **decays, metavar="B", help="decays of the decoder's threshold (1)")

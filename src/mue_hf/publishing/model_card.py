@@ -133,9 +133,10 @@ def _promise(preset: Mapping[str, Any], dtype: str | None) -> str:
     else:
         surely = f"with confidence {1 - preset['delta']:.0%} ({preset['method']})"
     sentence = f"{what}, {surely}; tested on {preset['n']} images that the search had not seen"
-    settings = {name: value for name, value in preset.get("certified_for", {}).items() if name != "dtype"}
+    settings: dict[str, Any] = dict(preset.get("certified_for", {}))
+    settings.pop("dtype", None)
     batch = settings.pop("batch_size", None)
-    if settings := settings or preset.get("generation"):
+    if settings := settings or preset.get("generation", {}):
         sentence += f", under `{json.dumps(settings)}`"
     return sentence + (f", in batches of {batch}" if batch else "") + (f", in {dtype}" if dtype else "")
 
