@@ -247,7 +247,7 @@ class TestSearch:
 
         def measure(options):
             runs.append(options["setting"])
-            return Outcome(np.full(200, losses[options["setting"]]), 0.5, 0.5)
+            return Outcome(np.full(200, losses[options["setting"]]), 0.5, 0.5, 0.5)
 
         path = [Candidate({"setting": setting}, 0.5, 0.0) for setting in losses]
         tested, certified = certify(path, measure, 0.1, 0.05, "hoeffding-bentkus")
@@ -278,7 +278,7 @@ class TestSearch:
             ]
             path = thinned(pareto_path(streams), 2 * budget, 8)
             tested, certified = certify(
-                path, lambda options, losses=losses: Outcome(losses(options, 300), 1, 1), budget, delta, method
+                path, lambda options, losses=losses: Outcome(losses(options, 300), 1, 1, 1), budget, delta, method
             )
             risks = [1 - math.prod(1 - true_risk[s][setting] for s, setting in one.options.items()) for one in tested]
             wrong += any(risk > budget for risk in risks[:certified])
@@ -304,7 +304,7 @@ class TestSearch:
 
             def measure(options, rng=rng, fragile=fragile):
                 changed = (fragile < options["risk"]) & (rng.random(images) >= noise)
-                return Outcome(changed.astype(float), 1, 1)
+                return Outcome(changed.astype(float), 1, 1, 1)
 
             tested, kept = control(path, measure, budget)
             assert len(tested) == kept + 1 and tested[kept].bound > budget
@@ -321,7 +321,7 @@ class TestSearch:
         path = [Candidate({"setting": setting}, 0.5, 0.0) for setting in losses]
 
         def measure(options):
-            return Outcome(np.array(losses[options["setting"]] + [0.0] * 6), 0.5, 0.5)
+            return Outcome(np.array(losses[options["setting"]] + [0.0] * 6), 0.5, 0.5, 0.5)
 
         tested, kept = control(path, measure, 0.3)
         assert [one.bound for one in tested] == pytest.approx([0.2, 0.3, 0.4]) and kept == 2
@@ -337,7 +337,7 @@ class TestCalibrate:
             ("entailment", "disagreement", {"prompt_type": "none", "objective": "time"}),
             ("entailment", "metric", {"per_layer": True, "method": "betting"}),
             ("captioning", "disagreement", {"criteria": ("confidence",), "betas": (1.0, 0.8)}),
-            ("entailment", "disagreement", {"criteria": ("entropy", "patience", "margin")}),
+            ("entailment", "disagreement", {"criteria": ("entropy", "patience", "margin"), "objective": "calls"}),
             ("captioning", "metric", {"criteria": ("fixed",), "options": {"num_beams": 2, "exit_min_layers": 2}}),
         ],
         ids=["captions", "CIDEr", "answers", "accuracy", "confidence", "several", "fixed"],
@@ -380,14 +380,33 @@ class TestCalibrate:
             changed = [np.mean([full[row].output != real[row].output for row in image]) for image in test]
             assert np.mean(changed) == pytest.approx(preset["loss"])
 
+    @pytest.mark.parametrize("task", ["captioning", "entailment"])
+    def test_calls_are_those_of_a_row_alone(self, task, parts, scenes, statements):
+        """Counted by hooks, at batch 1, with keys and values of full depth."""
+        rows, calls = (scenes if task == "captioning" else statements)[:6], []
+        options = {"exit_criterion": "confidence", "decoder_exit_threshold": 0.02, "image_exit_threshold": 0.5}
+        options |= {"exit_kv": "exact"}
+        model, processor = parts
+        goal = Goal(task, "disagreement", 0.5, None, "calls", 0.05, "betting")
+        runner = Runner(model, processor, describe_rows(rows), goal, {}, 1, "prev_output")
+        layers = [*model.get_encoder().layers, *model.get_decoder().layers]
+        hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
+        counts = []
+        for exits in (options, {"exit_criterion": "never"}):
+            calls.clear()
+            found = predict(model, processor, rows, task, exits, batch_size=1, progress=False)
+            counts.append(len(calls))
+            assert runner._calls(found) == len(calls)
+        for hook in hooks:
+            hook.remove()
+        assert counts[0] < counts[1]
+
     def test_streams_that_may_not_exit_run_whole(self, parts, scenes):
-        how = {"budget": 0.9, "num_thresholds": 2, "candidates": 3, "criteria": ("confidence",)}
-        for streams, thresholds in (
-            (["decoder"], {"decoder_exit_threshold"}),
-            (["image", "text"], {"image_exit_threshold", "text_exit_threshold"}),
-        ):
+        how = {"budget": 0.9, "candidates": 3, "criteria": ("fixed",)}
+        for streams in (["decoder"], ["image", "text"]):
             tested = calibrated(parts, scenes, "captioning", streams=streams, **how).tested
-            assert {name for one in tested for name in one.options if "threshold" in name} == thresholds
+            exits = {name for one in tested for name in one.options} - {"exit_criterion"}
+            assert exits and exits <= {f"{stream}_exit_layer" for stream in streams}
 
     def test_a_preset_notes_what_it_holds_for(self, parts, scenes, statements):
         """The settings in force, the model's own among them, and which guarantee it is."""
@@ -552,7 +571,7 @@ class TestCalibrate:
         assert [one.options for one in found.tested] == [one.options for one in expected.tested]
 
     def test_nothing_is_promised_where_nothing_holds(self, parts, scenes, monkeypatch):
-        everything = Outcome(np.ones(IMAGES), 0.5, 0.5)
+        everything = Outcome(np.ones(IMAGES), 0.5, 0.5, 0.5)
         monkeypatch.setattr("mue_hf.calibration.runner.Runner.outcome", lambda *_: everything)
         found = calibrated(parts, scenes, "captioning", budget=0.7, num_thresholds=1)
         assert found.preset is None

@@ -22,21 +22,20 @@ from .search import Candidate
 
 @dataclass(frozen=True)
 class Outcome:
-    """What real runs of one candidate gave: `losses` [images], and FLOPs and seconds as shares of full depth."""
+    """What real runs of one candidate gave: `losses` [images], and FLOPs, seconds and layer calls as shares of full
+    depth."""
 
     losses: NDArray
     flops: float
     seconds: float
-
-    def cost(self, objective: str) -> float:
-        return self.flops if objective == "flops" else self.seconds
+    calls: float
 
 
 @dataclass(frozen=True)
 class Tested:
     """A candidate on the held-out split: exit options, mean loss, the p-value of the hypothesis that the true loss is
     above the budget (None without one, and for an expectation), the upper bound of the true loss, had only this
-    candidate been tested, or of its expectation, and FLOPs and seconds as shares of full depth."""
+    candidate been tested, or of its expectation, and FLOPs, seconds and layer calls as shares of full depth."""
 
     options: dict[str, Any]
     loss: float
@@ -44,6 +43,12 @@ class Tested:
     bound: float
     flops: float
     seconds: float
+    calls: float
+
+
+def cost(of: Outcome | Tested, objective: str) -> float:
+    """What is to be saved, as a share of full depth."""
+    return {"flops": of.flops, "time": of.seconds, "calls": of.calls}[objective]
 
 
 def certify(
@@ -79,7 +84,7 @@ def control(
         outcome = measure(candidate.options)
         largest = np.maximum(largest, outcome.losses)
         bound, mean = expected_loss_bound(largest), float(np.mean(outcome.losses))
-        tested.append(Tested(candidate.options, mean, None, bound, outcome.flops, outcome.seconds))
+        tested.append(Tested(candidate.options, mean, None, bound, outcome.flops, outcome.seconds, outcome.calls))
         if bound > budget:
             return tested, kept
     return tested, len(path)
@@ -88,7 +93,8 @@ def control(
 def summarize(candidate: Candidate, outcome: Outcome, pvalue: float | None, delta: float, method: str) -> Tested:
     """What the held-out split says of a candidate."""
     bound = risk_upper_bound(outcome.losses, delta, method)
-    return Tested(candidate.options, float(np.mean(outcome.losses)), pvalue, bound, outcome.flops, outcome.seconds)
+    mean = float(np.mean(outcome.losses))
+    return Tested(candidate.options, mean, pvalue, bound, outcome.flops, outcome.seconds, outcome.calls)
 
 
 def split_images(image_ids: Sequence[str], share: float, seed: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -122,4 +128,4 @@ def check_size(images: int, goal: Goal) -> None:
     )
 
 
-__all__ = ["Outcome", "Tested", "certify", "check_size", "control", "split_images", "summarize"]
+__all__ = ["Outcome", "Tested", "certify", "check_size", "control", "cost", "split_images", "summarize"]

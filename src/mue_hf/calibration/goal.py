@@ -12,7 +12,7 @@ from .bounds import METHODS, check_choice, check_share
 RISKS = ("disagreement", "metric")
 # "confidence": with probability 1 - delta the preset keeps the budget. "expectation": the mean over calibrations does.
 GUARANTEES = ("confidence", "expectation")
-OBJECTIVES = ("flops", "time")
+OBJECTIVES = ("flops", "time", "calls")
 # Exit options that every candidate may share; the others are what calibration finds.
 SHARED_OPTIONS = ("exit_decay_tau", "exit_kv", "exit_min_layers", "exit_rescore")
 

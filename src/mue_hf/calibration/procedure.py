@@ -28,7 +28,7 @@ from ..model.criteria_mue import CRITERIA, Similarity
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
-from .certify import Outcome, Tested, certify, check_size, control, split_images, summarize
+from .certify import Outcome, Tested, certify, check_size, control, cost, split_images, summarize
 from .fit import check_candidates
 from .goal import SHARED_OPTIONS, Goal, check_options, check_search, check_share, check_streams
 from .runner import DEFAULTS, Runner, Split
@@ -95,7 +95,9 @@ def calibrate(
             depth. "metric": by how much it is worse, at most 1: for captions the drop of CIDEr-D, where 1 is what is
             often written as 100, with the document frequencies of the references of the search split; for answers 1 if
             a right answer is lost.
-        objective (`str`): what cost means: "flops", or "time", measured once for each candidate.
+        objective (`str`): what cost means: "flops"; "time", measured once for each candidate; or "calls", the layer
+            calls that a row takes alone, which are the price where reading the weights is. With `exit_kv="exact"` they
+            are what is saved, and FLOPs hardly are. With beams the depths of the returned caption stand for all.
         method (`str`): see [`risk_pvalue`].
         guarantee (`str`): what is said of `budget`: "confidence", that the preset keeps it, with probability 1 -
             delta; or "expectation", that the mean over calibrations on draws of the data does, which needs fewer
@@ -158,7 +160,7 @@ def calibrate(
     report = None if runner.fitted is None else runner.fitted.report
     if not certified:
         return Calibration(None, tested, None, report)
-    best = min(tested[:certified], key=lambda one: one.flops if objective == "flops" else one.seconds)
+    best = min(tested[:certified], key=lambda one: cost(one, objective))
     tokens = runner.exits(best.options).get("exit_candidates")
     return Calibration(_preset(runner, best, len(held_out.counts)), tested, tokens, report)
 
@@ -185,7 +187,7 @@ def _search(
     def measured(exits: dict[str, Any]) -> Candidate:
         outcome = runner.outcome(split, full, exits)
         bar.update()
-        return Candidate(exits, outcome.cost(goal.objective), expected_risk(outcome.losses))
+        return Candidate(exits, cost(outcome, goal.objective), expected_risk(outcome.losses))
 
     found = [[stream_exits(runner, signals, name, stream) for stream in streams] for name in criteria]
     bar.set_description("searching")
@@ -289,7 +291,7 @@ def _preset(runner: Runner, best: Tested, images: int) -> dict[str, Any]:
     notes = {
         **goal,
         "n": images,
-        **{name: getattr(best, name) for name in ("loss", "bound", "flops", "seconds")},
+        **{name: getattr(best, name) for name in ("loss", "bound", "flops", "seconds", "calls")},
         "generation": runner.others,
         "certified_for": runner.certified_for,
         "prompt_type": runner.prompt_type if runner.goal.task == "entailment" else None,

@@ -200,6 +200,14 @@ class Runner:
             split.by_image(self._losses(meter, full, found)),
             ran / most,
             sum(one.seconds for one in found) / sum(one.seconds for one in full),
+            self._calls(found) / self._calls(full),
+        )
+
+    def _calls(self, predictions: list[Prediction]) -> int:
+        # a caption's tokens follow each other; the nodes of the answers' trie go through a layer together
+        decoder = sum if self.goal.task == "captioning" else max
+        return sum(
+            one.image_exit_layers + one.text_exit_layers + decoder(one.decoder_exit_layers) for one in predictions
         )
 
     def _losses(self, meter: Meter, full: list[Prediction], found: list[Prediction]) -> list[float]:

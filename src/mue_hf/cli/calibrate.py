@@ -61,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     guarantee += "over calibrations on images like these does, by conformal risk control, from a third of the images"
     goal.add_argument("--guarantee", choices=GUARANTEES, default="confidence", help=guarantee)
     goal.add_argument("--risk", choices=RISKS, default="disagreement", help="changed outputs, or loss of the metric")
-    goal.add_argument("--objective", choices=OBJECTIVES, default="flops", help="what is to be saved (flops)")
+    goal.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="flops",
+        help="what is to be saved; calls: layer calls of a row alone (flops)",
+    )
     goal.add_argument("--method", choices=METHODS, default="hoeffding-bentkus", help="of the test (hoeffding-bentkus)")
     settings = parser.add_argument_group("settings to try")
     criteria: dict[str, Any] = {"choices": calibrated_criteria(), "default": ["similarity"]}
@@ -117,10 +122,10 @@ def _show_fit(report: dict[str, Any]) -> list[str]:
 
 def _show(calibration: Calibration, name: str, written: bool) -> str:
     lines = _show_fit(calibration.report) if calibration.report else []
-    lines += ["   loss  bound  p-value  FLOPs   time  options"]
+    lines += ["   loss  bound  p-value  FLOPs   time  calls  options"]
     for one in calibration.tested:
         pvalue = "-" if one.pvalue is None else f"{one.pvalue:.3g}"
-        cost = f"{one.flops:5.0%}  {one.seconds:5.0%}"
+        cost = f"{one.flops:5.0%}  {one.seconds:5.0%}  {one.calls:5.0%}"
         options = {name: value for name, value in one.options.items() if name != "exit_fit"}
         lines.append(f"  {one.loss:5.3f}  {one.bound:5.3f}  {pvalue:>7}  {cost}  {json.dumps(options)}")
     preset = calibration.preset
@@ -133,7 +138,8 @@ def _show(calibration: Calibration, name: str, written: bool) -> str:
     )
     lines.append(
         f"{name}: mean loss ({preset['risk']}) of at most {promise:.3g} {surely}, from "
-        f"{preset['n']} images; {preset['flops']:.0%} of full depth's FLOPs, {preset['seconds']:.0%} of its time."
+        f"{preset['n']} images; {preset['flops']:.0%} of full depth's FLOPs, {preset['seconds']:.0%} of its time, "
+        f"{preset['calls']:.0%} of its layer calls."
     )
     lines.append(f"Written to generation_config.json as {name!r}." if written else "Nothing was written.")
     return "\n".join(lines)
