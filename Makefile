@@ -162,8 +162,8 @@ MEASURED ?= runs/measured
 PHOTOS_SMALL = checkpoints/mue-photos-small
 SETS = $(MEASURED)/sets
 MEASURE = $(BIN)/mue-hf evaluate $(1) --model $(PHOTOS_SMALL) --threads $(THREADS) --output $@
-# `beams-30` for beams; `quality` is for greedy decoding.
-PRESETS = --preset beams-30 --preset balanced --preset fast
+# `beams-15` for beams; `quality` is for greedy decoding.
+PRESETS = --preset beams-15 --preset balanced --preset fast
 
 $(SETS)/dev.jsonl: examples/photo_sets.py | $(VENV)/dev.installed
 	$(BIN)/python examples/photo_sets.py $(@D) flickr8k=$(FLICKR8K)/captions.jsonl coco=$(COCO)/captions.jsonl
@@ -177,7 +177,7 @@ ABOUT_OUTPUTS = $(CALIBRATE_PHOTOS) --criterion agreement --kv exact --streams d
 ABOUT_SCORES = $(CALIBRATE_PHOTOS) --per-layer --risk metric
 presets: $(SETS)/dev.jsonl ## Calibrate the presets of the captioner of photos (half an hour)
 	$(ABOUT_OUTPUTS) --num-beams 1 --budget 0.05 --preset quality
-	$(ABOUT_OUTPUTS) --generate exit_rescore=true --budget 0.3 --preset beams-30
+	$(ABOUT_OUTPUTS) --generate exit_rescore=true --budget 0.15 --preset beams-15
 	$(ABOUT_SCORES) --compute 0.75 --preset balanced
 	$(ABOUT_SCORES) --compute 0.68 --preset fast
 
