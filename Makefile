@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 PHOTOS ?= examples/photos/*.jpg
 check_dirs := src tests examples benchmarks docs .ci
 
-.PHONY: help demo reproduce photos presets measure test lowest newest soak style cards quality docs dist clean
+.PHONY: help demo reproduce photos presets answers measure test lowest newest soak style cards quality docs dist clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -162,18 +162,32 @@ MEASURED ?= runs/measured
 PHOTOS_SMALL = checkpoints/mue-photos-small
 SETS = $(MEASURED)/sets
 MEASURE = $(BIN)/mue-hf evaluate $(1) --model $(PHOTOS_SMALL) --threads $(THREADS) --output $@
-PRESETS = --preset quality --preset balanced --preset fast
+# `beams-15` for beams; `quality` is for greedy decoding.
+PRESETS = --preset beams-15 --preset balanced --preset fast
 
 $(SETS)/dev.jsonl: examples/photo_sets.py | $(VENV)/dev.installed
 	$(BIN)/python examples/photo_sets.py $(@D) flickr8k=$(FLICKR8K)/captions.jsonl coco=$(COCO)/captions.jsonl
 
 # One after the other: each writes into the checkpoint's generation config.
-CALIBRATE_PHOTOS = $(BIN)/mue-hf calibrate $(PHOTOS_SMALL) --task captioning --data $(SETS)/dev.jsonl --per-layer \
-	--risk metric --threads $(THREADS) --runs $(MEASURED)/calibration
-presets: $(SETS)/dev.jsonl ## Calibrate the presets of the captioner of photos (ten minutes)
-	$(CALIBRATE_PHOTOS) --compute 0.80 --preset quality
-	$(CALIBRATE_PHOTOS) --compute 0.75 --preset balanced
-	$(CALIBRATE_PHOTOS) --compute 0.68 --preset fast
+CALIBRATE_PHOTOS = $(BIN)/mue-hf calibrate $(PHOTOS_SMALL) --task captioning --data $(SETS)/dev.jsonl \
+	--threads $(THREADS) --runs $(MEASURED)/calibration
+# Three tenths of the dev images fit and search, the others certify. The encoder runs whole where few captions may change.
+ABOUT_OUTPUTS = $(CALIBRATE_PHOTOS) --criterion agreement --kv exact --streams decoder \
+	--num-thresholds 8 --objective calls
+ABOUT_SCORES = $(CALIBRATE_PHOTOS) --per-layer --risk metric
+presets: $(SETS)/dev.jsonl ## Calibrate the presets of the captioner of photos (half an hour)
+	$(ABOUT_OUTPUTS) --num-beams 1 --budget 0.05 --preset quality
+	$(ABOUT_OUTPUTS) --generate exit_rescore=true --budget 0.15 --preset beams-15
+	$(ABOUT_SCORES) --compute 0.75 --preset balanced
+	$(ABOUT_SCORES) --compute 0.68 --preset fast
+
+# Statements about generated scenes: three tenths search, 1,400 scenes certify.
+CALIBRATE_SCENES = $(BIN)/mue-hf calibrate checkpoints/mue-scenes-small --task entailment --data scenes:0:2000 \
+	--split dev --batch-size 64 --criterion agreement confidence --per-layer --method betting \
+	--threads $(THREADS) --runs $(MEASURED)/calibration
+answers: | $(VENV)/dev.installed ## Calibrate presets of the judge of scenes that change few answers
+	$(CALIBRATE_SCENES) --budget 0.005 --preset answers-0.5
+	$(CALIBRATE_SCENES) --budget 0.01 --preset answers-1
 
 $(MEASURED)/%-beams.jsonl: $(SETS)/dev.jsonl
 	$(call MEASURE,captioning) --data $(SETS)/$*-test.jsonl --table docs/measurements/photos-$*-beams.md $(PRESETS) \
@@ -181,14 +195,14 @@ $(MEASURED)/%-beams.jsonl: $(SETS)/dev.jsonl
 
 $(MEASURED)/%-greedy.jsonl: $(SETS)/dev.jsonl
 	$(call MEASURE,captioning) --data $(SETS)/$*-test.jsonl --table docs/measurements/photos-$*-greedy.md \
-		--num-beams 1 --time-rows 0 --batch-size 32 --sweep docs/measurements/photos-depths.points.json
+		--num-beams 1 --time-rows 0 --batch-size 32 --sweep docs/measurements/photos-depths.points.json --preset quality
 
 MADE_STATEMENTS = $(call MEASURE,entailment) --data $(SETS)/$*-statements.jsonl --kind-column about --time-rows 0 \
 	--batch-size 32 --words-baseline $(SETS)/flickr8k-statements.jsonl $(SETS)/coco-statements.jsonl
 SNLI_STATEMENTS = $(call MEASURE,entailment) --data $(FLICKR8K)/entailment.jsonl --no-premise --time-rows 0 \
 	--batch-size 32 --words-baseline $(FLICKR8K)/entailment.jsonl
 $(MEASURED)/snli-own.jsonl: $(SETS)/dev.jsonl
-	$(SNLI_STATEMENTS) $(PRESETS)
+	$(SNLI_STATEMENTS) --preset balanced --preset fast
 $(MEASURED)/snli-shuffled.jsonl: $(SETS)/dev.jsonl
 	$(SNLI_STATEMENTS) --images shuffled
 $(MEASURED)/snli-none.jsonl: $(SETS)/dev.jsonl

@@ -14,7 +14,8 @@ from conftest import byte_parts
 from mue_hf import MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, cli
 from mue_hf.calibration import calibrate, write_preset
 from mue_hf.calibration.bounds import smallest_budget
-from mue_hf.calibration.certify import Outcome, certify, check_size, split_images
+from mue_hf.calibration.certify import Outcome, certify, check_size, control, split_images
+from mue_hf.calibration.goal import Goal
 from mue_hf.calibration.runner import Runner, Split
 from mue_hf.calibration.search import Candidate, pareto_path, thinned
 from mue_hf.data.features import cache_trunk_features
@@ -246,7 +247,7 @@ class TestSearch:
 
         def measure(options):
             runs.append(options["setting"])
-            return Outcome(np.full(200, losses[options["setting"]]), 0.5, 0.5)
+            return Outcome(np.full(200, losses[options["setting"]]), 0.5, 0.5, 0.5)
 
         path = [Candidate({"setting": setting}, 0.5, 0.0) for setting in losses]
         tested, certified = certify(path, measure, 0.1, 0.05, "hoeffding-bentkus")
@@ -277,7 +278,7 @@ class TestSearch:
             ]
             path = thinned(pareto_path(streams), 2 * budget, 8)
             tested, certified = certify(
-                path, lambda options, losses=losses: Outcome(losses(options, 300), 1, 1), budget, delta, method
+                path, lambda options, losses=losses: Outcome(losses(options, 300), 1, 1, 1), budget, delta, method
             )
             risks = [1 - math.prod(1 - true_risk[s][setting] for s, setting in one.options.items()) for one in tested]
             wrong += any(risk > budget for risk in risks[:certified])
@@ -289,6 +290,43 @@ class TestSearch:
         # Whoever trusted the mean of the sample would break it often.
         assert lucky > 20
 
+    @pytest.mark.parametrize("noise", [0.0, 0.3], ids=["monotone", "not monotone"])
+    def test_expectation_holds_over_draws(self, noise):
+        """True risk of what conformal risk control chooses, on average over calibrations: within the budget, and near
+        it where losses are monotone. A candidate's risk is its number; some changed outputs change back by chance."""
+        budget, images, draws = 0.1, 40, 3000
+        risks = np.linspace(0.0, 0.4, 101)
+        path = [Candidate({"risk": risk}, 1 - risk, risk) for risk in risks]
+        chosen = []
+        for draw in range(draws):
+            rng = np.random.default_rng(draw)
+            fragile = rng.random(images)
+
+            def measure(options, rng=rng, fragile=fragile):
+                changed = (fragile < options["risk"]) & (rng.random(images) >= noise)
+                return Outcome(changed.astype(float), 1, 1, 1)
+
+            tested, kept = control(path, measure, budget)
+            assert len(tested) == kept + 1 and tested[kept].bound > budget
+            # nothing else than full depth was kept, or the last one
+            chosen.append((1 - noise) * risks[kept - 1] if kept else 0.0)
+        error = np.std(chosen) / math.sqrt(draws)
+        # Without the image more, a fifth change would be allowed, and .122 on average.
+        assert np.mean(chosen) <= budget + 3 * error
+        assert noise or np.mean(chosen) > 0.09
+
+    def test_an_image_keeps_its_largest_loss(self):
+        """Else losses that move from image to image would look like none that grow."""
+        losses = {1: [1.0, 0.0, 0.0], 2: [0.0, 1.0, 0.0], 3: [0.0, 0.0, 1.0]}
+        path = [Candidate({"setting": setting}, 0.5, 0.0) for setting in losses]
+
+        def measure(options):
+            return Outcome(np.array(losses[options["setting"]] + [0.0] * 6), 0.5, 0.5, 0.5)
+
+        tested, kept = control(path, measure, 0.3)
+        assert [one.bound for one in tested] == pytest.approx([0.2, 0.3, 0.4]) and kept == 2
+        assert {one.loss for one in tested} == {1 / 9} and {one.pvalue for one in tested} == {None}
+
 
 class TestCalibrate:
     @pytest.mark.parametrize(
@@ -299,7 +337,7 @@ class TestCalibrate:
             ("entailment", "disagreement", {"prompt_type": "none", "objective": "time"}),
             ("entailment", "metric", {"per_layer": True, "method": "betting"}),
             ("captioning", "disagreement", {"criteria": ("confidence",), "betas": (1.0, 0.8)}),
-            ("entailment", "disagreement", {"criteria": ("entropy", "patience", "margin")}),
+            ("entailment", "disagreement", {"criteria": ("entropy", "patience", "margin"), "objective": "calls"}),
             ("captioning", "metric", {"criteria": ("fixed",), "options": {"num_beams": 2, "exit_min_layers": 2}}),
         ],
         ids=["captions", "CIDEr", "answers", "accuracy", "confidence", "several", "fixed"],
@@ -341,6 +379,51 @@ class TestCalibrate:
         if risk == "disagreement":
             changed = [np.mean([full[row].output != real[row].output for row in image]) for image in test]
             assert np.mean(changed) == pytest.approx(preset["loss"])
+
+    @pytest.mark.parametrize("task", ["captioning", "entailment"])
+    def test_calls_are_those_of_a_row_alone(self, task, parts, scenes, statements):
+        """Counted by hooks, at batch 1, with keys and values of full depth."""
+        rows, calls = (scenes if task == "captioning" else statements)[:6], []
+        options = {"exit_criterion": "confidence", "decoder_exit_threshold": 0.02, "image_exit_threshold": 0.5}
+        options |= {"exit_kv": "exact"}
+        model, processor = parts
+        goal = Goal(task, "disagreement", 0.5, None, "calls", 0.05, "betting")
+        runner = Runner(model, processor, describe_rows(rows), goal, {}, 1, "prev_output")
+        layers = [*model.get_encoder().layers, *model.get_decoder().layers]
+        hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
+        counts = []
+        for exits in (options, {"exit_criterion": "never"}):
+            calls.clear()
+            found = predict(model, processor, rows, task, exits, batch_size=1, progress=False)
+            counts.append(len(calls))
+            assert runner._calls(found) == len(calls)
+        for hook in hooks:
+            hook.remove()
+        assert counts[0] < counts[1]
+
+    def test_streams_that_may_not_exit_run_whole(self, parts, scenes):
+        how = {"budget": 0.9, "candidates": 3, "criteria": ("fixed",)}
+        for streams in (["decoder"], ["image", "text"]):
+            tested = calibrated(parts, scenes, "captioning", streams=streams, **how).tested
+            exits = {name for one in tested for name in one.options} - {"exit_criterion"}
+            assert exits and exits <= {f"{stream}_exit_layer" for stream in streams}
+
+    def test_a_preset_notes_what_it_holds_for(self, parts, scenes, statements):
+        """The settings in force, the model's own among them, and which guarantee it is."""
+        model, processor = make_parts()
+        model.generation_config.no_repeat_ngram_size = 4
+        options = {"num_beams": 2, "repetition_penalty": 1.5, "max_new_tokens": 5}
+        how = {"budget": 0.9, "num_thresholds": 1, "candidates": 1, "batch_size": 5}
+        preset = calibrated((model, processor), scenes, "captioning", options=options, **how).preset
+        settings = {"do_sample": False, "no_repeat_ngram_size": 4, "length_penalty": 1.0}
+        assert preset["certified_for"] == options | settings | {"batch_size": 5, "dtype": "float32"}
+        assert preset["guarantee"] == "confidence"
+        how["guarantee"] = "expectation"
+        preset = calibrated((model, processor), statements, "entailment", **how).preset
+        assert preset["certified_for"] == {"batch_size": 5, "dtype": "float32"}
+        assert preset["guarantee"] == "expectation" and not {"delta", "method"} & preset.keys()
+        n = preset["n"]
+        assert (n * preset["loss"] + 1) / (n + 1) - 1e-9 <= preset["bound"] <= 0.9
 
     @pytest.mark.parametrize(
         "saved",
@@ -488,7 +571,7 @@ class TestCalibrate:
         assert [one.options for one in found.tested] == [one.options for one in expected.tested]
 
     def test_nothing_is_promised_where_nothing_holds(self, parts, scenes, monkeypatch):
-        everything = Outcome(np.ones(IMAGES), 0.5, 0.5)
+        everything = Outcome(np.ones(IMAGES), 0.5, 0.5, 0.5)
         monkeypatch.setattr("mue_hf.calibration.runner.Runner.outcome", lambda *_: everything)
         found = calibrated(parts, scenes, "captioning", budget=0.7, num_thresholds=1)
         assert found.preset is None
@@ -499,9 +582,14 @@ class TestCalibrate:
         smallest = smallest_budget(IMAGES - round(0.3 * IMAGES))
         with pytest.raises(ValueError, match=rf"at least {math.ceil(smallest * 1000) / 1000} for the 17 images"):
             calibrated(parts, scenes, "captioning", budget=0.05)
-        check_size(59, 0.05, 0.05, "hoeffding-bentkus")
+        goal = Goal("captioning", "disagreement", 0.05, None, "flops", 0.05, "hoeffding-bentkus")
+        check_size(59, goal)
         with pytest.raises(ValueError, match=r"at least 0\.0504 for the 58 images .*about 59"):
-            check_size(58, 0.05, 0.05, "hoeffding-bentkus")
+            check_size(58, goal)
+        expected = replace(goal, guarantee="expectation")
+        check_size(19, expected)
+        with pytest.raises(ValueError, match=r"at least 0\.0527 for the 18 images .* in expectation.*about 19"):
+            check_size(18, expected)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -513,6 +601,13 @@ class TestCalibrate:
             ({"risk": "regret"}, "`risk` must be one of .*, got 'regret'"),
             ({"objective": "energy"}, "`objective` must be one of"),
             ({"method": "hope"}, "`method` must be one of"),
+            ({"guarantee": "surely"}, "`guarantee` must be one of .*, got 'surely'"),
+            (
+                {"guarantee": "expectation", "budget": None, "compute": 0.5},
+                "must go with a `budget`, got `compute=0.5`",
+            ),
+            ({"streams": ()}, r"`streams` must be one or more of \['image', 'text', 'decoder'\].*, got \[\]"),
+            ({"streams": ["encoder"]}, r"`streams` must be .*, got \['encoder'\]"),
             ({"betas": ()}, "`betas` must be at least 1"),
             ({"criteria": ()}, "`criteria` must be at least 1"),
             ({"criteria": ("never",)}, "`criteria` must be one of .*, got 'never'"),

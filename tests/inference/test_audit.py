@@ -27,6 +27,11 @@ def promising(tmp_path_factory):
     write_preset(folder, "bold", BALANCED | PROMISE)
     write_preset(folder, "careful", CAREFUL | PROMISE)
     write_preset(folder, "beams", BALANCED | PROMISE | {"generation": {"num_beams": 2}})
+    settings = {"num_beams": 2, "do_sample": False, "no_repeat_ngram_size": 1, "length_penalty": 1.0}
+    settings |= {"max_new_tokens": 7, "batch_size": 16, "dtype": "float64"}
+    write_preset(folder, "settings", BALANCED | PROMISE | {"certified_for": settings})
+    write_preset(folder, "float32", BALANCED | PROMISE | {"certified_for": settings | {"dtype": "float32"}})
+    write_preset(folder, "expected", BALANCED | PROMISE | {"guarantee": "expectation"})
     write_preset(folder, "metric", BALANCED | PROMISE | {"risk": "metric"})
     write_preset(folder, "compute", {**BALANCED, "risk": "disagreement", "task": "captioning", "compute": 0.6})
     write_preset(folder, "statements", BALANCED | PROMISE | {"task": "entailment"})
@@ -193,6 +198,15 @@ class TestPromises:
             ("captioning", {"exit_preset": "beams", "num_beams": 2}, None, 0.05),
             ("captioning", {"exit_preset": "beams"}, None, None),
             ("captioning", {"exit_preset": "bold", "decoder_exit_threshold": 0.1}, None, None),
+            ("captioning", {"exit_preset": "settings", "num_beams": 2, "max_new_tokens": 7}, None, 0.05),
+            ("captioning", {"exit_preset": "settings", "num_beams": 2}, None, None),
+            ("captioning", {"exit_preset": "settings", "num_beams": 1, "max_new_tokens": 7}, None, None),
+            (
+                *("captioning", {"exit_preset": "settings", "num_beams": 2, "max_new_tokens": 7, "top_k": 5}),
+                *(None, None),
+            ),
+            ("captioning", {"exit_preset": "float32", "num_beams": 2, "max_new_tokens": 7}, None, None),
+            ("captioning", {"exit_preset": "expected"}, None, None),
             ("captioning", {"exit_preset": "metric"}, None, None),
             ("captioning", {"exit_preset": "compute"}, None, None),
             ("captioning", {"exit_preset": "statements"}, None, None),

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -104,6 +105,21 @@ def test_lists(captioner, photos, batch_size):
     assert outputs == [captioner(photo) for photo in photos]
     assert captioner(tuple(photos)) == outputs
     assert list(captioner(photo for photo in photos)) == outputs
+
+
+def test_a_preset_for_other_settings_warns(checkpoint, photos):
+    """Of what the pipeline asks for, beside what is saved with the checkpoint."""
+    model = MuEForConditionalGeneration.from_pretrained(checkpoint)
+    settings = {"num_beams": 1, "do_sample": False, "no_repeat_ngram_size": 0, "max_new_tokens": 6}
+    model.generation_config.exit_presets = {"mine": {"decoder_exit_threshold": 0.5, "certified_for": settings}}
+    processor = MuEProcessor.from_pretrained(checkpoint)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the exit preset")
+        pipe(photos[0], max_new_tokens=6, exit_preset="mine")
+    with pytest.warns(UserWarning, match="num_beams=1 where this call has 2") as caught:
+        pipe(photos[0], max_new_tokens=6, exit_preset="mine", num_beams=2)
+    assert [one.filename for one in caught if "the exit preset" in str(one.message)] == [__file__]
 
 
 def test_text(captioner, photos):

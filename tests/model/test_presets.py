@@ -131,3 +131,73 @@ def test_costs_of_old_presets_are_ignored(model, inputs):
     model.generation_config.exit_costs = costs
     with pytest.warns(FutureWarning, match="`exit_costs` has no effect any more"):
         assert torch.equal(model.generate(**inputs, exit_preset="bare"), expected)
+
+
+class TestSettings:
+    """Calls with other settings than those that a preset notes."""
+
+    @pytest.fixture
+    def model(self, model):
+        settings = {"num_beams": 2, "do_sample": False, "no_repeat_ngram_size": 3, "max_new_tokens": 4}
+        settings |= {"length_penalty": 1.0, "batch_size": 16, "dtype": "float64"}
+        model.generation_config.exit_presets["mine"]["certified_for"] = settings
+        return model
+
+    @pytest.fixture
+    def same(self):
+        return {"exit_preset": "mine", "num_beams": 2, "no_repeat_ngram_size": 3}
+
+    def test_the_same_settings_are_silent(self, model, inputs, same):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.generate(**inputs, **same)
+            model.generate(**inputs, **same | {"max_new_tokens": None, "max_length": 5})
+            # nothing exits, or nothing is promised
+            model.generate(**inputs, exit_preset="mine", exit_criterion="never")
+            model.generate(**inputs, exit_preset="bare")
+            # decodes nothing
+            model.score_answers([[5], [6]], **inputs, exit_preset="mine")
+
+    @pytest.mark.parametrize(
+        ("other", "told"),
+        [
+            ({"num_beams": 3}, "num_beams=2 where this call has 3"),
+            ({"num_beams": 1}, "num_beams=2 where this call has 1"),
+            ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size=3 where this call has 2"),
+            ({"max_new_tokens": 3}, "max_new_tokens=4 where this call has 3"),
+            ({"length_penalty": 2.0}, "length_penalty=1.0 where this call has 2.0"),
+            ({"num_beams": 1, "do_sample": True}, "do_sample=False where this call has True"),
+        ],
+    )
+    def test_another_setting_is_named(self, model, inputs, same, other, told):
+        with pytest.warns(UserWarning, match=f"{told}.*; call with its settings, or run `mue-hf calibrate`") as caught:
+            model.generate(**inputs, **same | other)
+        assert len(caught) == 1 and caught[0].filename == __file__
+        assert ("num_beams" in other) == ("num_beams=" in str(caught[0].message))
+
+    def test_options_beyond_the_usual_ones(self, model, inputs, same):
+        model.generation_config.exit_presets["mine"]["certified_for"]["repetition_penalty"] = 1.5
+        with pytest.warns(UserWarning, match=r"repetition_penalty=1.5 where this call has"):
+            model.generate(**inputs, **same)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.generate(**inputs, **same, repetition_penalty=1.5)
+
+    @pytest.mark.parametrize("door", ["generate", "score_answers"])
+    def test_another_dtype_is_named_once(self, door, model, same):
+        """And not as other weights, which cannot be told there."""
+        inputs = tiny_inputs(1, dtype=torch.float32)
+        model.float()
+        with pytest.warns(UserWarning, match="dtype='float64' where this call has 'float32'") as caught:
+            if door == "generate":
+                model.generate(**inputs, **same)
+            else:
+                model.score_answers([[5], [6]], **inputs, exit_preset="mine")
+        assert len(caught) == 1
+
+    def test_once_per_place(self, model, inputs):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for _ in range(3):
+                model.generate(**inputs, exit_preset="mine")
+        assert len(caught) == 1

@@ -207,9 +207,9 @@ class TestPublished:
             "| full depth | ",
             "![Captioning on Scenes: quality against FLOPs skipped](evaluation-1.png)",
             "| `first` | `decoder_exit_threshold=-2.0, image_exit_threshold=-2.0` | none: chosen by hand |",
-            "| `certified` | `decoder_exit_threshold=0.5` | on average over images, at most 5% of the outputs "
-            "differ from those at full depth, with confidence 90%; tested on 300 images (captioning) that the search "
-            'had not seen (hoeffding-bentkus), under `{"num_beams": 2}`, in float32 |',
+            "| `certified` | `decoder_exit_threshold=0.5` | about outputs: at most 5% of the captions are others than "
+            "without exits, with confidence 90% (hoeffding-bentkus); tested on 300 images that the search had not seen"
+            ', under `{"num_beams": 2}`, in float32 |',
             "* It knows bytes alone.",
             "```\nmue-hf evaluate captioning --data scenes:0:6\n```",
             'pipeline("image-text-to-text", model="org/mue-ofa", trust_remote_code=True)',

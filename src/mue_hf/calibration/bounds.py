@@ -101,6 +101,17 @@ def smallest_budget(units: int, delta: float = 0.05, method: str = "hoeffding-be
     return risk_upper_bound(np.zeros(units), delta, method)
 
 
+def expected_loss_bound(losses: ArrayLike) -> float:
+    """(n R + 1) / (n + 1), for the mean R of n `losses` in [0, 1].
+
+    Where the losses of a row of settings never fall from one setting to the next, the last setting for which this is
+    at most a risk has an expected loss within that risk, over draws of the losses and of one more of the same
+    distribution (Angelopoulos et al., "Conformal Risk Control", ICLR 2024, theorem 1).
+    """
+    losses = _checked(losses)
+    return (fsum(losses) + 1.0) / (len(losses) + 1)
+
+
 def fixed_sequence(pvalues: Iterable[float], delta: float = 0.05) -> int:
     """How many candidates, from the first on, are certified together with confidence 1 - `delta`: those before the
     first that fails (fixed-sequence testing in "Learn then Test", arXiv 2110.01052).
@@ -121,7 +132,7 @@ def fixed_sequence(pvalues: Iterable[float], delta: float = 0.05) -> int:
     return certified
 
 
-def _checked(losses: ArrayLike, delta: float, method: str) -> NDArray:
+def _checked(losses: ArrayLike, delta: float = 0.05, method: str = "hoeffding-bentkus") -> NDArray:
     losses = np.asarray(losses, dtype=np.float64)
     if losses.ndim != 1 or not losses.size:
         raise ValueError(f"`losses` must be one number per unit, got shape {losses.shape}; average over each unit.")
@@ -149,6 +160,7 @@ __all__ = [
     "METHODS",
     "check_choice",
     "check_share",
+    "expected_loss_bound",
     "fixed_sequence",
     "risk_pvalue",
     "risk_upper_bound",

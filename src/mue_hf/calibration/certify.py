@@ -8,27 +8,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bounds import fixed_sequence, risk_pvalue, risk_upper_bound, rounded_up, smallest_budget
+from .bounds import (
+    expected_loss_bound,
+    fixed_sequence,
+    risk_pvalue,
+    risk_upper_bound,
+    rounded_up,
+    smallest_budget,
+)
+from .goal import Goal
 from .search import Candidate
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What real runs of one candidate gave: `losses` [images], and FLOPs and seconds as shares of full depth."""
+    """What real runs of one candidate gave: `losses` [images], and FLOPs, seconds and layer calls as shares of full
+    depth."""
 
     losses: NDArray
     flops: float
     seconds: float
-
-    def cost(self, objective: str) -> float:
-        return self.flops if objective == "flops" else self.seconds
+    calls: float
 
 
 @dataclass(frozen=True)
 class Tested:
     """A candidate on the held-out split: exit options, mean loss, the p-value of the hypothesis that the true loss is
-    above the budget (None without a budget), the upper bound of the true loss, had only this candidate been tested,
-    and FLOPs and seconds as shares of full depth."""
+    above the budget (None without one, and for an expectation), the upper bound of the true loss, had only this
+    candidate been tested, or of its expectation, and FLOPs, seconds and layer calls as shares of full depth."""
 
     options: dict[str, Any]
     loss: float
@@ -36,6 +43,12 @@ class Tested:
     bound: float
     flops: float
     seconds: float
+    calls: float
+
+
+def cost(of: Outcome | Tested, objective: str) -> float:
+    """What is to be saved, as a share of full depth."""
+    return {"flops": of.flops, "time": of.seconds, "calls": of.calls}[objective]
 
 
 def certify(
@@ -56,10 +69,32 @@ def certify(
     return tested, fixed_sequence(pvalues(), delta)
 
 
+def control(
+    path: Sequence[Candidate], measure: Callable[[dict[str, Any]], Outcome], budget: float
+) -> tuple[list[Tested], int]:
+    """Like [`certify`], for the expected loss over draws of the held-out split in place of confidence ("Conformal Risk
+    Control", see [`expected_loss_bound`]): the candidates that were run, and how many of them keep `budget`.
+
+    Losses there must not fall from candidate to candidate. An image's loss counts as the largest one up to the
+    candidate, which is never below its own; full depth, without a loss, stands before the first.
+    """
+    tested: list[Tested] = []
+    largest: Any = 0.0
+    for kept, candidate in enumerate(path):
+        outcome = measure(candidate.options)
+        largest = np.maximum(largest, outcome.losses)
+        bound, mean = expected_loss_bound(largest), float(np.mean(outcome.losses))
+        tested.append(Tested(candidate.options, mean, None, bound, outcome.flops, outcome.seconds, outcome.calls))
+        if bound > budget:
+            return tested, kept
+    return tested, len(path)
+
+
 def summarize(candidate: Candidate, outcome: Outcome, pvalue: float | None, delta: float, method: str) -> Tested:
     """What the held-out split says of a candidate."""
     bound = risk_upper_bound(outcome.losses, delta, method)
-    return Tested(candidate.options, float(np.mean(outcome.losses)), pvalue, bound, outcome.flops, outcome.seconds)
+    mean = float(np.mean(outcome.losses))
+    return Tested(candidate.options, mean, pvalue, bound, outcome.flops, outcome.seconds, outcome.calls)
 
 
 def split_images(image_ids: Sequence[str], share: float, seed: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -73,18 +108,24 @@ def split_images(image_ids: Sequence[str], share: float, seed: int) -> tuple[lis
     return rows[:cut], rows[cut:]
 
 
-def check_size(images: int, budget: float, delta: float, method: str) -> None:
-    """Raises a ValueError if so many held-out images cannot certify `budget` even without a loss."""
-    smallest = smallest_budget(images, delta, method) if images else 1.0
-    if smallest <= budget:
+def check_size(images: int, goal: Goal) -> None:
+    """Raises a ValueError if so many held-out images cannot keep the goal's budget even without a loss."""
+
+    def smallest(count: int) -> float:
+        if goal.guarantee == "expectation":
+            return expected_loss_bound(np.zeros(count))
+        return smallest_budget(count, goal.delta, goal.method)
+
+    if goal.budget is None or smallest(images) <= goal.budget:
         return
-    needed = max(images, 1)
-    while smallest_budget(needed, delta, method) > budget:
+    needed = images
+    while smallest(needed) > goal.budget:
         needed += max(1, needed // 50)
+    at = "in expectation" if goal.guarantee == "expectation" else f"at delta {goal.delta}"
     raise ValueError(
-        f"`budget` must be at least {rounded_up(smallest)} for the {images} images of the held-out split "
-        f"at delta {delta}, got {budget}; allow that much, or take more images (the test needs about {needed})."
+        f"`budget` must be at least {rounded_up(smallest(images))} for the {images} images of the held-out split "
+        f"{at}, got {goal.budget}; allow that much, or take more images (the test needs about {needed})."
     )
 
 
-__all__ = ["Outcome", "Tested", "certify", "check_size", "split_images", "summarize"]
+__all__ = ["Outcome", "Tested", "certify", "check_size", "control", "cost", "split_images", "summarize"]

@@ -1,6 +1,6 @@
 """What a calibration is to reach, and whether its arguments and data allow that."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,9 @@ from ..model.exit_options_mue import CONFIG_NAMES
 from .bounds import METHODS, check_choice, check_share
 
 RISKS = ("disagreement", "metric")
-OBJECTIVES = ("flops", "time")
+# "confidence": with probability 1 - delta the preset keeps the budget. "expectation": the mean over calibrations does.
+GUARANTEES = ("confidence", "expectation")
+OBJECTIVES = ("flops", "time", "calls")
 # Exit options that every candidate may share; the others are what calibration finds.
 SHARED_OPTIONS = ("exit_decay_tau", "exit_kv", "exit_min_layers", "exit_rescore")
 
@@ -31,14 +33,20 @@ class Goal:
     objective: str
     delta: float
     method: str
+    guarantee: str = "confidence"
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.compute is None):
             given = f"{self.budget} and {self.compute}"
             raise ValueError(f"`budget` or `compute` must be given, got {given}; set the other to None.")
+        if self.guarantee == "expectation" and self.budget is None:
+            raise ValueError(
+                f"`guarantee={self.guarantee!r}` must go with a `budget`, got `compute={self.compute}`; set a budget, "
+                'or take "confidence".'
+            )
         for name in ("budget", "compute", "delta"):
             check_share(name, getattr(self, name))
-        choices = {"task": TASKS, "risk": RISKS, "objective": OBJECTIVES, "method": METHODS}
+        choices = {"task": TASKS, "risk": RISKS, "guarantee": GUARANTEES, "objective": OBJECTIVES, "method": METHODS}
         for name, known in choices.items():
             check_choice(name, getattr(self, name), known)
 
@@ -68,6 +76,15 @@ def check_search(criteria: Sequence[str], betas: Sequence[float], **counts: int)
         raise ValueError(f"`betas` must be above 0 and at most 1, got {list(betas)}; 1 is no decay.")
 
 
+def check_streams(streams: Sequence[str], known: Iterable[str]) -> None:
+    """Raises a ValueError unless there are streams that may exit, all of them `known`."""
+    if not streams or not set(streams) <= set(known):
+        raise ValueError(
+            f"`streams` must be one or more of {list(known)}, the streams of this model, got {list(streams)}; correct "
+            "it, or leave it out for all."
+        )
+
+
 def check_options(options: Mapping[str, Any], samples: bool) -> None:
     """Raises a ValueError for options of `generate` that calibration finds, or that sample outputs (the model's own
     choice is `samples`)."""
@@ -81,4 +98,14 @@ def check_options(options: Mapping[str, Any], samples: bool) -> None:
         raise ValueError("`do_sample` must be False, got True: sampled outputs differ from run to run; turn it off.")
 
 
-__all__ = ["OBJECTIVES", "RISKS", "SHARED_OPTIONS", "Goal", "calibrated_criteria", "check_options", "check_search"]
+__all__ = [
+    "GUARANTEES",
+    "OBJECTIVES",
+    "RISKS",
+    "SHARED_OPTIONS",
+    "Goal",
+    "calibrated_criteria",
+    "check_options",
+    "check_search",
+    "check_streams",
+]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..evaluation.rows import EvaluationData
 from ..evaluation.settings import sets_depths
-from ..evaluation.signals import Signals, without_decay
+from ..evaluation.signals import Signals, stream_layers, without_decay
 from ..evaluation.store import content_key
 from ..evaluation.thresholds import candidate_thresholds
 from ..inference.predict import Prediction
@@ -28,9 +28,9 @@ from ..model.criteria_mue import CRITERIA, Similarity
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
-from .certify import Outcome, Tested, certify, check_size, split_images, summarize
+from .certify import Outcome, Tested, certify, check_size, control, cost, split_images, summarize
 from .fit import check_candidates
-from .goal import SHARED_OPTIONS, Goal, check_options, check_search, check_share
+from .goal import SHARED_OPTIONS, Goal, check_options, check_search, check_share, check_streams
 from .runner import DEFAULTS, Runner, Split
 from .search import Candidate, expected_risk, front, pareto_path, thinned, within
 
@@ -60,7 +60,9 @@ def calibrate(
     risk: str = "disagreement",
     objective: str = "flops",
     method: str = "hoeffding-bentkus",
+    guarantee: str = "confidence",
     criteria: Sequence[str] = ("similarity",),
+    streams: Sequence[str] | None = None,
     per_layer: bool = False,
     betas: Sequence[float] = (1.0,),
     num_thresholds: int = 5,
@@ -93,10 +95,19 @@ def calibrate(
             depth. "metric": by how much it is worse, at most 1: for captions the drop of CIDEr-D, where 1 is what is
             often written as 100, with the document frequencies of the references of the search split; for answers 1 if
             a right answer is lost.
-        objective (`str`): what cost means: "flops", or "time", measured once for each candidate.
+        objective (`str`): what cost means: "flops"; "time", measured once for each candidate; or "calls", the layer
+            calls that a row takes alone, which are the price where reading the weights is. With `exit_kv="exact"` they
+            are what is saved, and FLOPs hardly are. With beams the depths of the returned caption stand for all.
         method (`str`): see [`risk_pvalue`].
+        guarantee (`str`): what is said of `budget`: "confidence", that the preset keeps it, with probability 1 -
+            delta; or "expectation", that the mean over calibrations on draws of the data does, which needs fewer
+            images and says less of this one preset. `delta` and `method` are then of no effect; see
+            [`expected_loss_bound`].
         criteria (sequence of `str`): criteria to try; the best setting of any of them becomes the preset. Where one is
             about the decoder alone, encoder streams exit by similarity.
+        streams (sequence of `str`, *optional*): of the model's streams ("image", "text" or "encoder", and "decoder")
+            those that may exit; all by default. Captions are nearly ties, and where few of them may change, the
+            encoder had better run whole: others are runs in vain.
         per_layer (`bool`): one threshold per layer for similarity, see [`candidate_thresholds`].
         betas (sequence of `float`): values in (0, 1] of the decoder's `exit_decay_beta` to try.
         num_thresholds (`int`): candidate thresholds per stream, criterion and beta, each of which runs once; of
@@ -121,7 +132,7 @@ def calibrate(
         warnings.warn("`levels` of `calibrate` is now `num_thresholds`; pass that.", FutureWarning, stacklevel=2)
         num_thresholds = levels
     criteria = [criteria] if isinstance(criteria, str) else list(criteria)
-    goal = Goal(task, risk, budget, compute, objective, delta, method)
+    goal = Goal(task, risk, budget, compute, objective, delta, method, guarantee)
     check_share("search_share", search_share)
     check_search(criteria, betas, num_thresholds=num_thresholds, candidates=candidates)
     check_candidates(exit_candidates, task)
@@ -134,21 +145,22 @@ def calibrate(
     goal.check_rows(data.fields)
     images = split_images([row["image_id"] for row in data.fields], search_share, seed)
     search, held_out = (Split.of(data, some) for some in images)
-    if budget is not None:
-        check_size(len(held_out.counts), budget, delta, method)
+    check_size(len(held_out.counts), goal)
+    exiting = list(stream_layers(model.config)) if streams is None else list(streams)
+    check_streams(exiting, stream_layers(model.config))
     runner = Runner(model, processor, data, goal, dict(options or {}), batch_size, prompt_type, folder)
     if risk == "metric" and task == "captioning":
         # of the search split: losses on the held-out split must not depend on each other's images
         runner.reward = CiderDReward([processor.encode_captions(row["references"]) for row in search.texts])
     with tqdm(unit="run", desc="recording", disable=not progress) as bar:
         exits = partial(_stream_exits, betas=betas, count=num_thresholds, per_layer=per_layer)
-        path = _search(runner, search, criteria, exits, candidates, bar, exit_candidates)
+        path = _search(runner, search, criteria, exiting, exits, candidates, bar, exit_candidates)
         bar.set_description("testing")
         tested, certified = _test(runner, held_out, path, candidates, bar)
     report = None if runner.fitted is None else runner.fitted.report
     if not certified:
         return Calibration(None, tested, None, report)
-    best = min(tested[:certified], key=lambda one: one.flops if objective == "flops" else one.seconds)
+    best = min(tested[:certified], key=lambda one: cost(one, objective))
     tokens = runner.exits(best.options).get("exit_candidates")
     return Calibration(_preset(runner, best, len(held_out.counts)), tested, tokens, report)
 
@@ -157,13 +169,14 @@ def _search(
     runner: Runner,
     split: Split,
     criteria: Sequence[str],
+    streams: Sequence[str],
     stream_exits: Callable,
     count: int,
     bar: tqdm,
     wanted: int | float | None,
 ) -> list[Candidate]:
     """At most `count` candidates from safest to fastest, from real runs on the search split. `stream_exits` gives the
-    options to try for a criterion and a stream; `wanted` are the candidate tokens."""
+    options to try for a criterion and one of the `streams` that exit; `wanted` are the candidate tokens."""
     goal = runner.goal
     full, signals = runner.recorded(split)
     _prepare(runner, split, criteria, full, wanted)
@@ -174,9 +187,9 @@ def _search(
     def measured(exits: dict[str, Any]) -> Candidate:
         outcome = runner.outcome(split, full, exits)
         bar.update()
-        return Candidate(exits, outcome.cost(goal.objective), expected_risk(outcome.losses))
+        return Candidate(exits, cost(outcome, goal.objective), expected_risk(outcome.losses))
 
-    found = [[stream_exits(runner, signals, name, stream) for stream in runner.layers] for name in criteria]
+    found = [[stream_exits(runner, signals, name, stream) for stream in streams] for name in criteria]
     bar.set_description("searching")
     # Encoder streams exit alike under several criteria.
     different = {content_key(exits): exits for streams in found for some in streams for exits in some}
@@ -257,7 +270,10 @@ def _test(runner: Runner, split: Split, path: Sequence[Candidate], count: int, b
         return runner.outcome(split, full, exits)
 
     if goal.budget is not None:
-        return certify(thinned(path, goal.most_risk, count), measure, goal.budget, goal.delta, goal.method)
+        path = thinned(path, goal.most_risk, count)
+        if goal.guarantee == "expectation":
+            return control(path, measure, goal.budget)
+        return certify(path, measure, goal.budget, goal.delta, goal.method)
     # Chosen by the search split alone: the bound holds for it whatever comes out.
     chosen = within(path, goal)[0]
     return [summarize(chosen, measure(chosen.options), None, goal.delta, goal.method)], 1
@@ -269,11 +285,15 @@ def _preset(runner: Runner, best: Tested, images: int) -> dict[str, Any]:
     shared = {name: ran[name] for name in SHARED_OPTIONS if ran.get(name, DEFAULTS[name]) != DEFAULTS[name]}
     # Never left to a default: a preset stays what was certified.
     shared |= {name: ran[name] for name in ("exit_criterion", "exit_kv")}
+    goal = asdict(runner.goal)
+    if runner.goal.guarantee == "expectation":
+        del goal["delta"], goal["method"]
     notes = {
-        **asdict(runner.goal),
+        **goal,
         "n": images,
-        **{name: getattr(best, name) for name in ("loss", "bound", "flops", "seconds")},
+        **{name: getattr(best, name) for name in ("loss", "bound", "flops", "seconds", "calls")},
         "generation": runner.others,
+        "certified_for": runner.certified_for,
         "prompt_type": runner.prompt_type if runner.goal.task == "entailment" else None,
         "data_fingerprint": runner.data.fingerprint,
         "weights_fingerprint": weights_fingerprint(runner.model),

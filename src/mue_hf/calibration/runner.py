@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..model.agreement_mue import blank_fit
 from ..model.criteria_mue import CRITERIA, LAYER_OPTIONS, THRESHOLD_OPTIONS
 from ..model.exit_options_mue import ExitOptions
 from ..model.modeling_mue import MuEForConditionalGeneration
+from ..model.presets_mue import decoding_settings
 from ..model.processing_mue import MuEProcessor
 from .certify import Outcome
 from .fit import COVERAGE, FitRecorder, Fitted, choose_candidates, fit_agreement
@@ -106,6 +108,16 @@ class Runner:
         chosen = {name: value for name, value in every.items() if name in criterion.options}
         looks = criterion.needs_logits and self.tokens is not None
         return chosen | ({"exit_candidates": self.tokens} if looks else {})
+
+    @property
+    def certified_for(self) -> dict[str, Any]:
+        """The settings of all runs, exits aside, as a preset notes them: what its promise holds for."""
+        settings = {"batch_size": self.batch_size, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        if self.goal.task == "captioning":
+            config = deepcopy(self.model.generation_config)
+            config.update(**self.others)
+            settings = self.others | decoding_settings(config) | settings
+        return settings
 
     def predictions(self, split: Split, exits: Mapping[str, Any] | None) -> list[Prediction]:
         """Of a candidate, or at full depth for None; from disk where they are."""
@@ -188,6 +200,14 @@ class Runner:
             split.by_image(self._losses(meter, full, found)),
             ran / most,
             sum(one.seconds for one in found) / sum(one.seconds for one in full),
+            self._calls(found) / self._calls(full),
+        )
+
+    def _calls(self, predictions: list[Prediction]) -> int:
+        # a caption's tokens follow each other; the nodes of the answers' trie go through a layer together
+        decoder = sum if self.goal.task == "captioning" else max
+        return sum(
+            one.image_exit_layers + one.text_exit_layers + decoder(one.decoder_exit_layers) for one in predictions
         )
 
     def _losses(self, meter: Meter, full: list[Prediction], found: list[Prediction]) -> list[float]:

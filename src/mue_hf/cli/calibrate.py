@@ -11,12 +11,12 @@ from tqdm import tqdm
 from ..calibration import Calibration, calibrate, check_preset, write_preset
 from ..calibration.bounds import METHODS, rounded_up
 from ..calibration.fit import COVERAGE
-from ..calibration.goal import OBJECTIVES, RISKS, SHARED_OPTIONS, calibrated_criteria
+from ..calibration.goal import GUARANTEES, OBJECTIVES, RISKS, SHARED_OPTIONS, calibrated_criteria
 from ..data.features import cache_trunk_features
 from ..evaluation.rows import describe_rows, load_rows
 from ..inference.loading import check_not_replaced
 from ..inference.predict import TASKS
-from ..model.criteria_mue import CRITERIA
+from ..model.criteria_mue import CRITERIA, STREAMS
 from ..model.exit_options_mue import KV_POLICIES
 from .evaluate import add_data_arguments
 from .options import (
@@ -36,6 +36,7 @@ EPILOG = """examples:
 
 With --budget, the preset changes at most that share of the outputs (or loses at most that much of the metric) on
 average over images like these, with confidence 1 - delta; nothing is written if no setting can be certified. With
+--guarantee expectation, the mean over calibrations keeps it, and nothing is said of one preset with confidence. With
 --compute, it is the setting of the least expected loss within that share of full depth, and its bound is reported.
 Exit codes: 0 a preset was found, 1 none could be certified, 2 bad input or too few images for the budget."""
 
@@ -56,8 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     either.add_argument("--budget", type=float, metavar="R", help="allowed mean loss (default: 0.05)")
     either.add_argument("--compute", type=float, metavar="C", help="allowed cost as a share of full depth")
     goal.add_argument("--delta", type=float, default=0.05, metavar="D", help="1 - confidence (0.05)")
+    guarantee = "confidence: the preset keeps the budget, with probability 1 - delta (default); expectation: the mean "
+    guarantee += "over calibrations on images like these does, by conformal risk control, from a third of the images"
+    goal.add_argument("--guarantee", choices=GUARANTEES, default="confidence", help=guarantee)
     goal.add_argument("--risk", choices=RISKS, default="disagreement", help="changed outputs, or loss of the metric")
-    goal.add_argument("--objective", choices=OBJECTIVES, default="flops", help="what is to be saved (flops)")
+    goal.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="flops",
+        help="what is to be saved; calls: layer calls of a row alone (flops)",
+    )
     goal.add_argument("--method", choices=METHODS, default="hoeffding-bentkus", help="of the test (hoeffding-bentkus)")
     settings = parser.add_argument_group("settings to try")
     criteria: dict[str, Any] = {"choices": calibrated_criteria(), "default": ["similarity"]}
@@ -65,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = f"to choose from: {', '.join(criteria['choices'])} (similarity)"
     known += f"; with {alone} encoder streams exit by similarity"
     settings.add_argument("--criterion", dest="criteria", nargs="+", **criteria, metavar="NAME", help=known)
+    held = "streams that may exit, others run whole, e.g. decoder (default: all of the model)"
+    settings.add_argument("--streams", nargs="+", choices=STREAMS, metavar="NAME", help=held)
     settings.add_argument("--per-layer", action="store_true", help="a threshold for each layer, of similarity")
     decays: dict[str, Any] = {"dest": "betas", "type": float, "nargs": "+", "default": [1.0]}
     settings.add_argument("--beta", **decays, metavar="B", help="decays of the decoder's threshold (1)")
@@ -111,10 +122,10 @@ def _show_fit(report: dict[str, Any]) -> list[str]:
 
 def _show(calibration: Calibration, name: str, written: bool) -> str:
     lines = _show_fit(calibration.report) if calibration.report else []
-    lines += ["   loss  bound  p-value  FLOPs   time  options"]
+    lines += ["   loss  bound  p-value  FLOPs   time  calls  options"]
     for one in calibration.tested:
         pvalue = "-" if one.pvalue is None else f"{one.pvalue:.3g}"
-        cost = f"{one.flops:5.0%}  {one.seconds:5.0%}"
+        cost = f"{one.flops:5.0%}  {one.seconds:5.0%}  {one.calls:5.0%}"
         options = {name: value for name, value in one.options.items() if name != "exit_fit"}
         lines.append(f"  {one.loss:5.3f}  {one.bound:5.3f}  {pvalue:>7}  {cost}  {json.dumps(options)}")
     preset = calibration.preset
@@ -122,9 +133,13 @@ def _show(calibration: Calibration, name: str, written: bool) -> str:
         lines.append("No setting could be certified: already the safest one lost too much. Nothing was written.")
         return "\n".join(lines)
     promise = rounded_up(preset.get("budget", preset["bound"]))
+    surely = (
+        "in expectation over calibrations" if "delta" not in preset else f"with confidence {1 - preset['delta']:g}"
+    )
     lines.append(
-        f"{name}: mean loss ({preset['risk']}) of at most {promise:.3g} with confidence {1 - preset['delta']:g}, from "
-        f"{preset['n']} images; {preset['flops']:.0%} of full depth's FLOPs, {preset['seconds']:.0%} of its time."
+        f"{name}: mean loss ({preset['risk']}) of at most {promise:.3g} {surely}, from "
+        f"{preset['n']} images; {preset['flops']:.0%} of full depth's FLOPs, {preset['seconds']:.0%} of its time, "
+        f"{preset['calls']:.0%} of its layer calls."
     )
     lines.append(f"Written to generation_config.json as {name!r}." if written else "Nothing was written.")
     return "\n".join(lines)

@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from hashlib import sha256
 from typing import Any
 
 from ..metrics.betting import BudgetTest, share_interval
 from ..model.exit_options_mue import CONFIG_NAMES, chosen_preset, exit_attributes, resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
+from ..model.presets_mue import other_settings
 from ..model.processing_mue import MuEProcessor
 
 REACTIONS = ("warn", "stop", "full")
@@ -139,8 +141,9 @@ def promised_budget(
     """
     The share of changed outputs that the chosen preset promises for a run, None without a promise.
 
-    There is none if the preset is about lost quality or compute, was calibrated for another task, prompt, answers or
-    options of `generate`, or if there are exit options beside it.
+    There is none if the preset is about lost quality or compute, or about the expectation over calibrations, which one
+    run cannot refute; if it was calibrated for another task, prompt, answers, dtype or options of `generate`; or if
+    there are exit options beside it.
 
     Args:
         model, processor: with the presets in its generation config, and the answers that they were calibrated on.
@@ -150,11 +153,19 @@ def promised_budget(
     asked = {name: value for name, value in options.items() if value is not None}
     # A row of bulk work has one caption as a matter of course.
     others = {name: asked[name] for name in asked.keys() - CONFIG_NAMES - {"num_return_sequences"}}
+    config = deepcopy(model.generation_config)
+    config.update(**others)
+    if certified := preset.get("certified_for"):
+        # an option that was not given then has the checkpoint's own value
+        same = others.keys() <= certified.keys() and not other_settings(preset, config, model.dtype)
+    else:
+        same = preset.get("generation", {}) == others
     kept = (
         preset.get("risk") == "disagreement"
+        and preset.get("guarantee", "confidence") == "confidence"
         and preset.get("task") == task
         and preset.get("prompt_type", "prev_output") == "prev_output"
-        and preset.get("generation", {}) == others
+        and same
         and asked.keys() & CONFIG_NAMES <= {"exit_preset"}
         and (answers is None or sorted(answers) == sorted(processor.entailment_answers.values()))
     )

@@ -113,9 +113,9 @@ class MuEGenerationMixin(AnswerScoringMixin, RescoringMixin, GenerationMixin):
         saved = exit_attributes(self.generation_config)
         options = resolve_options(call, passed, saved, self.config)
         check_answers(options.exit_fit, None)
-        if options.active:
-            self._check_chosen_preset(call, passed, saved)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if options.active:
+            self._check_chosen_preset(generation_config, call, passed, saved)
         if options.active_in_decoder and generation_config.use_cache is False:
             raise ValueError(
                 "exits of the decoder in `generate` need the cache, but `use_cache=False` was passed; drop it, or "

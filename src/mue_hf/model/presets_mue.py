@@ -1,4 +1,5 @@
-"""Whether a model has the weights that its exit presets were calibrated on: what a preset promises holds for these."""
+"""Whether a model has the weights, and a call the settings, that an exit preset was calibrated for: what the preset
+promises holds for these."""
 
 import sys
 import warnings
@@ -41,6 +42,45 @@ def weights_fingerprint(model: nn.Module) -> str | None:
     return digest.hexdigest()
 
 
+def decoding_settings(config: Any) -> dict[str, Any]:
+    """How `generate` decodes under a GenerationConfig, exits aside, as a preset notes it in `certified_for`.
+
+    Where there is no `max_new_tokens`, they are what `max_length` leaves to a prompt of one token.
+    """
+    beams = config.num_beams or 1
+    settings = {
+        "num_beams": beams,
+        "do_sample": bool(config.do_sample),
+        "no_repeat_ngram_size": config.no_repeat_ngram_size or 0,
+        "max_new_tokens": config.max_new_tokens or (config.max_length or 20) - 1,
+    }
+    # of no effect without beams
+    return settings | (
+        {"length_penalty": 1.0 if config.length_penalty is None else config.length_penalty} if beams > 1 else {}
+    )
+
+
+def other_settings(preset: Mapping[str, Any], config: Any, dtype: torch.dtype) -> dict[str, tuple[Any, Any]]:
+    """In what a call differs from what a preset was calibrated for: name to both values, the preset's first.
+
+    The size of the batch is noted and not compared: other rows change a row's output by rounding alone.
+
+    Args:
+        preset (`dict`): its `certified_for` is looked at; presets of earlier versions have none and differ in nothing.
+        config (`GenerationConfig`, *optional*): of the call; None where answers are scored, which decodes nothing.
+        dtype (`torch.dtype`): of the model.
+    """
+    actual = {"dtype": str(dtype).removeprefix("torch.")}
+    if config is not None:
+        actual |= vars(config) | decoding_settings(config)
+    certified = preset.get("certified_for") or {}
+    return {
+        name: (value, actual[name])
+        for name, value in certified.items()
+        if name != "batch_size" and name in actual and actual[name] != value
+    }
+
+
 class PresetCheckMixin:
     """Remembers which weights a model was loaded with, and warns where a preset was calibrated on others.
 
@@ -72,9 +112,22 @@ class PresetCheckMixin:
             self._fingerprint = self.dtype, weights_fingerprint(self)
         return self._fingerprint[1] in (None, expected)
 
-    def _check_chosen_preset(self, *sources: Mapping[str, Any]) -> None:
-        """Warns, once per place in the caller's code, if the preset that these sources of options choose is stale."""
-        if not self._holds(chosen_preset(*sources)):
+    def _check_chosen_preset(self, config: Any, *sources: Mapping[str, Any]) -> None:
+        """Warns, once per place in the caller's code, if the preset that these sources of options choose is stale, or
+        was calibrated for other settings than those of a call under `config`; see [`other_settings`]."""
+        preset = chosen_preset(*sources)
+        others = other_settings(preset, config, self.dtype)
+        if others:
+            listed = ", ".join(
+                f"{name}={value!r} where this call has {ours!r}" for name, (value, ours) in others.items()
+            )
+            warnings.warn(
+                "the exit preset of this call was calibrated for other settings, and what it promises holds for those "
+                f"alone: {listed}; call with its settings, or run `mue-hf calibrate` with those of this call.",
+                stacklevel=_callers_level(),
+            )
+        # the weights in another dtype are others
+        if "dtype" not in others and not self._holds(preset):
             self._warn("the exit preset of this call was")
 
     def _warn(self, subject: str) -> None:
@@ -118,4 +171,4 @@ def _callers_level() -> int:
     return level
 
 
-__all__ = ["PresetCheckMixin", "weights_fingerprint"]
+__all__ = ["PresetCheckMixin", "decoding_settings", "other_settings", "weights_fingerprint"]

@@ -214,7 +214,7 @@ class AnswerScoringMixin:
         saved = exit_attributes(self.generation_config)
         options = resolve_options(call, {}, saved, self.config)
         if options.active:
-            self._check_chosen_preset(call, {}, saved)
+            self._check_chosen_preset(None, call, {}, saved)
         return options
 
 

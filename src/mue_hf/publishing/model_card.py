@@ -119,18 +119,26 @@ def render_card(
 
 
 def _promise(preset: Mapping[str, Any], dtype: str | None) -> str:
+    """What a preset promises in words: about outputs, or about scores."""
     limit = rounded_up(preset.get("budget", preset["bound"]))
+    captions = preset["task"] == "captioning"
     if preset["risk"] == "disagreement":
-        what = f"on average over images, at most {100 * limit:.3g}% of the outputs differ from those at full depth"
+        what = f"about outputs: at most {100 * limit:.3g}% of the {'captions' if captions else 'answers'} "
+        what += "are others than without exits"
     else:
-        what = f"the metric loses at most {limit:.3g} on average"
-    sentence = (
-        f"{what}, with confidence {1 - preset['delta']:.0%}; tested on {preset['n']} images ({preset['task']}) that "
-        f"the search had not seen ({preset['method']})"
-    )
-    if preset.get("generation"):
-        sentence += f", under `{json.dumps(preset['generation'])}`"
-    return sentence + (f", in {dtype}" if dtype else "")
+        score = "CIDEr-D (1 is what papers call 100)" if captions else "accuracy"
+        what = f"about scores: {score} falls by at most {limit:.3g} on average, though outputs may change"
+    if preset.get("guarantee") == "expectation":
+        surely = "in expectation over calibrations (conformal risk control), not with confidence for this one"
+    else:
+        surely = f"with confidence {1 - preset['delta']:.0%} ({preset['method']})"
+    sentence = f"{what}, {surely}; tested on {preset['n']} images that the search had not seen"
+    settings: dict[str, Any] = dict(preset.get("certified_for", {}))
+    settings.pop("dtype", None)
+    batch = settings.pop("batch_size", None)
+    if settings := settings or preset.get("generation", {}):
+        sentence += f", under `{json.dumps(settings)}`"
+    return sentence + (f", in batches of {batch}" if batch else "") + (f", in {dtype}" if dtype else "")
 
 
 def _data_name(record: Mapping[str, Any], about: About) -> str:
