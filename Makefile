@@ -145,15 +145,40 @@ $(PHOTOS_RUN)/long/model.safetensors: $(PHOTOS_RUN)/agree/model.safetensors
 		--learning_rate 4e-4 --muon_learning_rate 1.75e-3 --ema_decay 0.99 $(ALL_LAYERS) \
 		--lr_scheduler_kwargs '{"min_lr_rate": 0.05}'
 
-REWARDED = $(PHOTOS_BOTH) --start_from $(<D) --shares 0.65 0.35 0 --warmup_steps 5 --captions_per_image 5 \
+REWARDED = $(PHOTOS_BOTH) --start_from $(<D) --warmup_steps 5 --captions_per_image 5 \
 	--per_device_train_batch_size 32 --scst_samples 5 --label_smoothing_factor 0 \
 	--layer_weights 0 0 0 0 0 1 --intermediate_token_share 0.4 --self_distillation 1
 
 $(PHOTOS_RUN)/rewarded/model.safetensors: $(PHOTOS_RUN)/long/model.safetensors
-	$(REWARDED) --max_steps 200 --learning_rate 4e-5 --ema_decay 0.97 --lr_scheduler_kwargs '{"min_lr_rate": 0.2}'
+	$(REWARDED) --shares 0.65 0.35 0 --max_steps 200 --learning_rate 4e-5 --ema_decay 0.97 \
+		--lr_scheduler_kwargs '{"min_lr_rate": 0.2}'
 
-$(PHOTOS_RUN)/photos/model.safetensors: $(PHOTOS_RUN)/rewarded/model.safetensors
-	$(REWARDED) --max_steps 300 --learning_rate 6e-5 --ema_decay 0.98 --seed 7
+# Statements want a stage of their own, the easiest kind first; full depth and the last layer alone.
+JUDGE = $(PHOTOS_TRAIN) --start_from $(<D) --made_statements 8 --statements_per_image 4 --warmup_steps 20 \
+	--per_device_train_batch_size 32 --dropout 0.05 --label_smoothing_factor 0 --random_exit_depth False \
+	--layer_weights 0 0 0 0 0 1
+ALL_KINDS = --made_kinds object caption colour place count
+
+$(PHOTOS_RUN)/matched/model.safetensors: $(PHOTOS_RUN)/rewarded/model.safetensors
+	$(JUDGE) --made_kinds caption --shares 0 0 0 1 --max_steps 200 --ema_decay 0.97 \
+		--learning_rate 4e-4 --muon_learning_rate 2e-3
+
+JUDGED = $(JUDGE) $(ALL_KINDS) --ema_decay 0.98 --learning_rate 2e-4 --muon_learning_rate 1e-3
+$(PHOTOS_RUN)/judged-1/model.safetensors: $(PHOTOS_RUN)/matched/model.safetensors
+	$(JUDGED) --shares 0.18 0.14 0 0.68 --max_steps 400
+
+$(PHOTOS_RUN)/judged-2/model.safetensors: $(PHOTOS_RUN)/matched/model.safetensors
+	$(JUDGED) --shares 0.25 0.2 0 0.55 --max_steps 300 --seed 7
+
+$(PHOTOS_RUN)/joint/model.safetensors: $(PHOTOS_RUN)/judged-1/model.safetensors $(PHOTOS_RUN)/judged-2/model.safetensors
+	$(PHOTOS_BOTH) --start_from $(^D) --made_statements 8 --statements_per_image 4 $(ALL_KINDS) \
+		--shares 0.38 0.27 0 0.35 --max_steps 200 --per_device_train_batch_size 32 --warmup_steps 15 --dropout 0.1 \
+		--learning_rate 2e-4 --muon_learning_rate 8e-4 --ema_decay 0.98 $(ALL_LAYERS) --label_smoothing_factor 0.05 \
+		--lr_scheduler_kwargs '{"min_lr_rate": 0.05}'
+
+$(PHOTOS_RUN)/photos/model.safetensors: $(PHOTOS_RUN)/joint/model.safetensors
+	$(REWARDED) --made_statements 8 --statements_per_image 4 $(ALL_KINDS) --shares 0.48 0.24 0 0.28 --dropout 0.1 \
+		--max_steps 200 --learning_rate 4e-5 --ema_decay 0.97 --lr_scheduler_kwargs '{"min_lr_rate": 0.2}'
 
 photos: $(PHOTOS_RUN)/photos/model.safetensors ## Train the captioner of photos (hours; needs FLICKR8K= and COCO=)
 
