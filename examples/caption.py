@@ -46,8 +46,8 @@ def main() -> None:
         return_dict_in_generate=True,
     )
     print("with exits:   ", processor.decode(output.sequences[0], skip_special_tokens=True).strip())
-    print(f"image stream:  {int(output.image_exit_layers[0])} of {model.config.encoder_layers} layers")
-    print(f"text stream:   {int(output.text_exit_layers[0])} of {model.config.encoder_layers} layers")
+    print(f"image stream:  {int(output.image_exit_layers[0])} of {model.config.layers_of('image')} layers")
+    print(f"text stream:   {int(output.text_exit_layers[0])} of {model.config.layers_of('text')} layers")
     # The sequence starts with the decoder's start token, which no layer produced.
     for token, depth in zip(output.sequences[0, 1:].tolist(), output.decoder_exit_layers[0].tolist(), strict=True):
         print(f"{processor.decode([token])!r:>14}  {depth} of {model.config.decoder_layers} layers")

@@ -33,7 +33,7 @@ class Encoder(nn.Module):
         encoder = self.encoder
         patches = encoder.embed_images(pixels).feature_maps[-1].flatten(2).transpose(1, 2)
         states = encoder.patch_layernorm_embedding(encoder.image_proj(patches) + encoder.type_embedding.weight[1])
-        for index, layer in enumerate(encoder.layers):
+        for index, layer in enumerate(encoder.layers[: len(self.biases)]):
             states = layer(states, self.biases[index])
         return torch.cat([encoder.layer_norm(states), self.prompt], dim=1)
 
@@ -62,7 +62,8 @@ def parts_of(model: MuEForConditionalGeneration, inputs: dict, tokens: int = 20)
     ):
         source = model(**inputs, decoder_input_ids=start).encoder_last_hidden_state
     prompt = source[:, calls[encoder.layers[0]][0].shape[1] :]
-    parts = {"encoder": (Encoder(encoder, [calls[x][1] for x in encoder.layers], prompt), (inputs["pixel_values"],))}
+    layers = encoder.layers[: model.config.layers_of("image")]
+    parts = {"encoder": (Encoder(encoder, [calls[x][1] for x in layers], prompt), (inputs["pixel_values"],))}
     parts["embedding"] = (nn.Sequential(decoder.embed_tokens, decoder.layernorm_embedding), (start[:, :2],))
     for index, (states, _, *biases) in enumerate(calls[layer] for layer in decoder.layers):
         parts[f"decoder_{index}"] = (DecoderLayer(decoder.layers[index], *biases), (states[:, :2], source))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from conftest import FIRST_PRESET, byte_checkpoint, tiny_config
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from mue_hf import MuEForConditionalGeneration, MuEProcessor, cli
+from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEProcessor, cli
 from mue_hf.data.features import trunk_fingerprint
 from mue_hf.data.scenes import write_scenes
 from mue_hf.evaluation.arguments import EvaluationArguments
@@ -452,7 +451,7 @@ def test_a_record_that_was_cut_is_dropped(tmp_path, cut):
 
 
 def test_reduction_by_hand():
-    config = SimpleNamespace(encoder_layers=6, decoder_layers=4)
+    config = MuEConfig(encoder_layers=6, decoder_layers=4)
     some = [prediction(2, 4, (1, 3)), prediction(6, 6, (4,))]
     # Words of 2 + 1 outputs: encoder layers 3, 3, 6 of 6 (mean), 6, 6, 12 of 12 (sum), 2, 2, 6 of 6 (image).
     assert expected_time_reduction(config, some) == pytest.approx(

@@ -8,8 +8,9 @@ from conftest import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from mue_hf import ExitOptions
+from mue_hf import ExitOptions, MuECache
 from mue_hf.model.criteria_mue import (
     CRITERIA,
     Criterion,
@@ -21,6 +22,7 @@ from mue_hf.model.criteria_mue import (
 )
 from mue_hf.model.early_exit_mue import ExitDecider, ExitSchedule, run_stack
 from mue_hf.model.exit_options_mue import SHIPPED_PRESETS, resolve_options
+from mue_hf.model.modeling_mue import MuESeq2SeqLMOutput
 
 CONFIG = tiny_config()
 JOINT = tiny_config(modality_decomposition=False)
@@ -162,14 +164,10 @@ class TestSchedule:
         assert [policy.at_step(t, 12).is_never for t in range(6)] == [True] * 4 + [False] * 2
         assert ExitPolicy("fixed", (None,), depth=1, warmup=1.0).at_step(11, 12).is_never
 
-    def test_processor_carries_the_step_and_leaves_scores_alone(self):
+    def test_steps_are_counted_from_the_end_of_the_prompt(self):
         schedule = ExitSchedule(ExitPolicy("similarity", (0.9,), beta=0.5, tau=2.0), prompt_length=3, num_steps=10)
-        scores = torch.randn(2, 5)
-        thresholds = []
-        for length in (3, 4, 5):
-            thresholds.append(schedule.policy.thresholds[0])
-            assert schedule(torch.zeros(2, length, dtype=torch.long), scores) is scores
-        assert thresholds == [pytest.approx(0.45 + 0.5 * math.exp(-2 * t / 10)) for t in range(3)]
+        thresholds = [schedule.policy(length).thresholds[0] for length in (2, 3, 4, 5)]
+        assert thresholds == [pytest.approx(0.45 + 0.5 * math.exp(-2 * t / 10)) for t in (0, 0, 1, 2)]
 
 
 class TestSignals:
@@ -336,3 +334,17 @@ class TestCriteria:
             assert result.depths.tolist() == [1, 5]
         finally:
             del CRITERIA["odd"]
+
+
+def test_outputs_take_assignments_as_those_of_transformers_do():
+    """The record has an assignment of its own, which must do what that of `ModelOutput` does."""
+    fields = {"logits": torch.ones(1), "cache": MuECache(tiny_config()), "loss": None}
+    ours, theirs = MuESeq2SeqLMOutput(**fields), Seq2SeqLMOutput(**fields)
+    for output in (ours, theirs):
+        output.encoder_last_hidden_state, output.decoder_attentions, output.other = torch.zeros(1), None, 3
+        output.past_key_values = fields["cache"]
+    assert list(ours) == list(theirs) == ["logits", "cache", "encoder_last_hidden_state"]
+    assert all(ours[name] is getattr(ours, name) for name in ours) and ours["cache"] is fields["cache"]
+    assert (ours.other, ours.loss, ours.decoder_attentions) == (3, None, None)
+    ours.executed_layers = {"decoder": 1}
+    assert ours["executed_layers"] == {"decoder": 1} and ours.to_tuple()[-1] == {"decoder": 1}

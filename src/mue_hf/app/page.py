@@ -189,7 +189,7 @@ class _Worker:
     def _html(self, record: dict[str, Any], exits: dict[str, Any], decoded: list[tuple[str, int]]) -> tuple[str, str]:
         """The figures, and the map of depths: the encoder's streams and what was decoded."""
         config = self.model.config
-        columns = [(name, record[f"{name}_exit_layers"], config.encoder_layers) for name in ("image", "text")]
+        columns = [(name, record[f"{name}_exit_layers"], config.layers_of(name)) for name in ("image", "text")]
         columns += [(name, depth, config.decoder_layers) for name, depth in decoded]
         return show_figures(self.model, record, exits, self.repeats), depth_map(columns)
 

@@ -64,7 +64,7 @@ def draw_report(image: Image.Image, record: dict[str, Any]) -> Image.Image:
             draw.text((left, top + 18 + number * height), line, INK, font)
         top += 30 + height * len(lines)
     for name in ("image", "text"):
-        ran, layers = record[f"{name}_exit_layers"], record["encoder_layers"]
+        ran, layers = record[f"{name}_exit_layers"], record[f"{name}_layers"]
         draw.text((left, top), f"{name} stream", QUIET, small)
         _draw_layers(draw, [(left + 100 + layer * (cell + GAP), top) for layer in range(layers)], (cell, 14), ran)
         draw.text((left + 112 + layers * (cell + GAP), top), f"{ran} of {layers} layers", INK, small)

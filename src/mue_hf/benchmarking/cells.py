@@ -86,7 +86,7 @@ def mean_layers(variant: Variant, output: Any, decoding: Mapping[str, Any]) -> d
     config = variant.model.config
     if config.model_type != "mue":
         return None
-    of = {"image": config.encoder_layers, "text": config.encoder_layers, "decoder": config.decoder_layers}
+    of = {stream: config.layers_of(stream) for stream in ("image", "text", "decoder")}
     mean = {stream: float(layers) for stream, layers in of.items()}
     if "executed_layers" in output:
         tokens = variant.inputs["input_ids"].shape[0] * decoding["num_beams"] * decoding["max_new_tokens"]

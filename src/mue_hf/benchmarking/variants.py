@@ -59,8 +59,8 @@ class DepthPattern:
 
 def half_pattern(config: Any, batch: int, beams: int, steps: int) -> DepthPattern:
     """Half of the layers of every stack, rounded up."""
-    encoder, decoder = (config.encoder_layers + 1) // 2, (config.decoder_layers + 1) // 2
-    return DepthPattern(torch.full((batch,), encoder), encoder, torch.full((steps, batch * beams), decoder))
+    image, text, decoder = ((config.layers_of(stream) + 1) // 2 for stream in ("image", "text", "decoder"))
+    return DepthPattern(torch.full((batch,), image), text, torch.full((steps, batch * beams), decoder))
 
 
 def spread_pattern(config: Any, batch: int, beams: int, steps: int) -> DepthPattern:
@@ -72,8 +72,8 @@ def spread_pattern(config: Any, batch: int, beams: int, steps: int) -> DepthPatt
         return 1 + (places + max(layers // 2 - 1, 0)) % max(layers - 1, 1)
 
     places = torch.arange(batch * beams) + 2 * torch.arange(steps).unsqueeze(1)
-    image, decoder = depths(torch.arange(batch), config.encoder_layers), depths(places, config.decoder_layers)
-    return DepthPattern(image, (config.encoder_layers + 1) // 2, decoder)
+    image, decoder = depths(torch.arange(batch), config.layers_of("image")), depths(places, config.decoder_layers)
+    return DepthPattern(image, (config.layers_of("text") + 1) // 2, decoder)
 
 
 def unused_exits(config: Any, criterion: str, tokens: Sequence[int] | None = None) -> dict[str, Any]:
@@ -94,8 +94,7 @@ def unused_exits(config: Any, criterion: str, tokens: Sequence[int] | None = Non
         if option in THRESHOLD_OPTIONS.values():
             options[option] = _out_of_reach(followed)
         else:
-            layers = config.decoder_layers if stream == "decoder" else config.encoder_layers
-            options[option] = next(iter(followed.sweep(layers)), 1)
+            options[option] = next(iter(followed.sweep(config.layers_of(stream))), 1)
     return options
 
 

@@ -24,7 +24,10 @@ GROUPS = {
         "calibrate": "find exit thresholds for a budget of changed outputs or of compute",
         "bench": "time exits against plain decoding, with layers and FLOPs beside",
     },
-    "share": {"publish": "put a checkpoint and its model card on the Hugging Face Hub"},
+    "share": {
+        "trim": "write a smaller checkpoint, of the layers that fixed depths run",
+        "publish": "put a checkpoint and its model card on the Hugging Face Hub",
+    },
 }
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items() if " " not in name}
 

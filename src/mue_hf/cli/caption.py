@@ -84,14 +84,13 @@ def read_images(paths: list[str], failed: list[str]) -> Iterator[tuple[str, Imag
 
 def describe(record: dict[str, Any]) -> str:
     """A record for a person."""
-    encoder = record["encoder_layers"]
     tokens = "  ".join(f"{token['text'].strip()} {token['layers']}" for token in record["tokens"])
     lines = [
         record["image"],
         f"  with exits     {record['caption']}",
         f"  at full depth  {record['full_depth_caption']}",
-        f"  image stream   {record['image_exit_layers']} of {encoder} layers",
-        f"  text stream    {record['text_exit_layers']} of {encoder} layers",
+        f"  image stream   {record['image_exit_layers']} of {record['image_layers']} layers",
+        f"  text stream    {record['text_exit_layers']} of {record['text_layers']} layers",
         f"  each token     {tokens}  (of {record['decoder_layers']})",
         f"  skipped        {record['layers_skipped']:.0%} of layers, {record['flops_skipped']:.0%} of FLOPs "
         f"({record['flops_skipped_without_trunk']:.0%} without the image trunk)",

@@ -18,7 +18,7 @@ from ..model.scoring_mue import answer_trie
 def stream_layers(config: PreTrainedConfig) -> dict[str, int]:
     """The layers of each stream of a model: "image" and "text", or "encoder" in the joint mode, and "decoder"."""
     encoder = ("image", "text") if config.modality_decomposition else ("encoder",)
-    return dict.fromkeys(encoder, config.encoder_layers) | {"decoder": config.decoder_layers}
+    return {stream: config.layers_of(stream) for stream in (*encoder, "decoder")}
 
 
 def branching_nodes(processor: MuEProcessor) -> dict[tuple[int, ...], list[int]]:
@@ -111,7 +111,8 @@ class SignalRecorder:
                 similarity(previous[:, part], current[:, part], mask[:, part]).masked_fill(absent, torch.nan)
                 for previous, current in zip(states, states[1:], strict=False)
             ]
-            self.encoder[name].append(_until_exit(cosines, depths.get(name), len(module.layers), torch.nan))
+            layers = self.model.config.layers_of(name)
+            self.encoder[name].append(_until_exit(cosines[:layers], depths.get(name), layers, torch.nan))
         self.first_sample, self.num_samples = self.num_samples, self.num_samples + mask.shape[0]
         self.step = 0
 

@@ -63,7 +63,7 @@ class Captioner:
         trunk, ran_total, full_total = ran["trunk"], sum(ran.values()), sum(full.values())
         return {
             "encoder_layers": config.encoder_layers,
-            "decoder_layers": config.decoder_layers,
+            **{f"{stream}_layers": config.layers_of(stream) for stream in ("image", "text", "decoder")},
             "image_exit_layers": depths.image_exit_layers,
             "text_exit_layers": depths.text_exit_layers,
             "tokens": [

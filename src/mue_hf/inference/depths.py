@@ -42,15 +42,17 @@ def expected_time_reduction(config: PreTrainedConfig, outputs: Iterable[Depths])
         (n_E is their sum, N_E both stacks), "without_text" (n_E is the image's alone: the constant prompt of
         captioning has next to no cost, and would count in full; None where an output has no image).
     """
-    outputs, encoder = list(outputs), config.encoder_layers
+    outputs = list(outputs)
     ran, full = (dict.fromkeys(("mean", "sum", "without_text"), 0.0) for _ in range(2))
     for one in outputs:
         words, tokens = len(one.decoder_exit_layers), sum(one.decoder_exit_layers)
-        streams = [depth for depth in (one.image_exit_layers, one.text_exit_layers) if depth]
+        streams = {"image": one.image_exit_layers, "text": one.text_exit_layers}
+        streams = {stream: depth for stream, depth in streams.items() if depth}
+        total, whole, count = sum(streams.values()), sum(map(config.layers_of, streams)), max(len(streams), 1)
         parts = {
-            "mean": (sum(streams) / max(len(streams), 1), encoder * bool(streams)),
-            "sum": (sum(streams), encoder * len(streams)),
-            "without_text": (one.image_exit_layers, encoder * bool(one.image_exit_layers)),
+            "mean": (total / count, whole / count),
+            "sum": (total, whole),
+            "without_text": (one.image_exit_layers, config.layers_of("image") * bool(one.image_exit_layers)),
         }
         for name, (depth, deepest) in parts.items():
             ran[name] += words * depth + tokens

@@ -155,8 +155,8 @@ def full_depth_flops(
     config: PreTrainedConfig, tokens: int, count: Callable[..., dict[str, int]] = caption_flops, **sizes: int
 ) -> dict[str, int]:
     """[`caption_flops`], or another `count`, of as many tokens with every layer of both stacks run."""
-    depths, depth = [config.decoder_layers] * tokens, config.encoder_layers
-    return count(config, depths, image_exit_layers=depth, text_exit_layers=depth, criterion="never", **sizes)
+    depths = {f"{stream}_exit_layers": config.layers_of(stream) for stream in ("image", "text")}
+    return count(config, [config.decoder_layers] * tokens, **depths, criterion="never", **sizes)
 
 
 def max_new_tokens(model: PreTrainedModel, options: Mapping[str, Any]) -> int:

@@ -99,6 +99,11 @@ class MuEConfig(PreTrainedConfig):
         backbone. The last of its `out_features` becomes the image tokens.
     modality_decomposition (`bool`, *optional*, defaults to `True`): True (MuE): image and text are separate streams
         through the same encoder layers, each with its own exit. False (OFA): one joint sequence with one exit.
+    image_layers (`int`, *optional*): Layers of the encoder stack that the image stream runs at full depth; all of
+        `encoder_layers` by default. `mue-hf trim` sets it.
+    text_layers (`int`, *optional*): The same of the text stream.
+    trimmed_from (`dict`, *optional*): Of what `mue-hf trim` wrote: the name of the checkpoint that it was made from
+        ("checkpoint"), and how many layers that has ("encoder_layers", "decoder_layers").
     image_relative_bias (`bool`, *optional*, defaults to `True`): False drops the relative position bias between
         patches, as the authors' released code does unintentionally, for checkpoints trained with it.
     add_position_embedding (`bool`, *optional*, defaults to `False`): Whether the encoder's (normalised) positions are
@@ -135,6 +140,8 @@ class MuEConfig(PreTrainedConfig):
     max_position_embeddings: int = validated_field(_at_least(1), default=1024)
     d_model: int = validated_field(_at_least(1), default=768)
     encoder_layers: int = validated_field(_at_least(1), default=6)
+    image_layers: int | None = None
+    text_layers: int | None = None
     encoder_ffn_dim: int = validated_field(_at_least(1), default=3072)
     encoder_attention_heads: int = validated_field(_at_least(1), default=12)
     decoder_layers: int = validated_field(_at_least(1), default=6)
@@ -158,6 +165,7 @@ class MuEConfig(PreTrainedConfig):
     use_cache: bool = True
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True
+    trimmed_from: dict | None = None
     pad_token_id: int = validated_field(_at_least(0), default=1)
     bos_token_id: int = validated_field(_at_least(0), default=0)
     eos_token_id: int | list[int] | None = 2
@@ -188,6 +196,17 @@ class MuEConfig(PreTrainedConfig):
             if self.d_model % heads:
                 raise ValueError(
                     f"`{field}` must divide `d_model`, got {heads} heads for d_model={self.d_model}; change either."
+                )
+        for field in ("image_layers", "text_layers"):
+            layers = getattr(self, field)
+            if layers is not None and not self.modality_decomposition:
+                raise ValueError(
+                    f"`{field}` must be left out of a model with a joint encoder, got {layers}; set `encoder_layers`."
+                )
+            if layers is not None and not 1 <= layers <= self.encoder_layers:
+                raise ValueError(
+                    f"`{field}` must lie in [1, {self.encoder_layers}], the latter being `encoder_layers`, got "
+                    f"{layers}; leave it out to run all."
                 )
         if self.token_bucket_size % 2:
             raise ValueError(f"`token_bucket_size` must be even, got {self.token_bucket_size}; add or subtract one.")
@@ -224,6 +243,11 @@ class MuEConfig(PreTrainedConfig):
         if self.text_vocab_size is not None:
             return self.text_vocab_size
         return OFA_TEXT_VOCAB_SIZE if self.vocab_size == OFA_VOCAB_SIZE else self.vocab_size
+
+    def layers_of(self, stream: str) -> int:
+        """Full depth of a stream: "image", "text", "encoder" (the joint sequence, or the whole stack) or "decoder"."""
+        own = {"image": self.image_layers, "text": self.text_layers, "decoder": self.decoder_layers}.get(stream)
+        return self.encoder_layers if own is None else own
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "MuEConfig":

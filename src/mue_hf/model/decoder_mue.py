@@ -164,7 +164,8 @@ class _DecoderCall:
         cache: MuECache | None,
         output_attentions: bool,
     ):
-        self.layers, self.cache, self.num_rows = decoder.layers, cache, num_rows
+        # a tuple: a ModuleList looks its modules up by name
+        self.layers, self.cache, self.num_rows = tuple(decoder.layers), cache, num_rows
         self.source, source_mask = encoder_outputs.last_hidden_state, encoder_outputs.attention_mask
         self.source_mask = None if known_true(source_mask) else source_mask
         past, length, tables = 0, num_tokens, {}
@@ -188,8 +189,10 @@ class _DecoderCall:
         if self.view is None or not self.view.is_of(states.shape[0], filled):
             self.view = self._layer_view(states.shape[0], rows, filled)
         tokens = self.view.tokens
-        joined = states if cache is None or filled is None else cache.with_skipped(states, tokens)
-        self.caught_up += joined.shape[0] * joined.shape[1] - states.shape[0] * states.shape[1]
+        joined = states
+        if cache is not None and filled is not None:
+            joined = cache.with_skipped(states, tokens)
+            self.caught_up += joined.shape[0] * joined.shape[1] - states.shape[0] * states.shape[1]
         output = self.layers[layer](
             joined,
             self.source,
@@ -323,7 +326,7 @@ class MuEDecoder(nn.Module):
         if embeds.shape[1] == 0:
             raise ValueError("`decoder_input_ids` holds no token; start it with `decoder_start_token_id`.")
         states = self.layernorm_embedding(embeds)
-        return nn.functional.dropout(states, self.config.dropout, self.training)
+        return nn.functional.dropout(states, self.config.dropout) if self.training else states
 
     def _check_length(self, length: int) -> None:
         limit = self.config.max_position_embeddings

@@ -3,13 +3,13 @@
 Encoder streams and decoder call `run_stack`; nothing else in the package decides when a row stops.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from .criteria_mue import CRITERIA, ExitPolicy, LayerStates
 
@@ -72,6 +72,13 @@ class ExitRecord:
     text_exit_layers: torch.LongTensor | None = None
     decoder_exit_layers: torch.LongTensor | None = None
     executed_layers: dict[str, int] | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # As `ModelOutput` does, which lists all fields at each assignment: of several outputs a step, each of many.
+        name = self._replace_old_cache_name(name)
+        if value is not None and name in self.__dataclass_fields__:
+            OrderedDict.__setitem__(self, name, value)
+        object.__setattr__(self, name, value)
 
     def exit_record(self) -> dict[str, Any]:
         """The fields above by name."""
@@ -138,10 +145,8 @@ def _put_rows(states: Tensor, rows: Tensor | None, values: Tensor) -> Tensor:
     return values if rows is None else states.index_put((rows.to(states.device),), values)
 
 
-class ExitSchedule(LogitsProcessor):
-    """Carries Theta(t) through `generate`: `policy` is the decoder's policy of the step that comes next.
-
-    It leaves the scores as they are. One object serves one call.
+class ExitSchedule:
+    """Theta(t) in `generate`: the decoder's policy at each step.
 
     Args:
         policy (`ExitPolicy`): the decoder's policy, undecayed.
@@ -153,16 +158,11 @@ class ExitSchedule(LogitsProcessor):
         self.base_policy = policy
         self.prompt_length = prompt_length
         self.num_steps = max(num_steps, 1)
-        self.step = 0
 
-    @property
-    def policy(self) -> ExitPolicy:
-        return self.base_policy.at_step(self.step, self.num_steps)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # `input_ids` is the prefix of the step that has just been scored.
-        self.step = input_ids.shape[1] - self.prompt_length + 1
-        return scores
+    def policy(self, length: int) -> ExitPolicy:
+        """The policy of the token that follows `length` decoder tokens."""
+        # a prompt that is read in parts is at step 0
+        return self.base_policy.at_step(max(length - self.prompt_length, 0), self.num_steps)
 
 
 __all__ = ["ExitDecider", "ExitRecord", "ExitSchedule", "StackResult", "run_stack"]

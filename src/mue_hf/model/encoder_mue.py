@@ -146,9 +146,11 @@ class MuEEncoder(nn.Module):
         # OFA keeps three more rows in the image tables, for its code token
         image_rows = (2 * config.image_bucket_size - 1) ** 2 + 3
         self.token_rel_pos_table_list = nn.ModuleList(
-            [nn.Embedding(2 * config.token_bucket_size - 1, heads) for _ in self.layers]
+            [nn.Embedding(2 * config.token_bucket_size - 1, heads) for _ in range(config.layers_of("text"))]
         )
-        self.image_rel_pos_table_list = nn.ModuleList([nn.Embedding(image_rows, heads) for _ in self.layers])
+        self.image_rel_pos_table_list = nn.ModuleList(
+            [nn.Embedding(image_rows, heads) for _ in range(config.layers_of("image"))]
+        )
         self.folding: BatchNormFolding | None = None
 
     @auto_docstring
@@ -347,14 +349,15 @@ class MuEEncoder(nn.Module):
         for name, source in (("image", image), ("text", text)):
             if source is None:
                 continue
-            policy = options.policy(name, len(self.layers))
+            layers = self.config.layers_of(name)
+            policy = options.policy(name, layers)
             collected = [] if output_attentions else None
             batch = source.states.shape[0]
             # rows that are all the same run once
             once = source.is_constant and not output_attentions and not isinstance(policy.depth, Tensor)
             if once:
                 source = replace(source, states=source.states[:1])
-            stream = self._run_stream(source, [(slice(None), source)], policy, output_hidden_states, collected)
+            stream = self._run_stream(source, [(slice(None), source)], layers, policy, output_hidden_states, collected)
             if once and batch > 1:
                 stream = _repeated(stream, batch)
             if name == "image" and repeats > 1:
@@ -388,18 +391,19 @@ class MuEEncoder(nn.Module):
         parts = list(zip(places, sources, strict=False))
         policy = options.policy("encoder", len(self.layers))
         collected = [] if output_attentions else None
-        stream = self._run_stream(joint, parts, policy, output_hidden_states, collected)
+        stream = self._run_stream(joint, parts, len(self.layers), policy, output_hidden_states, collected)
         return [stream], tuple(collected or ())
 
     def _run_stream(
         self,
         source: _Source,
         parts: list[tuple[slice, _Source]],
+        num_layers: int,
         policy: ExitPolicy,
         output_hidden_states: bool,
         attentions: list | None,
     ) -> StackResult:
-        """Runs the layers over one sequence; `parts` are the places in it that have relative position biases."""
+        """Runs the first layers over one sequence; `parts` are the places in it that have relative position biases."""
         states, mask, rows = source.states, source.mask, None
         if mask is not None:
             states = states * mask.unsqueeze(-1)
@@ -423,7 +427,7 @@ class MuEEncoder(nn.Module):
             return states
 
         decider = ExitDecider(policy, mask)
-        return run_stack(states, len(self.layers), run_layer, decider, rows, output_hidden_states)
+        return run_stack(states, num_layers, run_layer, decider, rows, output_hidden_states)
 
     def _position_scores(self, source: _Source) -> Tensor:
         """Scores [heads, tokens, tokens] of absolute positions, the same in all layers."""

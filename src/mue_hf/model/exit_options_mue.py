@@ -117,7 +117,7 @@ class ExitOptions:
         given = {name: value for name, value in without_dropped(options).items() if value is not None}
         check_names(given)
         for stream in STREAMS:
-            count = config.decoder_layers if stream == "decoder" else config.encoder_layers
+            count = config.layers_of(stream)
             if (name := THRESHOLD_OPTIONS[stream]) in given:
                 given[name] = _checked_threshold(name, given[name], count)
             if (name := LAYER_OPTIONS[stream]) in given:

@@ -86,6 +86,9 @@ class _ExitRun:
         """Rows [rows] that still want a token, or None for all."""
         if not self.skip_finished or self.eos_token_ids is None or input_ids.shape[1] <= self.schedule.prompt_length:
             return None
+        if len(input_ids) == 1:
+            # the loop ends with it
+            return None
         new = input_ids[:, self.schedule.prompt_length :]
         return ~torch.isin(new, self.eos_token_ids.to(new.device)).any(dim=1)
 
@@ -272,7 +275,6 @@ class MuEGenerationMixin(AnswerScoringMixin, RescoringMixin, GenerationMixin):
             # nobody looks at the logits of other tokens, and there is one next token
             if comparable and not config.output_logits and not getattr(config, "_keep_encoder_inputs", False):
                 run.allowed = allowed if all(type(processor) in MASKING for processor in processors) else None
-        processors.append(schedule)
         return processors
 
     def prepare_inputs_for_generation(
@@ -281,7 +283,7 @@ class MuEGenerationMixin(AnswerScoringMixin, RescoringMixin, GenerationMixin):
         """Adds to transformers' inputs the policy of this step and the rows that still want a token."""
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if exit_run is not None:
-            model_inputs["exit_policy"] = exit_run.schedule.policy
+            model_inputs["exit_policy"] = exit_run.schedule.policy(input_ids.shape[1])
             model_inputs["predict"] = exit_run.predict
             model_inputs["active_rows"] = exit_run.active_rows(input_ids)
             model_inputs["emitted_ids"] = exit_run.emitted_ids(input_ids)

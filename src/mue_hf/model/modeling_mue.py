@@ -476,7 +476,8 @@ class MuEForConditionalGeneration(PresetCheckMixin, MuEPreTrainedModel, MuEGener
         if labels is not None:
             options = {"vocab_size": self.config.vocab_size, "num_items_in_batch": kwargs.get("num_items_in_batch")}
             loss = self.loss_function(logits=logits, labels=labels, shift_labels=labels, **options)
-        shared = {name: outputs[name] for name in outputs if name in MuESeq2SeqLMOutput.__dataclass_fields__}
+        fields = MuESeq2SeqLMOutput.__dataclass_fields__
+        shared = {name: value for name, value in outputs.items() if name in fields}
         return MuESeq2SeqLMOutput(loss=loss, logits=logits, **shared)
 
     def _exit_head(self, tokens: Sequence[int] | None) -> Callable[[Tensor], Tensor]:

@@ -61,8 +61,12 @@ def check_folder(folder: Path) -> None:
 
 
 def load_complete_model(folder: Path, dtype: str = "float32") -> MuEForConditionalGeneration:
-    """The model of a checkpoint folder, in evaluation mode; a ValueError if weights are damaged or missing."""
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    """The model of a checkpoint folder, in evaluation mode and in a dtype, that of its config for "auto"; a ValueError
+    if weights are damaged or missing."""
+    options: dict[str, Any] = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "output_loading_info": True,
+    }
     try:
         # The annotation does not know that it may return two things.
         loaded: Any = MuEForConditionalGeneration.from_pretrained(folder, **options)

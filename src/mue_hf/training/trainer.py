@@ -288,9 +288,9 @@ class MuETrainer(Seq2SeqTrainer):
         streams = {"image": images, "text": text}
         if not self.model.config.modality_decomposition:
             streams = {"encoder": images if text is None else text}
-        layers = self.model.config.encoder_layers
+        config = self.model.config
         depths = {
-            LAYER_OPTIONS[name]: torch.randint(1, layers + 1, (len(stream),))
+            LAYER_OPTIONS[name]: torch.randint(1, config.layers_of(name) + 1, (len(stream),))
             for name, stream in streams.items()
             if stream is not None
         }
