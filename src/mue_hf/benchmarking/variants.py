@@ -152,6 +152,7 @@ def make_variants(
     *,
     beams: int,
     steps: int,
+    reference: PreTrainedModel | None = None,
 ) -> list[Variant]:
     """The variants of one cell on one model.
 
@@ -161,6 +162,7 @@ def make_variants(
         inputs (`dict`): of its `generate`.
         exits (`dict`): name -> exit options, for one more variant each.
         beams, steps (`int`): of `generate`; steps are new tokens.
+        reference (`MuEForConditionalGeneration`, *optional*): what "stock" and "plain" are made of (`model`).
     """
     config, sizes = model.config, (inputs["input_ids"].shape[0], beams, steps)
     off, spread = {"exit_criterion": "never"}, spread_pattern(config, *sizes)
@@ -168,9 +170,9 @@ def make_variants(
 
     def make(name: str) -> Variant:
         if name == "stock":
-            return Variant(name, StockModel(model), inputs)
+            return Variant(name, StockModel(reference or model), inputs)
         if name == "plain":
-            plain = unfolded_copy(model)
+            plain = unfolded_copy(reference or model)
             plain.set_attn_implementation("eager")
             return Variant(name, plain, inputs, off)
         if name == "lossless":

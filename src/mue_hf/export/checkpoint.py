@@ -95,9 +95,11 @@ def export_checkpoint(
         manifest = settings | {"graphs": {name: graphs[name] for name in sorted(graphs)}}
         write_whole(part / FOLDER / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         (part / FOLDER / JOURNAL).unlink()
+        old = destination.with_name(f".{destination.name}.old")
         if destination.exists():
-            shutil.rmtree(destination)
+            destination.rename(old)
         part.rename(destination)
+        shutil.rmtree(old, ignore_errors=True)
     Path(f"{part}.lock").unlink(missing_ok=True)
     return manifest
 
@@ -129,7 +131,9 @@ def _finished(destination: Path, settings: dict[str, Any], overwrite: bool) -> d
             "choose another or pass --overwrite."
         )
     if not (destination / "config.json").is_file():
-        raise ValueError(f"only a checkpoint can be overwritten, but {destination} has no config.json; choose another.")
+        raise ValueError(
+            f"only a checkpoint can be overwritten, but {destination} has no config.json; choose another."
+        )
     return None
 
 
@@ -171,7 +175,9 @@ def _done(part: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
         shutil.rmtree(part, ignore_errors=True)
         return {}
     graphs = {name: (part / FOLDER / graph["file"], graph) for name, graph in journal["graphs"].items()}
-    return {name: graph for name, (file, graph) in graphs.items() if file.is_file() and sha256_of(file) == graph["sha256"]}
+    return {
+        name: graph for name, (file, graph) in graphs.items() if file.is_file() and sha256_of(file) == graph["sha256"]
+    }
 
 
 @torch.no_grad()

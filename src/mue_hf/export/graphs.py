@@ -20,8 +20,7 @@ from ..model.modeling_mue import MuEForConditionalGeneration
 
 
 class Matrix(nn.Module):
-    """Linear layers side by side as one matrix [in, out], the way int8 kernels want it: states [..., in] -> [..., out].
-    """
+    """Linear layers side by side as one matrix [in, out], as int8 kernels want it: states [..., in] -> [..., out]."""
 
     def __init__(self, *layers: nn.Linear):
         super().__init__()
@@ -110,9 +109,9 @@ class DecoderLayer(nn.Module):
     """What comes after the cache: both attentions and the feed-forward block.
 
     Inputs: states and queries [rows, tokens, d]; keys and values [rows, heads, keys, head dim] and a bias [rows or 1,
-    heads, tokens, keys]; those of the cross-attention [images, heads, source, head dim] and a bias [images or 1, heads,
-    slots * tokens or 1, source]; `fold` [images, slots], the row in each slot of an image, any row where a slot is
-    free; and `unfold` [rows], the slot of each row.
+    heads, tokens, keys]; those of the cross-attention [images, heads, source, head dim] and a bias [images or 1,
+    heads, slots * tokens or 1, source]; `fold` [images, slots], the row in each slot of an image, any row where a slot
+    is free; and `unfold` [rows], the slot of each row.
     """
 
     def __init__(self, layer: nn.Module):
@@ -223,7 +222,7 @@ def parts_of(model: MuEForConditionalGeneration, image_size: Sequence[int] | Non
     fold, unfold = torch.tensor([[0, 1, 2], [3, 4, 3]]), torch.tensor([0, 1, 2, 3, 4])
     past, source = (5, heads, 6, width // heads), (2, heads, 11, width // heads)
     fixed = {"states": (2,), "query": (2,)}
-    fixed |= {name: (1, 3) for name in (*KEYS, "cross_keys", "cross_values")} | {"bias": (1,), "cross_bias": (1,)}
+    fixed |= dict.fromkeys((*KEYS, "cross_keys", "cross_values"), (1, 3)) | {"bias": (1,), "cross_bias": (1,)}
     for number, layer in enumerate(decoder.layers):
         states = (random(5, 4, width),)
         of = [f"{name}_0{end}" if number else None for name, end in (("decoder", "_project"), ("cross", ""))]

@@ -74,8 +74,8 @@ def load_checkpoint(
         engine (`str`, *optional*): "onnxruntime" for a folder of `mue-hf export`; default: torch.
 
     Raises:
-        ValueError: for what the engine refuses, and if no model is named and the small checkpoint is not here, the folder or the device does not exist,
-            the checkpoint was replaced, or it holds another kind of model.
+        ValueError: for what the engine refuses; if no model is named and the small checkpoint is not here, the folder
+            or the device does not exist, the checkpoint was replaced, or it holds another kind of model.
     """
     if name is None and not SMALL_CHECKPOINT.is_dir():
         raise ValueError(

@@ -116,6 +116,7 @@ class Engine:
     def __init__(self, folder: Path, manifest: dict[str, Any], weights: str | None):
         self.folder, self.graphs, self.options = folder, manifest["graphs"], manifest["session_options"]
         self.precision = manifest["precision"]
+        self.digest = sha256(json.dumps([manifest["weights"], self.graphs], sort_keys=True).encode()).hexdigest()
         # float32 gives the tokens and depths of torch; of int8, presets and records are others
         if weights is not None and self.precision != "float32":
             weights = sha256(f"{weights} {self.precision}".encode()).hexdigest()
