@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -38,13 +39,13 @@ def depths(output) -> list:
     return [output[f"{stream}_exit_layers"].tolist() for stream in ("image", "text", "decoder")]
 
 
-def mixed(model, inputs, criterion: str, **options) -> dict:
-    """Options of a criterion by which decoder rows leave at different layers."""
+def mixed(run, criterion: str, **options) -> dict:
+    """Options of a criterion by which decoder rows of `run` leave at different layers of the same step."""
     low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
         chosen = {"exit_criterion": criterion, "decoder_exit_threshold": middle, **options}
-        found = generate(model, inputs, **chosen).decoder_exit_layers
+        found = run(**chosen).decoder_exit_layers
         if any(len(step.unique()) > 1 for step in found.T):
             return chosen
         low, high = (middle, high) if found.max() == 1 else (low, middle)
@@ -58,7 +59,7 @@ def exits(model, inputs, kind: str) -> dict:
         options = {"image_exit_layer": torch.tensor([1, 3, 2, 1]), "text_exit_layer": 1, "decoder_exit_layer": 3}
         return {"exit_criterion": "fixed", **options}
     streams = {"image_exit_threshold": [0.27, 0.815, 2.0], "text_exit_threshold": 0.5} if kind == "similarity" else {}
-    return mixed(model, inputs, kind, **streams)
+    return mixed(partial(generate, model, inputs), kind, **streams)
 
 
 class TestSameAsTorch:
@@ -74,7 +75,7 @@ class TestSameAsTorch:
     @pytest.mark.parametrize("beams", [1, 3])
     @pytest.mark.parametrize("kv", ["project", "copy", "exact"])
     def test_keys_of_skipped_layers(self, reference, engine, inputs, kv, beams):
-        options = mixed(reference, inputs, "similarity", exit_kv=kv, num_beams=beams)
+        options = mixed(partial(generate, reference, inputs), "similarity", exit_kv=kv, num_beams=beams)
         slow, fast = generate(reference, inputs, **options), generate(engine, inputs, **options)
         assert fast.sequences.tolist() == slow.sequences.tolist()
         assert depths(fast) == depths(slow) and fast.executed_layers == slow.executed_layers
@@ -85,7 +86,11 @@ class TestSameAsTorch:
             "decoder_input_ids": torch.tensor([[1, 1, 0], [0, 9, 8], [1, 0, 7], [0, 5, 6]]),
             "decoder_attention_mask": torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1], [1, 1, 1]]),
         }
-        for options in ({"eos_token_id": first}, prompt, mixed(reference, inputs, "similarity") | prompt):
+        for options in (
+            {"eos_token_id": first},
+            prompt,
+            mixed(partial(generate, reference, inputs), "similarity") | prompt,
+        ):
             slow, fast = generate(reference, inputs, **options), generate(engine, inputs, **options)
             assert fast.sequences.tolist() == slow.sequences.tolist() and depths(fast) == depths(slow)
 
@@ -98,16 +103,13 @@ class TestSameAsTorch:
                 slow, fast = reference(**given), engine(**given)
             torch.testing.assert_close(fast.logits, slow.logits, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("kind", ["off", "confidence", "similarity"])
+    @pytest.mark.parametrize("kind", ["never", "confidence", "similarity"])
     def test_score_answers(self, reference, engine, inputs, kind):
-        options = {"off": {}, "confidence": {"exit_criterion": "confidence", "decoder_exit_threshold": 0.52}}
-        options["similarity"] = {"decoder_exit_threshold": [0.66, 0.815, 0.835]}
-        slow, fast = (
-            m.score_answers(ANSWERS, return_dict=True, **inputs, **options[kind]) for m in (reference, engine)
-        )
-        torch.testing.assert_close(fast.scores, slow.scores, rtol=1e-4, atol=1e-4)
-        assert depths(fast) == depths(slow)
-        assert kind == "off" or len(slow.decoder_exit_layers.unique()) > 1
+        slow, fast = (partial(m.score_answers, ANSWERS, return_dict=True, **inputs) for m in (reference, engine))
+        options = {"exit_criterion": "never"} if kind == "never" else mixed(slow, kind)
+        expected, got = slow(**options), fast(**options)
+        torch.testing.assert_close(got.scores, expected.scores, rtol=1e-4, atol=1e-4)
+        assert depths(got) == depths(expected)
 
     def test_without_a_cache_and_constrained(self, reference, engine, inputs):
         ids = torch.tensor([[0, 5, 9, 7]] * 4)

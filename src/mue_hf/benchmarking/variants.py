@@ -116,6 +116,8 @@ class Variant:
         model (`PreTrainedModel`), inputs (`dict`): whose `generate` is called, and what with.
         options (`dict`): options of `generate` beyond those of all variants.
         pattern (`DepthPattern`, *optional*): forced depths.
+        reference (`PreTrainedModel`, *optional*): the model in torch, where an engine runs it: what counts
+            operations and memory sees torch alone.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Variant:
     inputs: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     pattern: DepthPattern | None = None
+    reference: PreTrainedModel | None = None
 
     @property
     def encoder(self) -> nn.Module:
@@ -184,7 +187,8 @@ def make_variants(
         return Variant(name, model, inputs, unused_exits(config, criterion, tokens))
 
     chosen = [make(name) for name in variant_names() if name in names]
-    return chosen + [Variant(name, model, inputs, options) for name, options in exits.items()]
+    chosen += [Variant(name, model, inputs, options) for name, options in exits.items()]
+    return [replace(one, reference=reference) if one.model is model else one for one in chosen]
 
 
 __all__ = ["DEFAULT_VARIANTS", "Variant", "half_pattern", "make_variants", "spread_pattern", "variant_names"]

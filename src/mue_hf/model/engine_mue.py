@@ -171,22 +171,31 @@ class EngineEncoderLayer(nn.Module):
         return self.engine.run(self.graph, hidden_states, position_bias)[0]
 
 
+class EngineKeysValues(nn.Module):
+    """Takes the place of `MuEAttention.keys_values` of a cross-attention."""
+
+    def __init__(self, engine: Engine, index: int):
+        super().__init__()
+        self.engine, self.graph = engine, f"cross_{index}"
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's states [images, source, d] -> keys and values [images, heads, source, head dim]."""
+        keys, values = self.engine.run(self.graph, states)
+        return keys, values
+
+
 class EngineDecoderLayer(nn.Module):
     """Takes the place of a `MuEDecoderLayer`: one graph before the cache, one after it, one for the image."""
 
     def __init__(self, engine: Engine, index: int):
         super().__init__()
         self.engine, self.layer_idx = engine, index
-        self.before, self.cross, self.after = f"decoder_{index}_project", f"cross_{index}", f"decoder_{index}"
+        self.before, self.after = f"decoder_{index}_project", f"decoder_{index}"
+        self.cross_attn = EngineKeysValues(engine, index)
 
     def project_self(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """See `MuEDecoderLayer`."""
         _, keys, values = self.engine.run(self.before, states)
-        return keys, values
-
-    def project_cross(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoder's states [images, source, d] -> keys and values [images, heads, source, head dim]."""
-        keys, values = self.engine.run(self.cross, states)
         return keys, values
 
     def forward(
@@ -203,11 +212,11 @@ class EngineDecoderLayer(nn.Module):
         """See `MuEDecoderLayer`; `output_attentions` was refused before."""
         query, keys, values = self.engine.run(self.before, hidden_states)
         if cache is None:
-            cross_keys, cross_values = self.project_cross(encoder_hidden_states)
+            cross_keys, cross_values = self.cross_attn(encoder_hidden_states)
         else:
             keys, values = cache.update_self(self.layer_idx, keys, values, tokens, self.project_self)
             cross_keys, cross_values = cache.cross(
-                self.layer_idx, self.project_cross, encoder_hidden_states, images.images
+                self.layer_idx, self.cross_attn, encoder_hidden_states, images.images
             )
         if tokens.fold is not None:
             # each token is a row by itself, with the keys of its own
@@ -386,6 +395,7 @@ __all__ = [
     "EngineDecoderLayer",
     "EngineEncoderLayer",
     "EngineHead",
+    "EngineKeysValues",
     "EngineMixin",
     "EngineTrunk",
     "graph_names",
