@@ -13,6 +13,8 @@ from stack import generate
 from transformers import AutoModelForImageTextToText
 
 from mue_hf import MuEForConditionalGeneration
+from mue_hf.data.features import trunk_fingerprint
+from mue_hf.inference.flops import trunk_flops
 from mue_hf.model import engine_mue
 from mue_hf.model.presets_mue import weights_fingerprint
 from mue_hf.model.views_mue import ImageView
@@ -162,6 +164,17 @@ class TestWeights:
         assert not any("layers." in name or "embed_images." in name for name in kept)
         assert engine.lm_head.weight is engine.get_input_embeddings().weight
         assert sum(p.numel() for p in engine.parameters()) < sum(p.numel() for p in reference.parameters()) / 2
+
+    def test_fingerprints_and_operations(self, reference, engine, engine_folders):
+        int8 = MuEForConditionalGeneration.from_pretrained(engine_folders["int8"], engine="onnxruntime")
+        again = MuEForConditionalGeneration.from_pretrained(engine_folders["float32"], engine="onnxruntime")
+        for part in (lambda model: model, lambda model: model.get_encoder().embed_images):
+            marks = [trunk_fingerprint(part(model)) for model in (reference, engine, int8, again)]
+            assert marks[1] == marks[3] and len(set(marks)) == 3
+        torch.manual_seed(0)
+        state = torch.random.get_rng_state()
+        assert trunk_flops(engine, (3, 64, 64)) == trunk_flops(reference, (3, 64, 64))
+        assert torch.equal(torch.random.get_rng_state(), state)
 
     def test_presets_hold_in_float32_alone(self, reference, engine, engine_folders):
         int8 = MuEForConditionalGeneration.from_pretrained(engine_folders["int8"], engine="onnxruntime")

@@ -35,7 +35,8 @@ def trunk_flops(model: PreTrainedModel, pixel_shape: Sequence[int]) -> tuple[int
     trunk = model.get_encoder().embed_images
     if next(trunk.parameters(), None) is None:
         # an engine's: operations are counted on a trunk of torch, whose weights do not matter
-        trunk = load_trunk(model.config)
+        with torch.random.fork_rng(devices=[]):
+            trunk = load_trunk(model.config)
     weight = next(trunk.parameters())
     pixels = torch.zeros(1, *pixel_shape, dtype=weight.dtype, device=weight.device)
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
