@@ -52,8 +52,9 @@ def trunk_fingerprint(trunk: PreTrainedModel, module: str | None = None) -> str:
 
     Under an engine it is that of the graphs.
     """
-    if getattr(trunk, "engine", None) is not None:
-        return trunk.engine.digest
+    engine: Any = getattr(trunk, "engine", None)
+    if engine is not None:
+        return engine.digest
     settings = trunk.config.to_dict()
     # They say where the trunk came from, not what it computes; the dtype is that of the weights.
     for name in ("_name_or_path", "transformers_version", "dtype"):

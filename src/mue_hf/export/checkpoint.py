@@ -64,7 +64,7 @@ def export_checkpoint(
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {list(PRECISIONS)}, got {precision!r}; check the spelling.")
     versions = _versions()
-    check_not_replaced(source)
+    check_not_replaced(str(source))
     folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
     check_folder(folder)
     destination = Path(destination).absolute()
@@ -81,8 +81,9 @@ def export_checkpoint(
         "weights": {path.name: sha256_of(path) for path in weight_files(folder)},
     }
     if (manifest := _finished(destination, settings, overwrite)) is not None:
-        for name, graph in manifest["graphs"].items() if report else ():
-            report(name, graph | {"kept": True})
+        if report is not None:
+            for name, graph in manifest["graphs"].items():
+                report(name, graph | {"kept": True})
         return manifest
     destination.parent.mkdir(parents=True, exist_ok=True)
     part = destination.with_name(f".{destination.name}.part")
@@ -141,7 +142,9 @@ def _write_graphs(
     model: MuEForConditionalGeneration, part: Path, settings: dict[str, Any], report: Report | None
 ) -> dict[str, dict[str, Any]]:
     """Writes the graphs that a folder lacks; returns their entries of the manifest."""
-    folder, bases, done = part / FOLDER, {}, _done(part, settings)
+    folder, done = part / FOLDER, _done(part, settings)
+    # graphs of which others are copies with other weights
+    bases: dict[str | None, Any] = {}
     for name, piece in parts_of(model, settings["image_size"]):
         kept = name in done
         if not kept:
