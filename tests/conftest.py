@@ -153,3 +153,33 @@ def photos(tmp_path):
         image.save(path)
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     return [str(path) for path in paths]
+
+
+@pytest.fixture(scope="session")
+def engine_folders(tmp_path_factory):
+    """A tiny checkpoint of `tiny_model`, and what export makes of it by precision; torch traces each part once."""
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    if torch.__version__ < "2.7":
+        pytest.skip("torch 2.6 exports no batch norm to ONNX")
+    from mue_hf.export import checkpoint
+
+    folder, traced, trace = tmp_path_factory.mktemp("engine"), {}, checkpoint.graph_of
+    plain = folder / "torch"
+    model = tiny_model(vocab_size=100, dtype=torch.float32)
+    model.generation_config.max_new_tokens = 8
+    model.save_pretrained(plain)
+    MuEProcessor(MuEImageProcessor(size={"height": 64, "width": 64}), character_tokenizer()).save_pretrained(plain)
+
+    def once(part):
+        key = type(part.module).__name__, part.outputs
+        if key not in traced:
+            traced[key] = trace(part)
+        return traced[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "graph_of", once)
+        patch.setattr("mue_hf.export.graphs.graph_of", once)
+        for precision in ("float32", "int8"):
+            checkpoint.export_checkpoint(plain, folder / precision, precision=precision)
+    return {path.name: path for path in folder.iterdir() if path.is_dir()}

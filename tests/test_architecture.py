@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "mue_hf"
 # `_moved` and `__init__` stand above all.
 ROOMS = (
     *("files", "model", "metrics", "convert", "data", "inference", "evaluation", "training"),
-    *("calibration", "benchmarking", "publishing", "app", "cli"),
+    *("calibration", "benchmarking", "publishing", "export", "app", "cli"),
 )
 ABOVE = ("__init__", "_moved")
 SOURCES = sorted(PACKAGE.rglob("*.py"))

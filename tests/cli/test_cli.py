@@ -45,7 +45,7 @@ def test_help_shows_an_example(command, capsys):
 def test_general_help_imports_no_command_and_has_them_in_order(monkeypatch):
     monkeypatch.setattr(cli, "import_module", lambda name: pytest.fail(f"imported {name}"))
     shown = cli.build_parser().format_help()
-    names = ["caption", "app", "answer", "convert", "evaluate", "calibrate", "bench", "trim", "publish"]
+    names = ["caption", "app", "answer", "convert", "export", "evaluate", "calibrate", "bench", "trim", "publish"]
     places = [shown.index(f"\n  {name} ") for name in names]
     assert places == sorted(places) and names == list(cli.COMMANDS)
 

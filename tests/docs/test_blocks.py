@@ -29,7 +29,7 @@ NOT_RUN = {
     r"^mue-hf convert ": "needs OFA weights; tests/convert runs it on golden files",
     r"--budget 0\.01 ": "needs hundreds of scenes; the command of docs/evaluate.md is run",
     r" --ray": "tests/inference/test_bulk_ray.py runs it",
-    r"examples/(big_model|export)\.py": "tests/examples/test_examples.py runs it",
+    r"examples/big_model\.py": "tests/examples/test_examples.py runs it",
     r" --multi_gpu ": "needs several GPUs",
     r"\b(CKPT|DATA|OFA|OUT|PHOTOS)\b": "a name in capitals stands for files that a user has",
     r"^torchrun|^ACCELERATE_USE_CPU=": "tests/examples/test_examples.py runs it in two processes",
@@ -56,6 +56,7 @@ SMALLER = {
     "--max_steps 40": "--max_steps 2",
     "max_steps=20": "max_steps=1",
     "SceneDataset(1000": "SceneDataset(10",
+    "mue-photos-small runs/photos-onnx": "mue-photos-small runs/photos-onnx --torch-trunk",
 }
 # Commands that may end with another exit code than 0: whether so little data certify anything is luck.
 CODES = {"mue-hf calibrate runs/walk/model": (0, 1)}

@@ -14,7 +14,7 @@ import torch
 from conftest import byte_checkpoint
 from PIL import Image
 
-from mue_hf import MuEForConditionalGeneration, MuEProcessor
+from mue_hf import MuEForConditionalGeneration
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -140,40 +140,6 @@ def test_compiled_layers_give_the_same_tokens(example, checkpoint, photo):
     arguments = [str(photo), "--model", str(checkpoint), "--backend", "eager", "--repeats", "1"]
     tokens = example("compile").main([*arguments, "--device", "cpu"])
     assert tokens["compiled"] == tokens["eager"]
-
-
-@needs("onnx", "onnxruntime", "onnxscript")
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 exports no batch norm to ONNX")
-def test_exported_parts_decode_as_the_model(example, checkpoint, photo, tmp_path, capsys):
-    import onnxruntime
-
-    export, model = example("export"), load(checkpoint)
-    export.main([str(photo), "--model", str(checkpoint), "--output", str(tmp_path)])
-
-    def session(path: Path):
-        part = onnxruntime.InferenceSession(path)
-        names = [value.name for value in part.get_inputs()]
-        return lambda *values: torch.from_numpy(
-            part.run(None, {name: value.numpy() for name, value in zip(names, values, strict=True)})[0]
-        )
-
-    run = {path.stem: session(path) for path in tmp_path.glob("*.onnx")}
-    inputs = MuEProcessor.from_pretrained(checkpoint)(images=Image.open(photo))
-    pixels, config = inputs["pixel_values"], model.config
-    printed = capsys.readouterr().out
-    assert f"depths {export.decode(run, pixels, config)[1]} of 4" in printed
-    ids, _ = export.decode(run, pixels, config, tokens=6, threshold=2.0)
-    assert ids == model.generate(**inputs, max_new_tokens=5)[0].tolist()
-    seen = set()
-    for threshold in (0.6, 0.7, 0.85):
-        ids, depths = export.decode(run, pixels, config, tokens=5, threshold=threshold)
-        seen |= set(depths)
-        for step, depth in enumerate(depths, start=1):
-            prefix = {"decoder_input_ids": torch.tensor([ids[:step]]), "use_cache": False}
-            with torch.no_grad():
-                output = model(**inputs, **prefix, decoder_exit_threshold=threshold)
-            assert (int(output.logits[0, -1].argmax()), int(output.decoder_exit_layers[0])) == (ids[step], depth)
-    assert len(seen) > 1
 
 
 @needs("accelerate")

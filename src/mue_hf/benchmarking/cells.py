@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -74,9 +75,13 @@ def load_average() -> float | None:
 
 
 def examine(variant: Variant, decoding: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """ "flops" of one run of a variant, "decode_peak_bytes" and "layers" (see [`mean_layers`]); and the new tokens."""
-    counted = partial(count_flops, partial(variant.run, decoding))
-    (output, flops), peak = peak_bytes(counted, variant.model.device, after=variant.encoder)
+    """ "flops" of one run of a variant, "decode_peak_bytes" and "layers" (see [`mean_layers`]); and the new tokens.
+    Under an engine the first two are those of torch."""
+    seen = variant if variant.reference is None else replace(variant, model=variant.reference)
+    counted = partial(count_flops, partial(seen.run, decoding))
+    (output, flops), peak = peak_bytes(counted, seen.model.device, after=seen.encoder)
+    if seen is not variant:
+        output = variant.run(decoding)
     new_tokens = output.sequences[:, -decoding["max_new_tokens"] :]
     return {"flops": flops, "decode_peak_bytes": peak, "layers": mean_layers(variant, output, decoding)}, new_tokens
 

@@ -139,8 +139,10 @@ def component_seconds(model: Any, run: Callable[[], Any]) -> dict[str, float]:
         handles += watch.hooks(module, name)
     for layer in layers:
         handles += watch.hooks(layer, "decoder_layers")
-        handles += watch.hooks(layer.cross_attn.k_proj, "cross_keys")
-        handles += watch.hooks(layer.cross_attn.v_proj, "cross_keys")
+        cross = layer.cross_attn
+        # under an engine it is these projections alone
+        for module in (cross.k_proj, cross.v_proj) if hasattr(cross, "k_proj") else (cross,):
+            handles += watch.hooks(module, "cross_keys")
     for layer in () if joint else encoder.layers:
         handles += watch.hooks(layer, start_stream)
     seconds = watch.time(run, handles)

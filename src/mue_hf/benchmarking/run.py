@@ -32,11 +32,13 @@ class TimedModel:
         name (`str`): what it is called in the record.
         model (`MuEForConditionalGeneration`): in evaluation mode, batch norms folded, no parameter with a gradient.
         make_inputs (`Callable`): batch size -> inputs of `generate`, on the CPU and in float32.
+        reference (`MuEForConditionalGeneration`, *optional*): that model in torch, where an engine runs `model`.
     """
 
     name: str
     model: PreTrainedModel
     make_inputs: Callable[[int], BatchFeature]
+    reference: PreTrainedModel | None = None
 
     def inputs(self, batch: int) -> BatchFeature:
         """Inputs of `generate` for a batch, where the model is and in its dtype."""
@@ -80,15 +82,17 @@ def random_model(
     return TimedModel(f"OFA-{size} shapes at {image_size} px, random weights", model, inputs)
 
 
-def checkpoint_model(name: str, images: Sequence[str] = (), **where: Any) -> TimedModel:
+def checkpoint_model(name: str, images: Sequence[str] = (), engine: str = "torch", **where: Any) -> TimedModel:
     """A checkpoint on photos, in turns, or on noise.
 
     Args:
         name (`str`): a folder or a Hub id.
         images (sequence of `str`): files.
+        engine: of all variants but "stock" and "plain", which torch runs.
         where: device, dtype and threads, see [`load_checkpoint`].
     """
-    model, processor = load_checkpoint(name, **where)
+    model, processor = load_checkpoint(name, engine=engine, **where)
+    reference = None if engine == "torch" else load_checkpoint(name, **where)[0].requires_grad_(False)
     photos = [load_image(path) for path in images]
     size = processor.image_processor.size
 
@@ -97,7 +101,7 @@ def checkpoint_model(name: str, images: Sequence[str] = (), **where: Any) -> Tim
         pixels = torch.randint(256, shape, generator=noise, dtype=torch.uint8).numpy()
         return processor(images=list(islice(cycle(photos), batch)) or list(pixels))
 
-    return TimedModel(f"{name} on {len(photos) or 'no'} photos", model.requires_grad_(False), inputs)
+    return TimedModel(f"{name} on {len(photos) or 'no'} photos", model.requires_grad_(False), inputs, reference)
 
 
 class Bench:
@@ -171,7 +175,8 @@ class Bench:
 
     def _cell(self, batch: int, beams: int, limits: Mapping[str, Any]) -> dict[str, Any]:
         inputs, sizes = self.timed.inputs(batch), {"beams": beams, "steps": self.tokens}
-        variants = make_variants(self.variants, self.timed.model, inputs, self.exits, **sizes)
+        model, reference = self.timed.model, self.timed.reference
+        variants = make_variants(self.variants, model, inputs, self.exits, reference=reference, **sizes)
         variants += [peer.variant(inputs["pixel_values"]) for peer in self.peers]
         decoding = {
             "num_beams": beams,

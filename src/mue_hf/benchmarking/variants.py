@@ -115,6 +115,8 @@ class Variant:
         model (`PreTrainedModel`), inputs (`dict`): whose `generate` is called, and what with.
         options (`dict`): options of `generate` beyond those of all variants.
         pattern (`DepthPattern`, *optional*): forced depths.
+        reference (`PreTrainedModel`, *optional*): the model in torch, where an engine runs it: what counts
+            operations and memory sees torch alone.
     """
 
     name: str
@@ -122,6 +124,7 @@ class Variant:
     inputs: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     pattern: DepthPattern | None = None
+    reference: PreTrainedModel | None = None
 
     @property
     def encoder(self) -> nn.Module:
@@ -151,6 +154,7 @@ def make_variants(
     *,
     beams: int,
     steps: int,
+    reference: PreTrainedModel | None = None,
 ) -> list[Variant]:
     """The variants of one cell on one model.
 
@@ -160,6 +164,7 @@ def make_variants(
         inputs (`dict`): of its `generate`.
         exits (`dict`): name -> exit options, for one more variant each.
         beams, steps (`int`): of `generate`; steps are new tokens.
+        reference (`MuEForConditionalGeneration`, *optional*): what "stock" and "plain" are made of (`model`).
     """
     config, sizes = model.config, (inputs["input_ids"].shape[0], beams, steps)
     off, spread = {"exit_criterion": "never"}, spread_pattern(config, *sizes)
@@ -167,9 +172,9 @@ def make_variants(
 
     def make(name: str) -> Variant:
         if name == "stock":
-            return Variant(name, StockModel(model), inputs)
+            return Variant(name, StockModel(reference or model), inputs)
         if name == "plain":
-            plain = unfolded_copy(model)
+            plain = unfolded_copy(reference or model)
             plain.set_attn_implementation("eager")
             return Variant(name, plain, inputs, off)
         if name == "lossless":
@@ -181,7 +186,8 @@ def make_variants(
         return Variant(name, model, inputs, unused_exits(config, criterion, tokens))
 
     chosen = [make(name) for name in variant_names() if name in names]
-    return chosen + [Variant(name, model, inputs, options) for name, options in exits.items()]
+    chosen += [Variant(name, model, inputs, options) for name, options in exits.items()]
+    return [replace(one, reference=reference) if one.model is model else one for one in chosen]
 
 
 __all__ = ["DEFAULT_VARIANTS", "Variant", "half_pattern", "make_variants", "spread_pattern", "variant_names"]

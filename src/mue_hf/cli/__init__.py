@@ -18,7 +18,10 @@ GROUPS = {
         "caption --out": "caption any number of images into a file",
         "answer": "choose among given answers for each row of a table",
     },
-    "bring a model": {"convert": "convert an OFA checkpoint"},
+    "bring a model": {
+        "convert": "convert an OFA checkpoint",
+        "export": "write ONNX graphs beside a checkpoint, for ONNX Runtime",
+    },
     "measure and tune exits": {
         "evaluate": "measure quality, depth, FLOPs and time of exit settings on a data set",
         "calibrate": "find exit thresholds for a budget of changed outputs or of compute",

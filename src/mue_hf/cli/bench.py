@@ -72,12 +72,14 @@ def load_timed_model(args: argparse.Namespace) -> TimedModel:
     """The model that the arguments of [`add_model_arguments`] name; a ValueError if they contradict each other."""
     where = {"device": args.device, "dtype": args.dtype, "threads": args.threads}
     if args.model is None:
+        if args.engine != "torch":
+            raise ValueError(f"`--engine {args.engine}` needs a folder that `mue-hf export` wrote; pass `--model`.")
         if args.images:
             raise ValueError("`--images` needs a checkpoint; pass `--model`.")
         return random_model(args.size, args.image_size or 480, **where)
     if args.image_size:
         raise ValueError("`--image-size` is for random weights; a checkpoint's processor has its own.")
-    return checkpoint_model(args.model, args.images or (), **where)
+    return checkpoint_model(args.model, args.images or (), engine=args.engine, **where)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -94,7 +94,7 @@ def _on_ray(args: argparse.Namespace, source: Source, columns: dict[str, Any], w
 
     return partial(
         ray_rows,
-        {"name": args.model, "device": args.device, "dtype": args.dtype, "threads": args.threads},
+        {"name": args.model} | {name: getattr(args, name) for name in ("device", "dtype", "threads", "engine")},
         address=args.ray,
         actors=args.actors,
         source={"names": source.names, "split": args.split, "image_root": args.image_root},

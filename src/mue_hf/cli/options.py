@@ -9,6 +9,7 @@ from typing import Any
 from ..inference.audit import REACTIONS
 from ..inference.loading import DEFAULT_PRESET, SMALL_CHECKPOINT, load_checkpoint
 from ..model.criteria_mue import THRESHOLD_OPTIONS
+from ..model.engine_mue import ENGINES
 from ..model.exit_options_mue import CONFIG_NAMES
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
@@ -67,6 +68,8 @@ def add_device_arguments(parser: Any) -> None:
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32")
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's own)")
+    engine = "what runs the model (default: torch); onnxruntime needs a folder that `mue-hf export` wrote"
+    parser.add_argument("--engine", choices=["torch", *ENGINES], default="torch", help=engine)
 
 
 def add_exit_arguments(parser: argparse.ArgumentParser, note: str = "") -> None:
@@ -121,7 +124,8 @@ def add_bulk_arguments(group: Any, known: Sequence[str]) -> None:
 
 def load_model(args: argparse.Namespace) -> tuple[MuEForConditionalGeneration, MuEProcessor]:
     """Model and processor that the arguments of [`add_model_arguments`] name; see [`load_checkpoint`]."""
-    return load_checkpoint(args.model, device=args.device, dtype=args.dtype, threads=args.threads)
+    where = {name: getattr(args, name) for name in ("device", "dtype", "threads", "engine")}
+    return load_checkpoint(args.model, **where)
 
 
 def given_exits(args: argparse.Namespace) -> dict[str, Any]:

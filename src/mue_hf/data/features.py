@@ -49,7 +49,12 @@ def trunk_fingerprint(trunk: PreTrainedModel, module: str | None = None) -> str:
         trunk (`PreTrainedModel`): the trunk or the model.
         module (`str`, *optional*): name of a module of it: what was registered after that does not count; ValueError
             if it has no weights.
+
+    Under an engine it is that of the graphs.
     """
+    engine: Any = getattr(trunk, "engine", None)
+    if engine is not None:
+        return engine.digest
     settings = trunk.config.to_dict()
     # They say where the trunk came from, not what it computes; the dtype is that of the weights.
     for name in ("_name_or_path", "transformers_version", "dtype"):

@@ -275,7 +275,8 @@ def environment(model: PreTrainedModel, batch_size: int) -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         hardware = names[0] if names else platform.processor() or platform.machine()
-    return {
+    engine = getattr(model, "engine", None)
+    return ({} if engine is None else {"engine": f"onnxruntime {version('onnxruntime')}, {engine.precision}"}) | {
         "device": str(model.device),
         "hardware": hardware,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..model.criteria_mue import CRITERIA
 from ..model.exit_options_mue import resolve_options
+from ..model.vision_mue import load_trunk
 from .depths import Depths
 from .loading import evaluating
 
@@ -32,6 +33,10 @@ CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _at
 def trunk_flops(model: PreTrainedModel, pixel_shape: Sequence[int]) -> tuple[int, int, int]:
     """FLOPs of one image [3, height, width] in the trunk, which is run once; channels and tokens that come out."""
     trunk = model.get_encoder().embed_images
+    if next(trunk.parameters(), None) is None:
+        # an engine's: operations are counted on a trunk of torch, whose weights do not matter
+        with torch.random.fork_rng(devices=[]):
+            trunk = load_trunk(model.config)
     weight = next(trunk.parameters())
     pixels = torch.zeros(1, *pixel_shape, dtype=weight.dtype, device=weight.device)
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)

@@ -58,7 +58,12 @@ def check_not_replaced(name: str | Path) -> None:
 
 
 def load_checkpoint(
-    name: str | None = None, *, device: str = "cpu", dtype: str = "float32", threads: int | None = None
+    name: str | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    threads: int | None = None,
+    engine: str | None = None,
 ) -> tuple[MuEForConditionalGeneration, MuEProcessor]:
     """Model and processor of a checkpoint, in evaluation mode and with batch norms folded.
 
@@ -66,10 +71,11 @@ def load_checkpoint(
         name (`str`, *optional*): a folder or a Hub id; default: the small checkpoint of a clone.
         device, dtype (`str`): where the model is put, and the dtype of its weights.
         threads (`int`, *optional*): CPU threads of this process from now on; default: as they are.
+        engine (`str`, *optional*): "onnxruntime" for a folder of `mue-hf export`; default: torch.
 
     Raises:
-        ValueError: if no model is named and the small checkpoint is not here, the folder or the device does not exist,
-            the checkpoint was replaced, or it holds another kind of model.
+        ValueError: for what the engine refuses; if no model is named and the small checkpoint is not here, the folder
+            or the device does not exist, the checkpoint was replaced, or it holds another kind of model.
     """
     if name is None and not SMALL_CHECKPOINT.is_dir():
         raise ValueError(
@@ -95,8 +101,9 @@ def load_checkpoint(
         )
     if threads:
         torch.set_num_threads(threads)
+    options = {} if engine in (None, "torch") else {"engine": engine}
     try:
-        model = MuEForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype))
+        model = MuEForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype), **options)
     except SafetensorError as error:
         raise ValueError(
             f"`--model` must be a whole checkpoint, got {name}: {error}; save or load it anew."

@@ -469,6 +469,11 @@ def _becomes_graph() -> bool:
 
 def check_attentions(config: Any, output_attentions: bool | None) -> None:
     """Raises a ValueError if attention weights are asked for and this attention does not give them."""
+    if output_attentions and config._attn_implementation == "onnxruntime":
+        raise ValueError(
+            '`output_attentions=True` needs attention in torch, which `engine="onnxruntime"` has in its graphs; load '
+            'the model without `engine`, with `attn_implementation="eager"`.'
+        )
     if output_attentions and config._attn_implementation != "eager":
         raise ValueError(
             f"`output_attentions=True` needs eager attention, got {config._attn_implementation!r}; "

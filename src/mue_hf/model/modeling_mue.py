@@ -21,6 +21,7 @@ from .criteria_mue import ExitPolicy
 from .decoder_mue import MuEDecoder, MuEDecoderOutput
 from .early_exit_mue import ExitRecord
 from .encoder_mue import MuEEncoder, MuEEncoderOutput
+from .engine_mue import EngineMixin
 from .exit_options_mue import (
     CHECKPOINT_OPTIONS,
     CONFIG_NAMES,
@@ -344,7 +345,7 @@ def _joined(encoder: MuEEncoderOutput, decoder: MuEDecoderOutput, output_exit_la
 
 
 @auto_docstring(custom_intro="MuE with its tied output head: captions, closed answers, and fine-tuning.")
-class MuEForConditionalGeneration(PresetCheckMixin, MuEPreTrainedModel, MuEGenerationMixin):
+class MuEForConditionalGeneration(EngineMixin, PresetCheckMixin, MuEPreTrainedModel, MuEGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
 
     def __init__(self, config: MuEConfig):

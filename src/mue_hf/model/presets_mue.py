@@ -21,8 +21,11 @@ def weights_fingerprint(model: nn.Module) -> str | None:
     """SHA-256 of the names, shapes and dtypes of a model's tensors and of up to 64 values of each, evenly spaced.
 
     It is cheap and tells models, dtypes and trained weights apart, but not every change of single values. Folded batch
-    norms count as they were before. None where weights are not in memory.
+    norms count as they were before, and under an engine those that its graphs were made of, with their precision. None
+    where weights are not in memory.
     """
+    if getattr(model, "engine", None) is not None:
+        return model.engine.fingerprint
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))
     for name, module in model.named_modules():
         if getattr(module, "folding", None) is not None:

@@ -1,5 +1,6 @@
 """Which decoder tokens, and which images, a layer call is about."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ class ImageView:
             states = places.index_put(self.index, states)
         states = states.reshape(self.count, self.rows_per_image, heads, tokens, width)
         return states.transpose(1, 2).flatten(2, 3)
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """The row in each slot of an image [images, rows_per_image], the first one where a slot is free; and the slot
+        of each row [rows]: folding and its way back for an engine, by look-ups."""
+        slots = torch.arange(self.count * self.rows_per_image)
+        if self.index is None:
+            return slots.view(self.count, self.rows_per_image), slots
+        slot = self.index[0] * self.rows_per_image + self.index[1]
+        rows = torch.zeros_like(slots).index_put_((slot,), torch.arange(len(slot)))
+        return rows.view(self.count, self.rows_per_image), slot
 
     def unfold(self, states: Tensor) -> Tensor:
         """[images, rows_per_image * tokens, d] -> [rows, tokens, d]."""

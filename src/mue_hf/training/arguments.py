@@ -52,8 +52,8 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
             learns in about two thirds of the steps. Its products are in bfloat16, on CPUs that emulate it in float32.
         scst_samples (`int`): captions sampled per image for self-critical training (SCST), 0 for training on labels.
             Batches whose decoder reads a prompt before its first label, such as statements, train on their labels all
-            the same. `layer_weights` and `self_distillation` apply to it too: `0 0 0 0 0 1` with a weight of 0.1 rewards the
-            last layer and lets the others follow it.
+            the same. `layer_weights` and `self_distillation` apply to it too: `0 0 0 0 0 1` with a weight of 0.1
+            rewards the last layer and lets the others follow it.
         scst_beam_search (`bool`): takes the best captions of beam search in place of random samples. They are what
             beam search will choose from, and good ones are among them from the first step on.
     """

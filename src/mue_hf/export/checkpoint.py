@@ -1,0 +1,207 @@
+"""A checkpoint folder with ONNX graphs beside its weights, each checked against torch, written whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+
+from ..files import write_whole
+from ..inference.loading import check_not_replaced
+from ..model.engine_mue import FOLDER, FORMAT, MANIFEST, OPSET, load_onnxruntime, read_manifest, sha256_of
+from ..model.modeling_mue import MuEForConditionalGeneration
+from ..model.processing_mue import MuEProcessor
+from ..publishing.checkpoint import check_folder, load_complete_model, weight_files
+from .graphs import Part, graph_of, parts_of, quantized, trunk_graph, with_weights
+
+# What a graph may differ by from torch, as a share of the largest value; more is a mistake of the export.
+TOLERANCES = {"float32": 1e-3, "int8": 0.25}
+PRECISIONS = tuple(TOLERANCES)
+PACKAGES = ("mue-hf", "torch", "transformers", "onnx", "onnxruntime", "onnxscript")
+# Worker threads sleep between calls, and the sessions of a process share one arena.
+SESSION_OPTIONS = {"session.intra_op.allow_spinning": "0", "session.use_env_allocators": "1"}
+JOURNAL = "done.json"
+
+Report = Callable[[str, dict[str, Any]], None]
+
+
+def export_checkpoint(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    precision: str = "float32",
+    image_size: Sequence[int] | None = None,
+    trunk: bool = True,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Writes a copy of a checkpoint with its graphs in the folder `onnx`. A run that was interrupted goes on where it
+    was, from a folder beside the destination, if weights, versions and options are those it had.
+
+    Args:
+        source: a checkpoint folder, or a Hub id.
+        destination: where nothing is, an empty folder, or what the same call wrote before, which is kept.
+        precision (`str`): "float32", or "int8": weights and inputs of the matrices in layers and head, see
+            [`quantized`]; the trunk stays in float32.
+        image_size ((height, width), *optional*): pixels that the trunk is traced on. Default: the processor's.
+        trunk (`bool`): False leaves the image trunk to torch.
+        overwrite (`bool`): True replaces a checkpoint folder at the destination.
+        report (`Callable`, *optional*): is told of each graph: its name, and its entry in the manifest with "kept".
+
+    Returns:
+        `dict`: the manifest.
+
+    Raises:
+        ValueError: before any work for a missing package, another kind of checkpoint, and a destination that holds
+            something else; for a trunk that cannot be exported, and a graph that does not give what torch gives.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {list(PRECISIONS)}, got {precision!r}; check the spelling.")
+    versions = _versions()
+    check_not_replaced(str(source))
+    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
+    check_folder(folder)
+    destination = Path(destination).absolute()
+    if folder.absolute() == destination:
+        raise ValueError(f"the destination must be another folder than the checkpoint, got {destination} for both.")
+    size = MuEProcessor.from_pretrained(folder).image_processor.size
+    settings = {
+        "format": FORMAT,
+        "opset": OPSET,
+        "precision": precision,
+        "image_size": list(image_size or (size["height"], size["width"])) if trunk else None,
+        "versions": versions,
+        "session_options": SESSION_OPTIONS,
+        "weights": {path.name: sha256_of(path) for path in weight_files(folder)},
+    }
+    if (manifest := _finished(destination, settings, overwrite)) is not None:
+        if report is not None:
+            for name, graph in manifest["graphs"].items():
+                report(name, graph | {"kept": True})
+        return manifest
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    part = destination.with_name(f".{destination.name}.part")
+    with FileLock(f"{part}.lock"):
+        model = load_complete_model(folder)
+        graphs = _write_graphs(model, part, settings, report)
+        for path in folder.iterdir():
+            if path.is_file():
+                shutil.copy2(path, part / path.name)
+        manifest = settings | {"graphs": {name: graphs[name] for name in sorted(graphs)}}
+        write_whole(part / FOLDER / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        (part / FOLDER / JOURNAL).unlink()
+        old = destination.with_name(f".{destination.name}.old")
+        if destination.exists():
+            destination.rename(old)
+        part.rename(destination)
+        shutil.rmtree(old, ignore_errors=True)
+    Path(f"{part}.lock").unlink(missing_ok=True)
+    return manifest
+
+
+def _versions() -> dict[str, str]:
+    try:
+        return {name: version(name) for name in PACKAGES}
+    except ModuleNotFoundError as error:
+        raise ValueError(f"export needs the extra `export` ({error}): pip install 'mue-hf[export]'") from error
+
+
+def _finished(destination: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The manifest at the destination, if the same call wrote it and all of it is there; None where it can be written.
+
+    Raises:
+        ValueError: if something else is there.
+    """
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return None
+    try:
+        manifest = read_manifest(destination)
+    except ValueError:
+        manifest = {}
+    if manifest and manifest == manifest | settings:
+        return manifest
+    if not overwrite:
+        raise ValueError(
+            f"the destination must be empty, new, or of the same weights, versions and options, got {destination}; "
+            "choose another or pass --overwrite."
+        )
+    if not (destination / "config.json").is_file():
+        raise ValueError(
+            f"only a checkpoint can be overwritten, but {destination} has no config.json; choose another."
+        )
+    return None
+
+
+def _write_graphs(
+    model: MuEForConditionalGeneration, part: Path, settings: dict[str, Any], report: Report | None
+) -> dict[str, dict[str, Any]]:
+    """Writes the graphs that a folder lacks; returns their entries of the manifest."""
+    folder, done = part / FOLDER, _done(part, settings)
+    # graphs of which others are copies with other weights
+    bases: dict[str | None, Any] = {}
+    for name, piece in parts_of(model, settings["image_size"]):
+        kept = name in done
+        if not kept:
+            precision = "float32" if name == "trunk" else settings["precision"]
+            base, fixed_size = bases.get(piece.like), None
+            graph = None if base is None else with_weights(base, piece.module)
+            if graph is None and name == "trunk":
+                graph, fixed_size = trunk_graph(piece, model.config)
+            graph = graph_of(piece) if graph is None else graph
+            bases.setdefault(piece.like or name, graph)
+            content = (quantized(graph) if precision == "int8" else graph).SerializeToString()
+            file = folder / f"{name}.onnx"
+            write_whole(file, content)
+            done[name] = {"file": file.name, "sha256": sha256_of(file), "precision": precision}
+            done[name]["error"] = _error(name, piece, content, TOLERANCES[precision])
+            if fixed_size:
+                done[name]["image_size"] = fixed_size
+            write_whole(folder / JOURNAL, json.dumps({"settings": settings, "graphs": done}))
+        if report:
+            report(name, done[name] | {"kept": kept})
+    return done
+
+
+def _done(part: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The graphs that an interrupted run with these settings left whole; what another one left is removed."""
+    try:
+        journal = json.loads((part / FOLDER / JOURNAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        journal = {}
+    if journal.get("settings") != settings:
+        shutil.rmtree(part, ignore_errors=True)
+        return {}
+    graphs = {name: (part / FOLDER / graph["file"], graph) for name, graph in journal["graphs"].items()}
+    return {
+        name: graph for name, (file, graph) in graphs.items() if file.is_file() and sha256_of(file) == graph["sha256"]
+    }
+
+
+@torch.no_grad()
+def _error(name: str, piece: Part, content: bytes, tolerance: float) -> float:
+    """The largest difference between what a graph and its module give, as a share of the largest value.
+
+    Raises:
+        ValueError: if it is above the tolerance.
+    """
+    expected = piece.module(*piece.example)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    session = load_onnxruntime().InferenceSession(content, providers=["CPUExecutionProvider"])
+    feed = {key: value.numpy() for key, value in zip(piece.inputs, piece.example, strict=True)}
+    got = [torch.from_numpy(value) for value in session.run(None, feed)]
+    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
+    if not error <= tolerance:
+        raise ValueError(
+            f"the graph {name!r} must give what torch gives, but differs by {error:.1e} of the largest value, above "
+            f"{tolerance:.0e}; with int8 export in float32, otherwise report this with the versions installed."
+        )
+    return error
+
+
+__all__ = ["PRECISIONS", "export_checkpoint"]

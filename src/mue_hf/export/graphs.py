@@ -1,0 +1,341 @@
+"""The parts of a model between two exit decisions as modules that become one ONNX graph each, with example inputs.
+
+Weights that follow each other are joined: queries, keys and values are one matrix, attention's scale is in the queries
+and the scale of each head in the output projection.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.engine_mue import OPSET
+from ..model.modeling_mue import MuEForConditionalGeneration
+
+
+class Matrix(nn.Module):
+    """Linear layers side by side as one matrix [in, out], as int8 kernels want it: states [..., in] -> [..., out]."""
+
+    def __init__(self, *layers: nn.Linear):
+        super().__init__()
+        self.weight = nn.Buffer(torch.cat([layer.weight for layer in layers]).t().contiguous())
+        biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+        self.bias = nn.Buffer(torch.cat(biases)) if any(layer.bias is not None for layer in layers) else None
+
+    def forward(self, states: Tensor) -> Tensor:
+        product = states @ self.weight
+        return product if self.bias is None else product + self.bias
+
+
+class Attention(nn.Module):
+    """The matrices of a `MuEAttention`, and the product of queries that are scaled already with keys and values."""
+
+    def __init__(self, attention: nn.Module, joined: bool):
+        super().__init__()
+        self.heads, width = attention.num_heads, attention.head_dim
+        self.query = Matrix(attention.q_proj)
+        self.query.weight *= attention.scaling
+        self.query.bias *= attention.scaling
+        self.keys_values = Matrix(attention.k_proj, attention.v_proj)
+        if joined:
+            both = self.query, self.keys_values
+            self.query_keys_values = Matrix(attention.q_proj, attention.k_proj, attention.v_proj)
+            self.query_keys_values.weight = nn.Buffer(torch.cat([part.weight for part in both], dim=1))
+            self.query_keys_values.bias = nn.Buffer(torch.cat([part.bias for part in both]))
+            del self.query, self.keys_values
+        self.output = Matrix(attention.out_proj)
+        self.output.weight *= attention.c_attn.repeat_interleave(width).unsqueeze(1)
+
+    def split(self, states: Tensor) -> Tensor:
+        """[batch, tokens, d] -> [batch, heads, tokens, head dim]."""
+        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """[batch, tokens, d] over [batch, heads, keys, head dim], with a bias that broadcasts to the scores."""
+        scores = self.split(query) @ keys.transpose(-1, -2) + bias
+        return (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
+
+
+class FeedForward(nn.Module):
+    """The feed-forward block of a layer, its residual included."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.first_norm, self.first = layer.final_layer_norm, Matrix(layer.fc1)
+        self.activation = layer.activation_fn
+        self.second_norm, self.second = layer.ffn_layer_norm, Matrix(layer.fc2)
+
+    def forward(self, states: Tensor) -> Tensor:
+        hidden = self.activation(self.first(self.first_norm(states)))
+        return states + self.second(self.second_norm(hidden))
+
+
+class EncoderLayer(nn.Module):
+    """States [rows, tokens, d] and a bias [rows or 1, heads, tokens, tokens] -> states."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.norm, self.attention = layer.self_attn_layer_norm, Attention(layer.self_attn, joined=True)
+        self.mid_norm, self.feed_forward = layer.self_attn_mid_layer_norm, FeedForward(layer)
+
+    def forward(self, states: Tensor, bias: Tensor) -> Tensor:
+        attention = self.attention
+        query, keys, values = attention.query_keys_values(self.norm(states)).chunk(3, dim=-1)
+        output = attention.attend(query, attention.split(keys), attention.split(values), bias)
+        return self.feed_forward(states + self.mid_norm(attention.output(output)))
+
+
+class DecoderProjection(nn.Module):
+    """States [rows, tokens, d] -> queries [rows, tokens, d] of the self-attention, keys and values [rows, heads,
+    tokens, head dim]: what comes before the cache."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.norm, self.attention = layer.self_attn_layer_norm, Attention(layer.self_attn, joined=True)
+        del self.attention.output
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, keys, values = self.attention.query_keys_values(self.norm(states)).chunk(3, dim=-1)
+        return query, self.attention.split(keys), self.attention.split(values)
+
+
+class DecoderLayer(nn.Module):
+    """What comes after the cache: both attentions and the feed-forward block.
+
+    Inputs: states and queries [rows, tokens, d]; keys and values [rows, heads, keys, head dim] and a bias [rows or 1,
+    heads, tokens, keys]; those of the cross-attention [images, heads, source, head dim] and a bias [images or 1,
+    heads, slots * tokens or 1, source]; `fold` [images, slots], the row in each slot of an image, any row where a slot
+    is free; and `unfold` [rows], the slot of each row.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.attention, self.mid_norm = Attention(layer.self_attn, joined=True), layer.self_attn_mid_layer_norm
+        self.cross, self.cross_norm = Attention(layer.cross_attn, joined=False), layer.cross_attn_layer_norm
+        self.cross_mid_norm, self.feed_forward = layer.cross_attn_mid_layer_norm, FeedForward(layer)
+        del self.attention.query_keys_values, self.cross.keys_values
+
+    def forward(
+        self,
+        states: Tensor,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        bias: Tensor,
+        cross_keys: Tensor,
+        cross_values: Tensor,
+        cross_bias: Tensor,
+        fold: Tensor,
+        unfold: Tensor,
+    ) -> Tensor:
+        output = self.attention.attend(query, keys, values, bias)
+        states = states + self.mid_norm(self.attention.output(output))
+        (images, slots), (_, tokens, width) = fold.shape, states.shape
+        query = self.cross.query(self.cross_norm(states)).index_select(0, fold.flatten())
+        query = query.reshape(images, slots * tokens, width)
+        output = self.cross.attend(query, cross_keys, cross_values, cross_bias)
+        output = output.reshape(images * slots, tokens, width).index_select(0, unfold)
+        return self.feed_forward(states + self.cross_mid_norm(self.cross.output(output)))
+
+
+class CrossProjection(nn.Module):
+    """The encoder's states [images, source, d] -> keys and values [images, heads, source, head dim] of one layer."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.attention = Attention(layer.cross_attn, joined=False)
+        del self.attention.query, self.attention.output
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.attention.keys_values(states).chunk(2, dim=-1)
+        return self.attention.split(keys), self.attention.split(values)
+
+
+class Trunk(nn.Module):
+    """Pixels [images, 3, height, width] -> the last feature map [images, channels, rows, columns]."""
+
+    def __init__(self, trunk: nn.Module):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.trunk(pixels).feature_maps[-1]
+
+
+@dataclass
+class Part:
+    """What becomes one graph.
+
+    Args:
+        module (`nn.Module`), example (tuple of `Tensor`): what is traced, and on what.
+        inputs, outputs (tuple of `str`): their names in the graph.
+        fixed (`dict`): input -> axes that stay as in the example; all others are dynamic.
+        like (`str`, *optional*): a part whose graph is the same but for the weights.
+    """
+
+    module: nn.Module
+    example: tuple[Tensor, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    fixed: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    like: str | None = None
+
+
+KEYS = ("keys", "values")
+LAYER_INPUTS = (
+    *("states", "query", *KEYS, "bias"),
+    *("cross_keys", "cross_values", "cross_bias", "fold", "unfold"),
+)
+
+
+@torch.no_grad()
+def parts_of(model: MuEForConditionalGeneration, image_size: Sequence[int] | None) -> Iterator[tuple[str, Part]]:
+    """Name -> part, one after the other: "trunk", "encoder_N", "decoder_N_project", "decoder_N", "cross_N", "head".
+
+    Args:
+        model (`MuEForConditionalGeneration`): in evaluation mode, float32.
+        image_size ((height, width), *optional*): pixels of the example for the trunk, which is no part without them.
+    """
+    config, encoder, decoder = model.config, model.get_encoder(), model.get_decoder()
+    width, draw = config.d_model, torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw)
+
+    if image_size is not None:
+        example, fixed = (random(2, 3, *image_size),), {"pixels": (1,)}
+        yield "trunk", Part(Trunk(encoder.embed_images), example, ("pixels",), ("features",), fixed)
+    heads = config.encoder_attention_heads
+    for number, layer in enumerate(encoder.layers):
+        example = random(3, 7, width), random(3, heads, 7, 7)
+        fixed = {"states": (2,), "bias": (1,)}
+        like = "encoder_0" if number else None
+        yield f"encoder_{number}", Part(EncoderLayer(layer), example, ("states", "bias"), ("output",), fixed, like)
+    heads = config.decoder_attention_heads
+    # 5 rows of 2 images, 3 and 2, 4 tokens with 6 keys, 11 source tokens
+    fold, unfold = torch.tensor([[0, 1, 2], [3, 4, 3]]), torch.tensor([0, 1, 2, 3, 4])
+    past, source = (5, heads, 6, width // heads), (2, heads, 11, width // heads)
+    fixed = {"states": (2,), "query": (2,)}
+    fixed |= dict.fromkeys((*KEYS, "cross_keys", "cross_values"), (1, 3)) | {"bias": (1,), "cross_bias": (1,)}
+    for number, layer in enumerate(decoder.layers):
+        states = (random(5, 4, width),)
+        of = [f"{name}_0{end}" if number else None for name, end in (("decoder", "_project"), ("cross", ""))]
+        names = ("query", *KEYS)
+        yield f"decoder_{number}_project", Part(DecoderProjection(layer), states, ("states",), names, fixed, of[0])
+        yield f"cross_{number}", Part(CrossProjection(layer), (random(2, 11, width),), ("states",), KEYS, fixed, of[1])
+        example = (
+            *(*states, random(5, 4, width), random(*past), random(*past), random(5, heads, 4, 6)),
+            *(random(*source), random(*source), random(2, heads, 12, 11), fold, unfold),
+        )
+        like = "decoder_0" if number else None
+        yield f"decoder_{number}", Part(DecoderLayer(layer), example, LAYER_INPUTS, ("output",), fixed, like)
+    head = nn.Linear(width, config.num_text_tokens, bias=model.lm_head.bias is not None)
+    head.weight.copy_(model.lm_head.weight[: config.num_text_tokens])
+    if model.lm_head.bias is not None:
+        head.bias.copy_(model.lm_head.bias[: config.num_text_tokens])
+    yield "head", Part(Matrix(head), (random(3, width),), ("states",), ("logits",), {"states": (1,)})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporter and quantizer warn and log about themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def graph_of(part: Part) -> Any:
+    """The ONNX model of a part, its shapes dynamic.
+
+    Raises:
+        Exception: whatever torch's exporter raises for a module that it cannot trace.
+    """
+    dynamic = [
+        {axis: torch.export.Dim.DYNAMIC for axis in range(value.dim()) if axis not in part.fixed.get(name, ())}
+        for name, value in zip(part.inputs, part.example, strict=True)
+    ]
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            part.module.eval(),
+            part.example,
+            dynamo=True,
+            dynamic_shapes=tuple(dynamic),
+            opset_version=OPSET,
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
+            verbose=False,
+        )
+    graph = program.model_proto
+    # the tracer takes axes that are equal in the example for equal always, but a bias may broadcast
+    for value in (*graph.graph.input, *graph.graph.output):
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_param:
+                dim.dim_param = f"{value.name}_{axis}"
+    del graph.graph.value_info[:]
+    return graph
+
+
+def trunk_graph(part: Part, config: Any) -> tuple[Any, list[int] | None]:
+    """The ONNX model of a trunk, and the image size [height, width] that it needs, None where any will do.
+
+    Raises:
+        ValueError: if the trunk cannot be exported.
+    """
+    height, width = part.example[0].shape[2:]
+    try:
+        return graph_of(part), None
+    # torch's exporter and a trunk's own code raise what they like
+    except Exception:
+        part.fixed["pixels"] = (1, 2, 3)
+    try:
+        return graph_of(part), [height, width]
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"the trunk must be one that torch can export to ONNX, got {config.backbone_config.model_type!r}: "
+            f"{reason}; pass --torch-trunk, which leaves it to torch."
+        ) from error
+
+
+@torch.no_grad()
+def with_weights(graph: Any, module: nn.Module) -> Any | None:
+    """A copy of a graph with the weights of another module of the same kind; None where their names do not say which
+    is which."""
+    copy, weights = type(graph)(), module.state_dict()
+    copy.CopyFrom(graph)
+    for initializer in copy.graph.initializer:
+        weight = weights.pop(initializer.name, None)
+        if weight is None:
+            continue
+        if list(weight.shape) != list(initializer.dims) or not initializer.raw_data:
+            return None
+        initializer.raw_data = weight.contiguous().numpy().tobytes()
+    return None if weights else copy
+
+
+def quantized(graph: Any) -> Any:
+    """A graph in dynamic int8: the weights of its matrices are int8 with a scale for each output (per channel), their
+    inputs are made 8 bits wide in each call, with one scale for all of them (per tensor)."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with TemporaryDirectory() as folder, _quiet():
+        path = f"{folder}/graph.onnx"
+        quantize_dynamic(graph, path, per_channel=True, weight_type=QuantType.QInt8)
+        with open(path, "rb") as file:
+            content = file.read()
+    result = type(graph)()
+    result.ParseFromString(content)
+    return result
+
+
+__all__ = ["Part", "graph_of", "parts_of", "quantized", "trunk_graph", "with_weights"]

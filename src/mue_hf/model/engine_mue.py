@@ -1,0 +1,406 @@
+"""ONNX Runtime as the engine on a CPU: modules that run a graph each take the place of those that compute most.
+
+`mue-hf export` writes the graphs. What decides stays as it is: the layer loop, exits, cache, beams and `generate`.
+onnxruntime is imported when a model is loaded with an engine.
+"""
+
+import json
+from functools import cache
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BackboneOutput
+
+from .cache_mue import MuECache
+from .layers_mue import MuEOutputHead
+from .presets_mue import weights_fingerprint
+from .views_mue import ImageView, TokenView
+
+ENGINES = ("onnxruntime",)
+FOLDER, MANIFEST = "onnx", "manifest.json"
+FORMAT, OPSET = 1, 20
+# What `config._attn_implementation` is under an engine: attention is inside the graphs.
+ATTENTION = "onnxruntime"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def graph_names(config: Any) -> list[str]:
+    """The graphs that a model of this config needs; "trunk" may be one more."""
+    names = [f"encoder_{number}" for number in range(config.encoder_layers)]
+    for number in range(config.decoder_layers):
+        names += [f"decoder_{number}_project", f"cross_{number}", f"decoder_{number}"]
+    return [*names, "head"]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an export, whose graphs and weights are the files that are there.
+
+    Raises:
+        ValueError: if there is no such manifest, or a file that it lists is missing or another one.
+    """
+    path = folder / FOLDER / MANIFEST
+    remedy = "run `mue-hf export` again, with --overwrite."
+    if not path.is_file():
+        raise ValueError(
+            f'`engine="onnxruntime"` needs a folder that `mue-hf export CKPT DIR` wrote, got {str(folder)!r} without '
+            f"{FOLDER}/{MANIFEST}; export the checkpoint, and load DIR."
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        graphs, weights = manifest["graphs"], manifest["weights"]
+        files = {f"{FOLDER}/{graph['file']}": graph["sha256"] for graph in graphs.values()} | weights
+        opset, version = manifest["opset"], manifest["format"]
+        manifest["session_options"], manifest["precision"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} must be the manifest of an export, got {error!r}; {remedy}") from error
+    if (version, opset) != (FORMAT, OPSET):
+        raise ValueError(
+            f"{path} must have format {FORMAT} and `opset` {OPSET}, got {version!r} and {opset!r}; {remedy}"
+        )
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} must hold {name}, which its manifest lists; {remedy}")
+        if sha256_of(folder / name) != expected:
+            raise ValueError(f"{name} in {folder} must have the SHA-256 of the manifest, but it was changed; {remedy}")
+    return manifest
+
+
+def load_onnxruntime() -> Any:
+    """The module.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    try:
+        return import_module("onnxruntime")
+    except ImportError as error:
+        raise ValueError(
+            f"`engine=\"onnxruntime\"` needs the extra `export` ({error}): pip install 'mue-hf[export]'"
+        ) from error
+
+
+@cache
+def _share_arena() -> None:
+    """Sessions of this process take their memory from one arena: with one each, a large batch fills the machine."""
+    runtime = load_onnxruntime()
+    kind, use = runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, runtime.OrtMemType.DEFAULT
+    try:
+        runtime.create_and_register_allocator(runtime.OrtMemoryInfo("Cpu", kind, 0, use), None)
+    except RuntimeError as error:
+        # another copy of this file, in a checkpoint, was first
+        if "already" not in str(error):
+            raise
+
+
+class Engine:
+    """The sessions of one model, made when they are first needed, and made anew for another number of threads.
+
+    Args:
+        folder (`Path`): of the graphs.
+        manifest (`dict`): see [`read_manifest`].
+        weights (`str`, *optional*): fingerprint of the weights that the graphs were made of.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], weights: str | None):
+        self.folder, self.graphs, self.options = folder, manifest["graphs"], manifest["session_options"]
+        self.precision = manifest["precision"]
+        self.digest = sha256(json.dumps([manifest["weights"], self.graphs], sort_keys=True).encode()).hexdigest()
+        # float32 gives the tokens and depths of torch; of int8, presets and records are others
+        if weights is not None and self.precision != "float32":
+            weights = sha256(f"{weights} {self.precision}".encode()).hexdigest()
+        self.fingerprint = weights
+        self.threads = 0
+        self.sessions: dict[str, tuple[Any, list[str]]] = {}
+
+    def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
+        """Runs a graph on CPU tensors, its inputs in their order.
+
+        Raises:
+            ValueError: if an input needs a gradient.
+        """
+        if torch.get_num_threads() != self.threads:
+            self.threads = torch.get_num_threads()
+            self.sessions.clear()
+        if name not in self.sessions:
+            self.sessions[name] = self._session(name)
+        session, names = self.sessions[name]
+        if any(value.requires_grad for value in inputs):
+            raise ValueError(
+                'gradients do not flow through `engine="onnxruntime"`, but an input needs one; load the model without '
+                "`engine`, or detach the input."
+            )
+        feed = {key: value.contiguous().numpy() for key, value in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+    def _session(self, name: str) -> tuple[Any, list[str]]:
+        runtime, options = load_onnxruntime(), None
+        _share_arena()
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        for key, value in self.options.items():
+            options.add_session_config_entry(key, value)
+        path = str(self.folder / self.graphs[name]["file"])
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return session, [value.name for value in session.get_inputs()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Sessions are not copied: a copy makes its own."""
+        return vars(self) | {"threads": 0, "sessions": {}}
+
+
+class EngineEncoderLayer(nn.Module):
+    """Takes the place of a `MuEEncoderLayer`."""
+
+    def __init__(self, engine: Engine, index: int):
+        super().__init__()
+        self.engine, self.graph = engine, f"encoder_{index}"
+
+    def forward(self, hidden_states: Tensor, position_bias: Tensor) -> Tensor:
+        return self.engine.run(self.graph, hidden_states, position_bias)[0]
+
+
+class EngineKeysValues(nn.Module):
+    """Takes the place of `MuEAttention.keys_values` of a cross-attention."""
+
+    def __init__(self, engine: Engine, index: int):
+        super().__init__()
+        self.engine, self.graph = engine, f"cross_{index}"
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's states [images, source, d] -> keys and values [images, heads, source, head dim]."""
+        keys, values = self.engine.run(self.graph, states)
+        return keys, values
+
+
+class EngineDecoderLayer(nn.Module):
+    """Takes the place of a `MuEDecoderLayer`: one graph before the cache, one after it, one for the image."""
+
+    def __init__(self, engine: Engine, index: int):
+        super().__init__()
+        self.engine, self.layer_idx = engine, index
+        self.before, self.after = f"decoder_{index}_project", f"decoder_{index}"
+        self.cross_attn = EngineKeysValues(engine, index)
+
+    def project_self(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """See `MuEDecoderLayer`."""
+        _, keys, values = self.engine.run(self.before, states)
+        return keys, values
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        self_bias: Tensor,
+        cross_bias: Tensor,
+        tokens: TokenView,
+        images: ImageView,
+        cache: MuECache | None = None,
+        output_attentions: bool = False,
+    ) -> Tensor:
+        """See `MuEDecoderLayer`; `output_attentions` was refused before."""
+        query, keys, values = self.engine.run(self.before, hidden_states)
+        if cache is None:
+            cross_keys, cross_values = self.cross_attn(encoder_hidden_states)
+        else:
+            keys, values = cache.update_self(self.layer_idx, keys, values, tokens, self.project_self)
+            cross_keys, cross_values = cache.cross(
+                self.layer_idx, self.cross_attn, encoder_hidden_states, images.images
+            )
+        if tokens.fold is not None:
+            # each token is a row by itself, with the keys of its own
+            row = tokens.fold.slots[1] // tokens.fold.rows_per_image
+            keys, values, self_bias = keys[row], values[row], tokens.fold.unfold_weights((self_bias,))
+        if images.images is not None:
+            # neighbours are a view, others are copied
+            of = images.runs[0][1] if len(images.runs) == 1 else images.images
+            cross_keys, cross_values = cross_keys[of], cross_values[of]
+        return self.engine.run(
+            self.after,
+            *(hidden_states, query, keys, values, self_bias),
+            *(cross_keys, cross_values, cross_bias, *images.slots),
+        )[0]
+
+
+class EngineTrunk(nn.Module):
+    """Takes the place of the image trunk; of an exported image size where the trunk does not allow others."""
+
+    def __init__(self, engine: Engine):
+        super().__init__()
+        self.engine, self.image_size = engine, engine.graphs["trunk"].get("image_size")
+
+    def forward(self, pixels: Tensor) -> BackboneOutput:
+        if self.image_size is not None and list(pixels.shape[2:]) != self.image_size:
+            raise ValueError(
+                f"`pixel_values` must have the image size that the trunk was exported for, {self.image_size}, got "
+                f"{list(pixels.shape[2:])}; resize the images, or export with `--image-size`."
+            )
+        return BackboneOutput(feature_maps=(self.engine.run("trunk", pixels)[0],))
+
+
+class EngineHead(MuEOutputHead):
+    """Takes the place of the output head for all tokens that texts have. The matrix is that of the token embeddings:
+    a few rows of it (`ids`, candidates of exits) are multiplied by torch.
+
+    Args:
+        head (`MuEOutputHead`): whose weights it shares.
+        num_text_tokens (`int`): rows in the graph.
+    """
+
+    def __init__(self, engine: Engine, head: nn.Module, num_text_tokens: int):
+        super().__init__(head.in_features, head.out_features, head.bias is not None, device="meta")
+        self.weight, self.bias = head.weight, head.bias
+        self.engine, self.num_text_tokens = engine, num_text_tokens
+
+    def forward(self, states: Tensor, ids: slice | Tensor | None = None) -> Tensor:
+        text = slice(0, self.num_text_tokens)
+        if isinstance(ids, Tensor) or (ids or slice(0, self.out_features)) != text:
+            return super().forward(states, ids)
+        some = self.engine.run("head", states.flatten(0, -2))[0].unflatten(0, states.shape[:-1])
+        if self.num_text_tokens == self.out_features:
+            return some
+        logits = some.new_full((*some.shape[:-1], self.out_features), -torch.inf)
+        logits[..., text] = some
+        return logits
+
+
+class EngineMixin:
+    """A model that may run on an engine, and what it then refuses. `engine` is the [`Engine`], None without one."""
+
+    engine: Engine | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, engine: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Loads the model.
+
+        Args:
+            engine (`str`, *optional*): "onnxruntime" runs the graphs that `mue-hf export` wrote to this folder.
+
+        Raises:
+            ValueError: for an engine that does not exist or is not installed, a folder without its graphs or with
+                others than its manifest says, and options that belong to torch.
+        """
+        if engine is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if engine not in ENGINES:
+            raise ValueError(f"`engine` must be one of {list(ENGINES)} or None, got {engine!r}; drop it for torch.")
+        _check_options(kwargs)
+        load_onnxruntime()
+        folder = Path(pretrained_model_name_or_path)
+        manifest = read_manifest(folder)
+        kwargs["dtype"] = torch.float32
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        use_engine(loaded[0] if isinstance(loaded, tuple) else loaded, folder / FOLDER, manifest)
+        return loaded
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self._refuse("training")
+        return super().train(mode)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse("`save_pretrained`", "copy the folder, or load the model without `engine`.")
+        super().save_pretrained(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse("`state_dict`")
+        return super().state_dict(*args, **kwargs)
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse("`set_attn_implementation`")
+        super().set_attn_implementation(*args, **kwargs)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        # what `.to()`, `.half()` and the like do to each tensor
+        if self.engine is not None:
+            moved = fn(torch.zeros(1))
+            if (moved.device.type, moved.dtype) != ("cpu", torch.float32):
+                self._refuse(f"`.to()` with {moved.device}, {moved.dtype}")
+        return super()._apply(fn, *args, **kwargs)
+
+    def _refuse(self, what: str, remedy: str = "load the model without `engine`.") -> None:
+        if self.engine is not None:
+            raise ValueError(
+                f'{what} is not possible with `engine="onnxruntime"`, which holds the weights in its graphs, in '
+                f"float32 or int8 on the CPU; {remedy}"
+            )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises a ValueError for options of loading that an engine cannot follow."""
+    allowed = {
+        "dtype": (None, "auto", "float32", torch.float32),
+        "torch_dtype": (None, "auto", "float32", torch.float32),
+        "device_map": (None, "cpu"),
+        "attn_implementation": (None,),
+        "quantization_config": (None,),
+    }
+    for name, values in allowed.items():
+        if name in options and options[name] not in values:
+            raise ValueError(
+                f'`{name}` must be left out with `engine="onnxruntime"`, which runs float32 or int8 graphs on the '
+                f"CPU, got {options[name]!r}; drop one of them."
+            )
+        options.pop(name, None)
+
+
+@torch.no_grad()
+def use_engine(model: Any, folder: Path, manifest: dict[str, Any]) -> None:
+    """Puts modules that run graphs in the place of the layers, the head and the trunk of a model, whose weights go.
+
+    Raises:
+        ValueError: if the manifest lacks a graph that this model needs.
+    """
+    config, graphs = model.config, manifest["graphs"]
+    if missing := [name for name in graph_names(config) if name not in graphs]:
+        raise ValueError(
+            f"{folder / MANIFEST} must list the graph {missing[0]!r} of this model, got {sorted(graphs)}; run `mue-hf "
+            "export` again, with --overwrite."
+        )
+    engine = Engine(folder, manifest, weights_fingerprint(model))
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    encoder.layers = nn.ModuleList([EngineEncoderLayer(engine, number) for number in range(config.encoder_layers)])
+    decoder.layers = nn.ModuleList([EngineDecoderLayer(engine, number) for number in range(config.decoder_layers)])
+    if "trunk" in graphs:
+        encoder.embed_images = EngineTrunk(engine)
+    model.lm_head = EngineHead(engine, model.lm_head, config.num_text_tokens)
+    config._attn_implementation_internal = ATTENTION
+    model.eval().requires_grad_(False)
+    model.engine = engine
+    # until now that of the weights alone
+    model._fingerprint = None
+
+
+__all__ = [
+    "ATTENTION",
+    "ENGINES",
+    "FOLDER",
+    "FORMAT",
+    "MANIFEST",
+    "OPSET",
+    "Engine",
+    "EngineDecoderLayer",
+    "EngineEncoderLayer",
+    "EngineHead",
+    "EngineKeysValues",
+    "EngineMixin",
+    "EngineTrunk",
+    "graph_names",
+    "load_onnxruntime",
+    "read_manifest",
+    "sha256_of",
+    "use_engine",
+]

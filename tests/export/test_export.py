@@ -1,0 +1,201 @@
+"""`mue-hf export`: graphs beside a copy of a checkpoint, whole or not at all, and commands on what was written."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from mue_hf import cli
+from mue_hf.export import checkpoint as export
+from mue_hf.export.graphs import graph_of, parts_of, trunk_graph, with_weights
+from mue_hf.model.engine_mue import graph_names, sha256_of
+
+
+@pytest.fixture
+def traced(engine_folders, monkeypatch):
+    """Graphs come from what was exported before, and the names of those that are asked for are noted."""
+    import onnx
+
+    asked = []
+    files = {
+        ("Trunk", ("features",)): "trunk",
+        ("EncoderLayer", ("output",)): "encoder_0",
+        ("DecoderProjection", ("query", "keys", "values")): "decoder_0_project",
+        ("CrossProjection", ("keys", "values")): "cross_0",
+        ("DecoderLayer", ("output",)): "decoder_0",
+        ("Matrix", ("logits",)): "head",
+    }
+
+    def load(part):
+        asked.append(files[type(part.module).__name__, part.outputs])
+        return onnx.load(engine_folders["float32"] / "onnx" / f"{asked[-1]}.onnx")
+
+    monkeypatch.setattr(export, "graph_of", load)
+    monkeypatch.setattr("mue_hf.export.graphs.graph_of", load)
+    return asked
+
+
+def test_the_folder(engine_folders):
+    source, folder = engine_folders["torch"], engine_folders["int8"]
+    manifest = json.loads((folder / "onnx/manifest.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {path.name for path in source.iterdir()} | {"onnx"}
+    assert set(manifest["graphs"]) == {"trunk", *graph_names(tiny_model().config)}
+    assert {path.name for path in (folder / "onnx").iterdir()} == {
+        "manifest.json",
+        *(graph["file"] for graph in manifest["graphs"].values()),
+    }
+    for graph in manifest["graphs"].values():
+        assert graph["sha256"] == sha256_of(folder / "onnx" / graph["file"])
+    assert manifest["weights"] == {"model.safetensors": sha256_of(source / "model.safetensors")}
+    precisions = {name: graph["precision"] for name, graph in manifest["graphs"].items()}
+    assert precisions.pop("trunk") == "float32" and set(precisions.values()) == {"int8"}
+    errors = {name: graph["error"] for name, graph in manifest["graphs"].items()}
+    assert errors.pop("trunk") < 1e-5 and all(1e-4 < error < 0.1 for error in errors.values())
+    whole = json.loads((engine_folders["float32"] / "onnx/manifest.json").read_text())
+    assert all(graph["error"] < 1e-5 for graph in whole["graphs"].values())
+
+
+def test_goes_on_after_an_interruption_and_keeps_what_is_whole(engine_folders, traced, tmp_path):
+    target, seen = tmp_path / "new", []
+
+    def stop(name, graph):
+        seen.append((name, graph["kept"]))
+        if name == "encoder_1" and not graph["kept"]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export.export_checkpoint(engine_folders["torch"], target, report=stop)
+    assert not target.exists()
+    part = tmp_path / ".new.part/onnx"
+    (part / "encoder_0.onnx").write_bytes(b"damaged")
+    seen.clear()
+    export.export_checkpoint(engine_folders["torch"], target, report=stop)
+    assert [name for name, kept in seen if kept] == ["trunk", "encoder_1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    expected = json.loads((engine_folders["float32"] / "onnx/manifest.json").read_text())
+    assert json.loads((target / "onnx/manifest.json").read_text()) == expected
+    # a folder that is there whole stays, as it is
+    seen.clear()
+    traced.clear()
+    export.export_checkpoint(engine_folders["torch"], target, report=stop)
+    assert len(seen) == len(expected["graphs"]) and all(kept for _, kept in seen) and not traced
+
+
+def test_each_kind_of_layer_is_traced_once(engine_folders, traced, tmp_path):
+    export.export_checkpoint(engine_folders["torch"], tmp_path / "new")
+    assert sorted(traced) == ["cross_0", "decoder_0", "decoder_0_project", "encoder_0", "head", "trunk"]
+
+
+def test_another_order_of_weights_is_seen(engine_folders):
+    import onnx
+
+    parts = dict(parts_of(tiny_model(vocab_size=100, dtype=torch.float32), None))
+    graph = onnx.load(engine_folders["float32"] / "onnx/encoder_0.onnx")
+    moved = with_weights(graph, parts["encoder_2"].module)
+    expected = onnx.load(engine_folders["float32"] / "onnx/encoder_2.onnx")
+    assert {x.name: x.raw_data for x in moved.graph.initializer} == {
+        x.name: x.raw_data for x in expected.graph.initializer
+    }
+    assert with_weights(graph, parts["decoder_0"].module) is None
+    graph.graph.initializer[0].name = "unknown"
+    assert with_weights(graph, parts["encoder_2"].module) is None
+
+
+class TestRefused:
+    def test_what_is_there(self, engine_folders, traced, tmp_path):
+        source = engine_folders["torch"]
+        with pytest.raises(ValueError, match="another folder than the checkpoint"):
+            export.export_checkpoint(source, source)
+        with pytest.raises(ValueError, match="must be empty, new, or of the same weights.*--overwrite"):
+            export.export_checkpoint(source, engine_folders["int8"])
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(ValueError, match="only a checkpoint can be overwritten"):
+            export.export_checkpoint(source, tmp_path, overwrite=True)
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        with pytest.raises(ValueError, match="`precision` must be one of"):
+            export.export_checkpoint(source, tmp_path / "new", precision="int4")
+
+    def test_a_graph_that_gives_something_else(self, engine_folders, traced, tmp_path, monkeypatch):
+        monkeypatch.setattr(export, "with_weights", lambda graph, module: graph)
+        with pytest.raises(ValueError, match="graph 'encoder_1' must give what torch gives, but differs by"):
+            export.export_checkpoint(engine_folders["torch"], tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+    def test_a_trunk_that_torch_cannot_export(self, monkeypatch):
+        def fail(part):
+            tried.append(part.fixed["pixels"])
+            raise RuntimeError("no\nsuch operator")
+
+        tried, model = [], tiny_model(dtype=torch.float32)
+        monkeypatch.setattr("mue_hf.export.graphs.graph_of", fail)
+        with pytest.raises(ValueError, match="the trunk must be one .* 'resnet': such operator; pass --torch-trunk"):
+            trunk_graph(dict(parts_of(model, (64, 64)))["trunk"], model.config)
+        assert tried == [(1,), (1, 2, 3)]
+
+    def test_packages_that_are_missing(self, engine_folders, monkeypatch, tmp_path):
+        monkeypatch.setattr(export, "PACKAGES", ("mue-hf", "no-such-package"))
+        with pytest.raises(ValueError, match=r"needs the extra `export` .*pip install 'mue-hf\[export\]'"):
+            export.export_checkpoint(engine_folders["torch"], tmp_path / "new")
+
+
+def test_a_trunk_of_one_image_size_says_so(engine_folders, traced, tmp_path, monkeypatch):
+    from mue_hf import MuEForConditionalGeneration
+
+    monkeypatch.setattr(export, "trunk_graph", lambda part, config: (export.graph_of(part), [64, 64]))
+    export.export_checkpoint(engine_folders["torch"], tmp_path / "new")
+    model = MuEForConditionalGeneration.from_pretrained(tmp_path / "new", engine="onnxruntime")
+    assert model.trunk_features(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 4, 4)
+    with pytest.raises(ValueError, match=r"image size that the trunk was exported for, \[64, 64\], got \[64, 48\]"):
+        model.trunk_features(torch.zeros(1, 3, 64, 48))
+
+
+class TestCommands:
+    def test_export_with_a_trunk_of_torch_and_caption(self, engine_folders, traced, photo, tmp_path, capsys):
+        target = str(tmp_path / "new")
+        assert cli.main(["export", str(engine_folders["torch"]), target, "--torch-trunk"]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count(" error ") == len(graph_names(tiny_model().config)) and "trunk" not in traced
+        records = []
+        for engine in ("torch", "onnxruntime"):
+            fixed = ["--repeats", "1", "--json", "--no-png", "--image-threshold", "0.5", "--decoder-threshold", "0.8"]
+            assert cli.main(["caption", photo, "--model", target, "--engine", engine, *fixed]) == 0
+            records.append(json.loads(capsys.readouterr().out))
+        timed = ("seconds", "full_depth_seconds", "versions")
+        slow, fast = ({name: x for name, x in one.items() if name not in timed} for one in records)
+        assert fast == slow
+
+    def test_what_contradicts(self, engine_folders, photo, capsys):
+        fixed = ["caption", photo, "--engine", "onnxruntime", "--model"]
+        assert cli.main([*fixed, str(engine_folders["torch"])]) == 2
+        assert "mue-hf export CKPT DIR" in capsys.readouterr().err
+        assert cli.main([*fixed, str(engine_folders["int8"]), "--dtype", "bfloat16"]) == 2
+        assert "`dtype` must be left out" in capsys.readouterr().err
+        assert cli.main(["bench", "--engine", "onnxruntime"]) == 2
+        assert "pass `--model`" in capsys.readouterr().err
+
+    def test_bench_keeps_torch_as_the_reference(self, engine_folders, tmp_path, capsys):
+        what = ["--model", str(engine_folders["float32"]), "--engine", "onnxruntime", "--output", str(tmp_path / "x")]
+        sizes = ["--batch-sizes", "2", "--beams", "1", "--tokens", "3", "--repeats", "1", "--json"]
+        assert cli.main(["bench", *what, *sizes, "--variants", "stock", "plain", "lossless", "spread"]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["environment"]["engine"].endswith(", float32")
+        assert list(record["cells"]["batch 2, beam 1"]["variants"]) == ["stock", "plain", "lossless", "spread"]
+
+
+def test_graphs_take_batches_of_one_and_biases_that_broadcast(engine_folders):
+    import onnxruntime
+
+    parts = dict(parts_of(tiny_model(vocab_size=100, dtype=torch.float32), None))
+    states, bias = torch.randn(1, 5, 32), torch.randn(1, 4, 5, 5)
+    for rows in (1, 3):
+        session = onnxruntime.InferenceSession(engine_folders["float32"] / "onnx/encoder_1.onnx")
+        got = session.run(None, {"states": states.expand(rows, -1, -1).numpy(), "bias": bias.numpy()})[0]
+        expected = parts["encoder_1"].module(states, bias).expand(rows, -1, -1)
+        torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tracer_leaves_shapes_open(engine_folders):
+    part = dict(parts_of(tiny_model(vocab_size=100, dtype=torch.float32), None))["head"]
+    (value,) = graph_of(part).graph.input
+    assert [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] == ["states_0", 32]

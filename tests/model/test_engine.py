@@ -1,0 +1,274 @@
+"""ONNX Runtime under the same loop: what torch computes, and what is refused."""
+
+import copy
+import json
+import shutil
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from conftest import tiny_inputs
+from stack import generate
+from transformers import AutoModelForImageTextToText
+
+from mue_hf import MuEForConditionalGeneration
+from mue_hf.data.features import trunk_fingerprint
+from mue_hf.inference.flops import trunk_flops
+from mue_hf.model import engine_mue
+from mue_hf.model.presets_mue import weights_fingerprint
+from mue_hf.model.views_mue import ImageView
+
+ANSWERS = [[5, 6], [7], [5, 8, 9]]
+
+
+@pytest.fixture(scope="module")
+def reference(engine_folders):
+    return MuEForConditionalGeneration.from_pretrained(engine_folders["torch"], dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def engine(engine_folders):
+    return MuEForConditionalGeneration.from_pretrained(engine_folders["float32"], engine="onnxruntime")
+
+
+@pytest.fixture
+def inputs():
+    return tiny_inputs(4, dtype=torch.float32)
+
+
+def depths(output) -> list:
+    return [output[f"{stream}_exit_layers"].tolist() for stream in ("image", "text", "decoder")]
+
+
+def mixed(run, criterion: str, **options) -> dict:
+    """Options of a criterion by which decoder rows of `run` leave at different layers of the same step."""
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        chosen = {"exit_criterion": criterion, "decoder_exit_threshold": middle, **options}
+        found = run(**chosen).decoder_exit_layers
+        if any(len(step.unique()) > 1 for step in found.T):
+            return chosen
+        low, high = (middle, high) if found.max() == 1 else (low, middle)
+    pytest.fail("no threshold separates the rows")
+
+
+def exits(model, inputs, kind: str) -> dict:
+    if kind == "off":
+        return {"exit_criterion": "never"}
+    if kind == "fixed":
+        options = {"image_exit_layer": torch.tensor([1, 3, 2, 1]), "text_exit_layer": 1, "decoder_exit_layer": 3}
+        return {"exit_criterion": "fixed", **options}
+    streams = {"image_exit_threshold": [0.27, 0.815, 2.0], "text_exit_threshold": 0.5} if kind == "similarity" else {}
+    return mixed(partial(generate, model, inputs), kind, **streams)
+
+
+class TestSameAsTorch:
+    @pytest.mark.parametrize("beams", [1, 3])
+    @pytest.mark.parametrize("kind", ["off", "fixed", "confidence", "margin", "similarity"])
+    def test_tokens_depths_and_scores(self, reference, engine, inputs, kind, beams):
+        options = exits(reference, inputs, kind) | {"num_beams": beams, "output_scores": True}
+        slow, fast = generate(reference, inputs, **options), generate(engine, inputs, **options)
+        assert fast.sequences.tolist() == slow.sequences.tolist()
+        assert depths(fast) == depths(slow) and fast.executed_layers == slow.executed_layers
+        torch.testing.assert_close(fast.scores, slow.scores, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("beams", [1, 3])
+    @pytest.mark.parametrize("kv", ["project", "copy", "exact"])
+    def test_keys_of_skipped_layers(self, reference, engine, inputs, kv, beams):
+        options = mixed(partial(generate, reference, inputs), "similarity", exit_kv=kv, num_beams=beams)
+        slow, fast = generate(reference, inputs, **options), generate(engine, inputs, **options)
+        assert fast.sequences.tolist() == slow.sequences.tolist()
+        assert depths(fast) == depths(slow) and fast.executed_layers == slow.executed_layers
+
+    def test_rows_that_end_and_prompts_padded_on_the_left(self, reference, engine, inputs):
+        first = generate(reference, inputs, max_new_tokens=2).sequences[0, 2].item()
+        prompt = {
+            "decoder_input_ids": torch.tensor([[1, 1, 0], [0, 9, 8], [1, 0, 7], [0, 5, 6]]),
+            "decoder_attention_mask": torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1], [1, 1, 1]]),
+        }
+        for options in (
+            {"eos_token_id": first},
+            prompt,
+            mixed(partial(generate, reference, inputs), "similarity") | prompt,
+        ):
+            slow, fast = generate(reference, inputs, **options), generate(engine, inputs, **options)
+            assert fast.sequences.tolist() == slow.sequences.tolist() and depths(fast) == depths(slow)
+
+    def test_images_that_are_missing_or_of_another_size(self, reference, engine, inputs):
+        some = inputs | {"patch_mask": torch.tensor([True, False, True, False])}
+        wide = inputs | {"pixel_values": inputs["pixel_values"][:, :, :48]}
+        text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        for given in (some, wide, text):
+            with torch.no_grad():
+                slow, fast = reference(**given), engine(**given)
+            torch.testing.assert_close(fast.logits, slow.logits, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("kind", ["never", "confidence", "similarity"])
+    def test_score_answers(self, reference, engine, inputs, kind):
+        slow, fast = (partial(m.score_answers, ANSWERS, return_dict=True, **inputs) for m in (reference, engine))
+        options = {"exit_criterion": "never"} if kind == "never" else mixed(slow, kind)
+        expected, got = slow(**options), fast(**options)
+        torch.testing.assert_close(got.scores, expected.scores, rtol=1e-4, atol=1e-4)
+        assert depths(got) == depths(expected)
+
+    def test_without_a_cache_and_constrained(self, reference, engine, inputs):
+        ids = torch.tensor([[0, 5, 9, 7]] * 4)
+        allowed = {"prefix_allowed_tokens_fn": lambda row, prefix: [5 + len(prefix), 40 + row]}
+        for model in (reference, engine):
+            model.found = generate(model, inputs, **allowed).sequences
+            with torch.no_grad():
+                model.logits = model(**inputs, decoder_input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(engine.logits, reference.logits, rtol=1e-4, atol=1e-4)
+        assert engine.found.tolist() == reference.found.tolist()
+
+    def test_a_head_of_fewer_tokens_than_the_vocabulary(self, reference, engine):
+        states, head = torch.randn(3, 2, 32), copy.deepcopy(engine.lm_head)
+        assert torch.allclose(head(states), reference.lm_head(states), atol=1e-5)
+        head.num_text_tokens = 99
+        head.engine = type("Cut", (), {"run": lambda self, *args: [engine.engine.run(*args)[0][:, :99]]})()
+        text = slice(0, 99)
+        assert torch.allclose(head(states, text), reference.lm_head(states, text), atol=1e-5)
+        assert torch.equal(head(states), reference.lm_head(states))
+
+    def test_other_doors_copies_and_threads(self, reference, engine, inputs, engine_folders):
+        other = AutoModelForImageTextToText.from_pretrained(engine_folders["float32"], engine="onnxruntime")
+        expected, threads = generate(reference, inputs).sequences.tolist(), torch.get_num_threads()
+        made = dict(engine.engine.sessions)
+        try:
+            for model in (other, copy.deepcopy(engine)):
+                assert generate(model, inputs).sequences.tolist() == expected
+            torch.set_num_threads(threads + 1)
+            assert generate(engine, inputs).sequences.tolist() == expected
+            assert engine.engine.threads == threads + 1
+            assert not {id(one) for one, _ in made.values()} & {id(one) for one, _ in engine.engine.sessions.values()}
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_slots_fold_and_unfold_as_views_do():
+    for rows in (None, torch.tensor([0, 1, 2]), torch.tensor([0, 2, 3, 4, 8]), torch.tensor([5])):
+        view, count = ImageView(rows, 9, 3), 9 if rows is None else len(rows)
+        states = torch.randn(count, 2, 1, 4)
+        fold, unfold = view.slots
+        folded = states[fold.flatten()].unflatten(0, fold.shape).squeeze(3).transpose(1, 2)
+        free = torch.ones(fold.numel(), dtype=torch.bool).index_fill_(0, unfold, False).view(fold.shape)
+        assert torch.equal(folded.masked_fill(free[:, None, :, None], 0), view.fold(states))
+        assert torch.equal(states[fold.flatten()][unfold], states)
+
+
+class TestWeights:
+    def test_are_held_once(self, reference, engine):
+        kept = {name for name, _ in engine.named_parameters()}
+        assert not any("layers." in name or "embed_images." in name for name in kept)
+        assert engine.lm_head.weight is engine.get_input_embeddings().weight
+        assert sum(p.numel() for p in engine.parameters()) < sum(p.numel() for p in reference.parameters()) / 2
+
+    def test_fingerprints_and_operations(self, reference, engine, engine_folders):
+        int8 = MuEForConditionalGeneration.from_pretrained(engine_folders["int8"], engine="onnxruntime")
+        again = MuEForConditionalGeneration.from_pretrained(engine_folders["float32"], engine="onnxruntime")
+        for part in (lambda model: model, lambda model: model.get_encoder().embed_images):
+            marks = [trunk_fingerprint(part(model)) for model in (reference, engine, int8, again)]
+            assert marks[1] == marks[3] and len(set(marks)) == 3
+        torch.manual_seed(0)
+        state = torch.random.get_rng_state()
+        assert trunk_flops(engine, (3, 64, 64)) == trunk_flops(reference, (3, 64, 64))
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+    def test_presets_hold_in_float32_alone(self, reference, engine, engine_folders):
+        int8 = MuEForConditionalGeneration.from_pretrained(engine_folders["int8"], engine="onnxruntime")
+        marks = [weights_fingerprint(model) for model in (reference, engine, int8)]
+        assert marks[0] == marks[1] != marks[2]
+        preset = {"decoder_exit_threshold": 0.5, "weights_fingerprint": marks[0]}
+        inputs = tiny_inputs(1, dtype=torch.float32)
+        for model in (engine, int8):
+            model.generation_config.exit_presets = {"mine": preset}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            engine.eval().generate(**inputs, exit_preset="mine")
+        with pytest.warns(UserWarning, match="calibrated on other weights"):
+            int8.generate(**inputs, exit_preset="mine")
+
+
+def test_int8_is_near(reference, engine_folders, inputs):
+    model = MuEForConditionalGeneration.from_pretrained(engine_folders["int8"], engine="onnxruntime")
+    with torch.no_grad():
+        expected, got = reference(**inputs).logits, model(**inputs).logits
+    assert 0 < (got - expected).abs().max() < 0.2 * expected.abs().max()
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("act", "what"),
+        [
+            (lambda model: model.train(), "training is not possible .*load the model without `engine`"),
+            (lambda model: model.to(torch.bfloat16), "bfloat16 is not possible"),
+            (lambda model: model.half(), "float16 is not possible"),
+            (lambda model: model.to("meta"), "meta, .* is not possible"),
+            (lambda model: model.save_pretrained("x"), "`save_pretrained` is not possible .*copy the folder"),
+            (lambda model: model.state_dict(), "`state_dict` is not possible"),
+            (lambda model: model.set_attn_implementation("eager"), "`set_attn_implementation` is not possible"),
+        ],
+    )
+    def test_on_the_model(self, engine, act, what):
+        with pytest.raises(ValueError, match=what):
+            act(engine)
+        assert engine.to("cpu").eval().dtype == torch.float32
+
+    def test_gradients_and_attentions(self, engine, inputs):
+        embeds = engine.get_input_embeddings()(inputs.pop("input_ids")).requires_grad_()
+        with pytest.raises(ValueError, match="gradients do not flow .*load the model without"):
+            engine(**inputs, inputs_embeds=embeds)
+        for call in (engine, engine.generate):
+            with pytest.raises(
+                ValueError, match="`output_attentions=True` needs attention in torch.*without `engine`"
+            ):
+                call(**tiny_inputs(1, dtype=torch.float32), output_attentions=True)
+
+    @pytest.mark.parametrize(
+        ("options", "what"),
+        [
+            ({"engine": "tensorrt"}, "`engine` must be one of .* got 'tensorrt'"),
+            ({"dtype": torch.bfloat16}, "`dtype` must be left out .*bfloat16"),
+            ({"device_map": "auto"}, "`device_map` must be left out"),
+            ({"attn_implementation": "eager"}, "`attn_implementation` must be left out"),
+        ],
+    )
+    def test_on_loading(self, engine_folders, options, what):
+        with pytest.raises(ValueError, match=what):
+            MuEForConditionalGeneration.from_pretrained(
+                engine_folders["float32"], **{"engine": "onnxruntime"} | options
+            )
+
+    def test_a_folder_without_graphs(self, engine_folders):
+        with pytest.raises(ValueError, match="needs a folder that `mue-hf export CKPT DIR` wrote"):
+            MuEForConditionalGeneration.from_pretrained(engine_folders["torch"], engine="onnxruntime")
+
+    @pytest.mark.parametrize(
+        ("damage", "what"),
+        [
+            (lambda m, d: m.update(opset=21), "must have format 1 and `opset` 20, got 1 and 21; run `mue-hf export`"),
+            (lambda m, d: m.pop("weights"), "must be the manifest of an export, got KeyError"),
+            (lambda m, d: m["graphs"].pop("cross_2"), "must list the graph 'cross_2'"),
+            (lambda m, d: (d / "onnx/head.onnx").unlink(), "must hold onnx/head.onnx"),
+            (lambda m, d: (d / "onnx/head.onnx").write_bytes(b"x"), "onnx/head.onnx in .* must have the SHA-256"),
+            (lambda m, d: (d / "model.safetensors").open("ab").write(b" "), "model.safetensors in .* must have"),
+        ],
+    )
+    def test_a_manifest_that_does_not_match(self, engine_folders, tmp_path, damage, what):
+        folder = shutil.copytree(engine_folders["float32"], tmp_path / "copy")
+        path = folder / "onnx/manifest.json"
+        manifest = json.loads(path.read_text())
+        damage(manifest, folder)
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match=what):
+            MuEForConditionalGeneration.from_pretrained(folder, engine="onnxruntime")
+
+    def test_no_onnxruntime(self, engine_folders, monkeypatch):
+        def absent(name):
+            raise ImportError(f"No module named {name!r}")
+
+        monkeypatch.setattr(engine_mue, "import_module", absent)
+        with pytest.raises(ValueError, match=r"needs the extra `export` .*pip install 'mue-hf\[export\]'"):
+            MuEForConditionalGeneration.from_pretrained(engine_folders["float32"], engine="onnxruntime")
