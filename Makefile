@@ -92,7 +92,7 @@ $(REPRODUCED)/table.md: $(REPRODUCED)/calibrated
 		--output $(REPRODUCED)/points.jsonl --plots $(REPRODUCED)/plots --table $@
 
 # The stages of examples/train_photos.py: each starts from the ones before, an interrupted one goes on from its last
-# checkpoint. `make -j2 photos` gives each of two runs that are averaged a core; from `long` on a run has two processes.
+# checkpoint. `make -j2 photos` gives each of two runs that are averaged a core; `long` and `rewarded` have two processes.
 FLICKR8K ?= data/flickr8k
 COCO ?= data/coco_small
 PHOTOS_RUN ?= runs/photos
@@ -145,12 +145,10 @@ $(PHOTOS_RUN)/long/model.safetensors: $(PHOTOS_RUN)/agree/model.safetensors
 		--learning_rate 4e-4 --muon_learning_rate 1.75e-3 --ema_decay 0.99 $(ALL_LAYERS) \
 		--lr_scheduler_kwargs '{"min_lr_rate": 0.05}'
 
-REWARDED = $(PHOTOS_BOTH) --start_from $(<D) --warmup_steps 5 --captions_per_image 5 \
-	--per_device_train_batch_size 32 --scst_samples 5 --label_smoothing_factor 0 \
-	--layer_weights 0 0 0 0 0 1 --intermediate_token_share 0.4 --self_distillation 1
-
 $(PHOTOS_RUN)/rewarded/model.safetensors: $(PHOTOS_RUN)/long/model.safetensors
-	$(REWARDED) --shares 0.65 0.35 0 --max_steps 200 --learning_rate 4e-5 --ema_decay 0.97 \
+	$(PHOTOS_BOTH) --start_from $(<D) --shares 0.65 0.35 0 --warmup_steps 5 --captions_per_image 5 --max_steps 200 \
+		--per_device_train_batch_size 32 --scst_samples 5 --label_smoothing_factor 0 --learning_rate 4e-5 \
+		--layer_weights 0 0 0 0 0 1 --intermediate_token_share 0.4 --self_distillation 1 --ema_decay 0.97 \
 		--lr_scheduler_kwargs '{"min_lr_rate": 0.2}'
 
 # Statements want a stage of their own, the easiest kind first; full depth and the last layer alone.
@@ -170,15 +168,16 @@ $(PHOTOS_RUN)/judged-1/model.safetensors: $(PHOTOS_RUN)/matched/model.safetensor
 $(PHOTOS_RUN)/judged-2/model.safetensors: $(PHOTOS_RUN)/matched/model.safetensors
 	$(JUDGED) --shares 0.25 0.2 0 0.55 --max_steps 300 --seed 7
 
-$(PHOTOS_RUN)/joint/model.safetensors: $(PHOTOS_RUN)/judged-1/model.safetensors $(PHOTOS_RUN)/judged-2/model.safetensors
-	$(PHOTOS_BOTH) --start_from $(^D) --made_statements 8 --statements_per_image 4 $(ALL_KINDS) \
-		--shares 0.38 0.27 0 0.35 --max_steps 200 --per_device_train_batch_size 32 --warmup_steps 15 --dropout 0.1 \
-		--learning_rate 2e-4 --muon_learning_rate 8e-4 --ema_decay 0.98 $(ALL_LAYERS) --label_smoothing_factor 0.05 \
+JUDGED_BOTH = $(PHOTOS_RUN)/judged-1/model.safetensors $(PHOTOS_RUN)/judged-2/model.safetensors
+$(PHOTOS_RUN)/last-%/model.safetensors: $(JUDGED_BOTH)
+	$(PHOTOS_TRAIN) --start_from $(^D) --seed $* --made_statements 8 --statements_per_image 4 $(ALL_KINDS) \
+		--shares 0.4 0.26 0 0.34 --max_steps 240 --per_device_train_batch_size 32 --warmup_steps 15 --dropout 0.1 \
+		--learning_rate 2e-4 --muon_learning_rate 1e-3 --ema_decay 0.98 $(ALL_LAYERS) --label_smoothing_factor 0.05 \
 		--lr_scheduler_kwargs '{"min_lr_rate": 0.05}'
 
-$(PHOTOS_RUN)/photos/model.safetensors: $(PHOTOS_RUN)/joint/model.safetensors
-	$(REWARDED) --made_statements 8 --statements_per_image 4 $(ALL_KINDS) --shares 0.48 0.24 0 0.28 --dropout 0.1 \
-		--max_steps 200 --learning_rate 4e-5 --ema_decay 0.97 --lr_scheduler_kwargs '{"min_lr_rate": 0.2}'
+LAST = $(PHOTOS_RUN)/last-11/model.safetensors $(PHOTOS_RUN)/last-12/model.safetensors
+$(PHOTOS_RUN)/photos/model.safetensors: $(LAST)
+	$(PHOTOS_TRAIN) --start_from $(^D) --max_steps 0
 
 photos: $(PHOTOS_RUN)/photos/model.safetensors ## Train the captioner of photos (hours; needs FLICKR8K= and COCO=)
 
