@@ -169,14 +169,17 @@ $(PHOTOS_RUN)/judged-2/model.safetensors: $(PHOTOS_RUN)/matched/model.safetensor
 	$(JUDGED) --shares 0.25 0.2 0 0.55 --max_steps 300 --seed 7
 
 JUDGED_BOTH = $(PHOTOS_RUN)/judged-1/model.safetensors $(PHOTOS_RUN)/judged-2/model.safetensors
-$(PHOTOS_RUN)/last-%/model.safetensors: $(JUDGED_BOTH)
-	$(PHOTOS_TRAIN) --start_from $(^D) --seed $* --made_statements 8 --statements_per_image 4 $(ALL_KINDS) \
+$(PHOTOS_RUN)/judged/model.safetensors: $(JUDGED_BOTH)
+	$(PHOTOS_TRAIN) --start_from $(^D) --max_steps 0
+
+$(PHOTOS_RUN)/last-%/model.safetensors: $(PHOTOS_RUN)/judged/model.safetensors
+	$(PHOTOS_TRAIN) --start_from $(<D) --seed $* --made_statements 8 --statements_per_image 4 $(ALL_KINDS) \
 		--shares 0.4 0.26 0 0.34 --max_steps 240 --per_device_train_batch_size 32 --warmup_steps 15 --dropout 0.1 \
 		--learning_rate 2e-4 --muon_learning_rate 1e-3 --ema_decay 0.98 $(ALL_LAYERS) --label_smoothing_factor 0.05 \
 		--lr_scheduler_kwargs '{"min_lr_rate": 0.05}'
 
 LAST = $(PHOTOS_RUN)/last-11/model.safetensors $(PHOTOS_RUN)/last-12/model.safetensors
-$(PHOTOS_RUN)/photos/model.safetensors: $(LAST)
+$(PHOTOS_RUN)/photos/model.safetensors: $(LAST) $(PHOTOS_RUN)/judged/model.safetensors
 	$(PHOTOS_TRAIN) --start_from $(^D) --max_steps 0
 
 photos: $(PHOTOS_RUN)/photos/model.safetensors ## Train the captioner of photos (hours; needs FLICKR8K= and COCO=)
@@ -186,8 +189,8 @@ MEASURED ?= runs/measured
 PHOTOS_SMALL = checkpoints/mue-photos-small
 SETS = $(MEASURED)/sets
 MEASURE = $(BIN)/mue-hf evaluate $(1) --model $(PHOTOS_SMALL) --threads $(THREADS) --output $@
-# `beams-15` for beams; `quality` is for greedy decoding.
-PRESETS = --preset beams-15 --preset balanced --preset fast
+# `quality` is for greedy decoding.
+PRESETS = --preset balanced --preset fast
 
 $(SETS)/dev.jsonl: examples/photo_sets.py | $(VENV)/dev.installed
 	$(BIN)/python examples/photo_sets.py $(@D) flickr8k=$(FLICKR8K)/captions.jsonl coco=$(COCO)/captions.jsonl
@@ -199,9 +202,8 @@ CALIBRATE_PHOTOS = $(BIN)/mue-hf calibrate $(PHOTOS_SMALL) --task captioning --d
 ABOUT_OUTPUTS = $(CALIBRATE_PHOTOS) --criterion agreement --kv exact --streams decoder \
 	--num-thresholds 8 --objective calls
 ABOUT_SCORES = $(CALIBRATE_PHOTOS) --per-layer --risk metric
-presets: $(SETS)/dev.jsonl ## Calibrate the presets of the captioner of photos (half an hour)
+presets: $(SETS)/dev.jsonl ## Calibrate the presets of the captioner of photos (a quarter of an hour)
 	$(ABOUT_OUTPUTS) --num-beams 1 --budget 0.05 --preset quality
-	$(ABOUT_OUTPUTS) --generate exit_rescore=true --budget 0.15 --preset beams-15
 	$(ABOUT_SCORES) --compute 0.75 --preset balanced
 	$(ABOUT_SCORES) --compute 0.68 --preset fast
 
