@@ -13,7 +13,8 @@ entailment --kind-column about --words-baseline statements-train.jsonl`.
 
 import argparse
 
-from mue_hf.data.statements import write_statements
+from mue_hf.data.statement_words import KINDS
+from mue_hf.data.statements import STATEMENT_KINDS, write_statements
 
 
 def main() -> None:
@@ -24,10 +25,14 @@ def main() -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per-image", type=int, default=2, help="statements about one image at most, an even number")
+    parser.add_argument(
+        "--kinds", nargs="+", default=KINDS, choices=STATEMENT_KINDS, help="what false ones are false by"
+    )
     parser.add_argument("--image-root", help="folder of the images (default: that of the source)")
     args = parser.parse_args()
     options = {} if args.image_root is None else {"image_root": args.image_root}
-    count = write_statements(args.source, args.file, args.split, seed=args.seed, per_image=args.per_image, **options)
+    options |= {"seed": args.seed, "per_image": args.per_image, "kinds": args.kinds}
+    count = write_statements(args.source, args.file, args.split, **options)
     print(f"{count} statements in {args.file}")
 
 

@@ -15,7 +15,8 @@ import argparse
 import json
 from pathlib import Path
 
-from mue_hf.data.statements import write_statements
+from mue_hf.data.statement_words import KINDS
+from mue_hf.data.statements import STATEMENT_KINDS, write_statements
 from mue_hf.files import json_lines, write_whole
 
 CAPTIONS = 4
@@ -49,8 +50,12 @@ def main() -> None:
         files["dev.jsonl"] += files[f"{name}-dev.jsonl"]
         statements = args.folder / f"{name}-statements.jsonl"
         texts = []
-        for split, per_image in (("train", 4), ("test", args.per_image)):
-            write_statements(source, statements, split, seed=0, per_image=per_image)
+        for split, per_image, kinds in (
+            ("train", 4, KINDS),
+            ("dev", 4, STATEMENT_KINDS),
+            ("test", args.per_image, KINDS),
+        ):
+            write_statements(source, statements, split, seed=0, per_image=per_image, kinds=kinds)
             texts.append(statements.read_text())
         write_whole(statements, "".join(texts))
     for name, rows in files.items():

@@ -74,7 +74,7 @@ RECIPE = [
     *("muon_learning_rate", "trunk_learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type"),
     *("lr_scheduler_kwargs", "adam_beta1", "adam_beta2", "label_smoothing_factor", "ema_decay", "random_exit_depth"),
     *("layer_weights", "self_distillation", "encoder_agreement", "intermediate_token_share", "bf16"),
-    *("scst_samples", "scst_beam_search", "optim", "freeze_batch_norm"),
+    *("scst_samples", "scst_beam_search", "own_captions", "optim", "freeze_batch_norm"),
 ]
 
 
@@ -395,8 +395,9 @@ def main(argv: list[str] | None = None) -> None:
     count = len(data.captions) + len(data.texts) + len(data.pairs) + bool(data.made_statements)
     shares = data.shares or [1 / count] * count
     check_shares(shares, count)
-    if args.scst_samples and any(shares[len(data.captions) : len(data.captions) + len(data.texts)]):
-        parser.error("--scst_samples rewards captions of images: --shares of captions without images must be 0.")
+    generates = "--scst_samples" if args.scst_samples else "--own_captions" if args.own_captions else None
+    if generates and any(shares[len(data.captions) : len(data.captions) + len(data.texts)]):
+        parser.error(f"{generates} is about captions of images: --shares of captions without images must be 0.")
     recipe = asdict(sizes) | asdict(data) | {name: getattr(args, name) for name in RECIPE}
     recipe.pop("cache_dir")
     checkpoint = args.checkpoint_to_resume()

@@ -166,3 +166,6 @@ def test_statements_out_of_captions(example, photo, tmp_path, monkeypatch, capsy
         ("a red bag", "entailment"),
         ("a blue bag", "contradiction"),
     ]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--kinds", "count", "place"])
+    with pytest.raises(ValueError, match="`source` must have captions that can trade words"):
+        example("make_statements").main()

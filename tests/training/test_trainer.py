@@ -745,6 +745,57 @@ class TestScst:
         assert labels.shape == (6, 4) and labels.equal(sequences[:, 1:])
 
 
+class TestOwnCaptions:
+    OPTIONS = {"own_captions": 3, "self_distillation": 0.5, "freeze_batch_norm": True}
+
+    def test_loss_is_that_of_the_captions(self, tmp_path):
+        model = tiny_model()
+        model.generation_config.max_new_tokens, model.generation_config.num_beams = 4, 3
+        model.generation_config.decoder_exit_threshold = 0.1
+        inputs = tiny_inputs(2)
+        captions = model.eval().generate(**inputs, exit_criterion="never")[:, 1:]
+        assert captions.shape == (2, 4) and not (captions == model.config.eos_token_id).any()
+        own = trainer(tmp_path, model, **self.OPTIONS)
+        # the teacher is the model that training began with
+        model.lm_head.weight.data.mul_(0.5)
+        plain = trainer(tmp_path, model, **self.OPTIONS | {"own_captions": 0})
+        model.train()
+        # in the place of the first of two references of an image
+        labels = torch.tensor([[5, 6], [7, -100], [8, 9], [4, 4]])
+        expected = torch.stack(
+            [captions[0], torch.tensor([7, *[-100] * 3]), captions[1], torch.tensor([4, 4, -100, -100])]
+        )
+        loss = own.compute_loss(model, inputs | {"labels": labels}, num_items_in_batch=7)
+        torch.testing.assert_close(loss, plain.compute_loss(model, inputs | {"labels": expected}))
+        assert model.training
+
+    def test_answers_train_on_their_labels(self, tmp_path):
+        model = tiny_model()
+        inputs = tiny_inputs(2) | {"decoder_input_ids": torch.tensor([[0, 5, 6], [0, 7, 8]])}
+        inputs["labels"] = torch.tensor([[-100, -100, 9], [-100, -100, 10]])
+        runs = [trainer(tmp_path, model, **self.OPTIONS | {"own_captions": own}) for own in (3, 0)]
+        model.train()
+        losses = [run.compute_loss(model, dict(inputs)) for run in runs]
+        assert losses[0] > 0 and losses[0] == losses[1]
+
+    def test_shallow_layers_come_to_say_what_the_last_one_says(self, tmp_path):
+        model = tiny_model(std=0.05)
+        model.generation_config.max_new_tokens = 4
+        inputs = {name: value for name, value in collate(samples(4)).items() if name != "labels"}
+
+        def agreement():
+            deep, shallow = (
+                model.eval().generate(**inputs, exit_criterion="fixed", decoder_exit_layer=layer)[:, 1:]
+                for layer in (LAYERS, 1)
+            )
+            return (deep == shallow).float().mean()
+
+        before = agreement()
+        options = {"max_steps": 20, "learning_rate": 1e-2, "self_distillation": 1.0, "freeze_batch_norm": True}
+        trainer(tmp_path, model, samples(4), own_captions=1, **options).train()
+        assert before < 0.5 and agreement() > 0.9
+
+
 class TestCard:
     def test_presets_promise_nothing_about_new_weights(self, tmp_path):
         model = tiny_model()
@@ -777,6 +828,8 @@ class TestErrors:
                 "`label_smoothing_factor` .got 0.1. is about training",
             ),
             ({"muon_learning_rate": 0.0}, "`muon_learning_rate` must be above 0, or None"),
+            ({"own_captions": -1}, "`own_captions` must be at least 1, or 0 to train on labels, got -1"),
+            ({"own_captions": 1, "scst_samples": 2}, "`own_captions` .* both say what captions to train on"),
             ({"scst_beam_search": True}, "`scst_beam_search` is about `scst_samples`, which is 0"),
             ({"encoder_agreement": -1.0}, "`encoder_agreement` must be a finite number of at least 0 .0 is off., got"),
             ({"encoder_agreement": float("inf")}, "`encoder_agreement` must be a finite number"),

@@ -50,6 +50,11 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
         muon_learning_rate (`float`, *optional*): trains all matrices but tables of embeddings and positions with Muon
             at this rate, and the rest with AdamW at `learning_rate`. A small model trained from scratch on little data
             learns in about two thirds of the steps. Its products are in bfloat16, on CPUs that emulate it in float32.
+        own_captions (`int`): beams of the search, 1 for greedy, by which the model that training begins with captions
+            each image anew; its caption takes the place of the first label of the image (sequence-level distillation,
+            Kim and Rush 2016); 0 for the labels alone. With `self_distillation` shallow layers learn to write what the
+            last one writes, on the words that it comes to. Batches whose decoder reads a prompt before its first
+            label train on their labels all the same.
         scst_samples (`int`): captions sampled per image for self-critical training (SCST), 0 for training on labels.
             Batches whose decoder reads a prompt before its first label, such as statements, train on their labels all
             the same. `layer_weights` and `self_distillation` apply to it too: `0 0 0 0 0 1` with a weight of 0.1
@@ -76,6 +81,9 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
     trunk_learning_rate: float | None = HfArg(default=None, help="AdamW's rate for the trunk, beside Muon.")
     ema_decay: float | None = HfArg(default=None, help="Decay per step of a moving average of the weights.")
     muon_learning_rate: float | None = HfArg(default=None, help="Rate of Muon, for matrices. Default: no Muon.")
+    own_captions: int = HfArg(
+        default=0, help="Beams by which the model that training begins with makes captions to train on; 0: labels."
+    )
     scst_samples: int = HfArg(default=0, help="Captions sampled per image for CIDEr optimisation (SCST); 0: labels.")
     scst_beam_search: bool = HfArg(default=False, help="Whether SCST takes beams, not random samples.")
 
@@ -141,6 +149,7 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
                 trunk_rate is None or (rate is not None and 0.0 < trunk_rate < math.inf),
                 "above 0 beside a `muon_learning_rate`, or None to train the trunk like the rest",
             ),
+            "own_captions": (self.own_captions >= 0, "at least 1, or 0 to train on labels"),
             "scst_samples": (samples == 0 or samples > 1, "at least 2, or 0 to train on labels"),
             "layer_weights": (
                 all(0.0 <= weight < math.inf for weight in weights) and any(weights),
@@ -174,6 +183,11 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"`encoder_agreement` (got {self.encoder_agreement}) is about training on labels, which "
                 "`scst_samples` replaces; set it to 0."
+            )
+        if self.own_captions and samples:
+            raise ValueError(
+                f"`own_captions` (got {self.own_captions}) and `scst_samples` (got {samples}) both say what captions "
+                "to train on; drop one of them."
             )
         if self.scst_beam_search and not samples:
             raise ValueError("`scst_beam_search` is about `scst_samples`, which is 0; set it to 2 or more.")

@@ -13,6 +13,7 @@ NOT_WITH_FSDP = {
     "muon_learning_rate": "needs whole matrices",
     "random_exit_depth": "leaves out layers that another process waits for",
     "scst_samples": "generates with whole weights",
+    "own_captions": "generates with whole weights",
 }
 
 

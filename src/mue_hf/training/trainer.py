@@ -1,5 +1,6 @@
 """`MuETrainer`: transformers' Seq2SeqTrainer with MuE's layer-wise loss, its options, and SCST for captions."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -68,11 +69,13 @@ class MuETrainer(Seq2SeqTrainer):
         check_launch(self)
         # every layer's loss is smoothed here; the base class would smooth the last layer's alone
         self.label_smoother = None
-        if args.scst_samples:
-            # the number of sampled tokens is not known before the batches of a step are: a mean of means
+        if args.scst_samples or args.own_captions:
+            # the number of generated tokens is not known before the batches of a step are: a mean of means
             self.loss_is_scaled_for_ga = False
         self.reward, self.answers = reward, answers
         self._gen_kwargs: dict[str, Any] = {}
+        # what a resumed run goes on with is loaded later: this is the model that training began with
+        self.teacher = copy.deepcopy(model).eval().requires_grad_(False) if args.own_captions else None
         self.frozen = freeze(model, args.freeze_trunk, args.freeze_batch_norm, args.trainable_trunk)
         self.average = None if args.ema_decay is None else WeightAverage(self.model, args.ema_decay)
         if self.average is not None:
@@ -127,6 +130,9 @@ class MuETrainer(Seq2SeqTrainer):
             # a decoder that reads a prompt is to answer it
             if self.args.scst_samples and not (labels[:, 0] == IGNORED).any():
                 return self._scst_loss(model, inputs, labels)
+            if self.args.own_captions and not (labels[:, 0] == IGNORED).any():
+                # the number of their tokens is not known before the batches of a step are: a mean of means
+                inputs, labels, num_items_in_batch = *self._with_own_captions(inputs, labels), None
         else:
             labels = self._without_repeats(inputs, labels)
         if "decoder_input_ids" not in inputs:
@@ -323,6 +329,19 @@ class MuETrainer(Seq2SeqTrainer):
         if sharded and not training:
             self.model.reshard()
 
+    # --- training on own captions ----------------------------------------------------------------------------------
+
+    def _with_own_captions(self, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """The inputs, and the labels with the caption of the model that training began with in the place of the first
+        one of each image."""
+        inputs = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+        own = self._generated(self.teacher, inputs, do_sample=False, num_beams=self.args.own_captions)[1]
+        width, per_image = max(own.shape[1], labels.shape[1]), len(labels) // len(own)
+        rows = labels.new_full((len(labels), width), IGNORED)
+        rows[:, : labels.shape[1]] = labels
+        rows[::per_image] = nn.functional.pad(own, (0, width - own.shape[1]), value=IGNORED)
+        return inputs, rows
+
     # --- self-critical training ------------------------------------------------------------------------------------
 
     def _scst_loss(self, model: nn.Module, inputs: dict[str, Any], references: Tensor) -> Tensor:
@@ -341,27 +360,31 @@ class MuETrainer(Seq2SeqTrainer):
         advantages = scst_advantages(rewards.view(images, count)).flatten()
         return self._layerwise(outputs, labels, True, None, row_weights=advantages).loss
 
-    @torch.no_grad()
     def _sample(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Captions of the full-depth model [images x samples, 1 + tokens], and their tokens as labels."""
         count = self.args.scst_samples
         self.model.eval()
-        with self.accelerator.autocast():
-            sequences = self.model.generate(
-                **inputs,
-                exit_criterion="never",
-                do_sample=not self.args.scst_beam_search,
-                num_beams=count if self.args.scst_beam_search else 1,
-                num_return_sequences=count,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                no_repeat_ngram_size=0,
-                return_dict_in_generate=False,
-            )
+        sequences, labels = self._generated(
+            self.model,
+            inputs,
+            do_sample=not self.args.scst_beam_search,
+            num_beams=count if self.args.scst_beam_search else 1,
+            num_return_sequences=count,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            no_repeat_ngram_size=0,
+        )
         self.model.train()
         self._rest_frozen()
-        # without an end token every sample has the full length
+        return sequences, labels
+
+    @torch.no_grad()
+    def _generated(self, model: Any, inputs: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
+        """Captions of a full-depth model [captions, 1 + tokens], and their tokens as labels."""
+        with self.accelerator.autocast():
+            sequences = model.generate(**inputs, exit_criterion="never", return_dict_in_generate=False, **options)
+        # without an end token every caption has the full length
         eos = self.model.generation_config.eos_token_id
         eos = torch.tensor([] if eos is None else eos, dtype=torch.long, device=sequences.device)
         ends = torch.isin(sequences[:, 1:], eos)
