@@ -179,7 +179,25 @@ $(PHOTOS_RUN)/last-%/model.safetensors: $(PHOTOS_RUN)/judged/model.safetensors
 		--lr_scheduler_kwargs '{"min_lr_rate": 0.05}'
 
 LAST = $(PHOTOS_RUN)/last-11/model.safetensors $(PHOTOS_RUN)/last-12/model.safetensors
-$(PHOTOS_RUN)/photos/model.safetensors: $(LAST) $(PHOTOS_RUN)/judged/model.safetensors
+$(PHOTOS_RUN)/last/model.safetensors: $(LAST) $(PHOTOS_RUN)/judged/model.safetensors
+	$(PHOTOS_TRAIN) --start_from $(^D) --max_steps 0
+
+# Layers that write the same captions: the whole model's own ones are among what all layers learn.
+OWN = $(PHOTOS_TRAIN) --start_from $(<D) --own_captions 5 --crops 0 --pairs $(FLICKR8K)/entailment.jsonl \
+	--made_statements 8 --statements_per_image 4 $(ALL_KINDS) --shares 0.42 0.26 0 0.06 0.26 --max_steps 160 \
+	--warmup_steps 8 --learning_rate 2e-4 --muon_learning_rate 1e-3 --ema_decay 0.97 --self_distillation 1 \
+	--label_smoothing_factor 0
+
+$(PHOTOS_RUN)/own-21/model.safetensors: $(PHOTOS_RUN)/last/model.safetensors
+	$(OWN) --seed 21 --captions_per_image 3 --dropout 0.08 --layer_weights 0.4 0.4 0.4 0.4 0.4 1 \
+		--intermediate_token_share 0.5
+
+$(PHOTOS_RUN)/own-22/model.safetensors: $(PHOTOS_RUN)/last/model.safetensors
+	$(OWN) --seed 22 --captions_per_image 2 --dropout 0.05 --layer_weights 0.6 0.6 0.6 0.6 0.6 1 \
+		--intermediate_token_share 0.7
+
+OWNS = $(PHOTOS_RUN)/own-21/model.safetensors $(PHOTOS_RUN)/own-22/model.safetensors
+$(PHOTOS_RUN)/photos/model.safetensors: $(OWNS) $(PHOTOS_RUN)/last/model.safetensors
 	$(PHOTOS_TRAIN) --start_from $(^D) --max_steps 0
 
 photos: $(PHOTOS_RUN)/photos/model.safetensors ## Train the captioner of photos (hours; needs FLICKR8K= and COCO=)
@@ -200,7 +218,7 @@ CALIBRATE_PHOTOS = $(BIN)/mue-hf calibrate $(PHOTOS_SMALL) --task captioning --d
 	--threads $(THREADS) --runs $(MEASURED)/calibration
 # Three tenths of the dev images fit and search, the others certify. The encoder runs whole where few captions may change.
 ABOUT_OUTPUTS = $(CALIBRATE_PHOTOS) --criterion agreement --kv exact --streams decoder \
-	--num-thresholds 8 --objective calls
+	--num-thresholds 12 --objective calls
 ABOUT_SCORES = $(CALIBRATE_PHOTOS) --per-layer --risk metric
 presets: $(SETS)/dev.jsonl ## Calibrate the presets of the captioner of photos (a quarter of an hour)
 	$(ABOUT_OUTPUTS) --num-beams 1 --budget 0.05 --preset quality
