@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEImageProcessor, MuEProcessor, MuETokenizer
+from mue_hf.data.scenes import SceneDataset
 
 # Of generation, for `byte_parts`: texts of letters, and a preset.
 FIRST_PRESET = {
@@ -121,6 +122,22 @@ def model() -> MuEForConditionalGeneration:
 @pytest.fixture
 def inputs() -> dict:
     return tiny_inputs()
+
+
+@pytest.fixture(scope="module")
+def scenes(request) -> list[dict]:
+    """Captions and two statements on each of a few scenes, as many as `IMAGES` of the test's module."""
+    return list(SceneDataset(request.module.IMAGES, seed=3, statements=2))
+
+
+@pytest.fixture(scope="module")
+def statements(scenes) -> list[dict]:
+    """The statements of `scenes`, a row each."""
+    return [
+        {"image": scene["image"], "image_id": scene["image_id"], "hypothesis": hypothesis, "label": label}
+        for scene in scenes
+        for hypothesis, label in zip(scene["hypothesis"], scene["label"], strict=True)
+    ]
 
 
 @pytest.fixture

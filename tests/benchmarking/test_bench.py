@@ -29,7 +29,7 @@ from mue_hf.benchmarking.variants import (
     variant_names,
 )
 from mue_hf.inference.flops import caption_flops, trunk_flops
-from mue_hf.model.criteria_mue import CRITERIA, Criterion, register_criterion
+from mue_hf.model.criteria_mue import CRITERIA, Criterion, LayerStates, register_criterion
 
 STEPS = 6
 
@@ -111,23 +111,26 @@ def test_unused_exits_change_nothing(model, inputs):
     assert enabled.executed_layers == lossless.executed_layers
 
 
-def test_unused_exits_of_every_criterion_change_nothing():
+def test_unused_exits_of_every_criterion_look_and_change_nothing(monkeypatch):
     model, inputs = tiny_model(dtype=torch.float32), tiny_inputs(dtype=torch.float32)
-    looking = ["confidence", "margin", "entropy", "patience"]
+    looking = ["confidence", "margin", "entropy", "patience", "agreement"]
     names = [name for name in variant_names() if name.startswith("enabled")]
-    assert names == ["enabled", *(f"enabled-{name}" for name in [*looking, "agreement"])]
-    variants, heads = variants_of(model, inputs, ["lossless", *names]), []
+    assert names == ["enabled", *(f"enabled-{name}" for name in looking)]
+    variants, heads, looks = variants_of(model, inputs, ["lossless", *names]), [], []
     model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    logits = LayerStates.logits
+    monkeypatch.setattr(LayerStates, "logits", lambda *args: looks.append(1) or logits(*args))
     lossless, calls = variants["lossless"].run(decoding()), len(heads)
+    assert not looks
     for name in names:
         heads.clear()
+        looks.clear()
         output = variants[name].run(decoding())
         assert torch.equal(output.sequences, lossless.sequences)
         assert output.executed_layers == lossless.executed_layers
-        # Intermediate logits after every layer but the last, which has its own anyway; the rows of a list of tokens
-        # have been taken out of the head.
-        whole = name.partition("-")[2] in looking
-        assert len(heads) == calls * (model.config.decoder_layers if whole else 1)
+        # after every layer but the last, at a list of tokens whose rows have been taken out of the head
+        assert len(looks) == (0 if name == "enabled" else calls * (model.config.decoder_layers - 1))
+        assert len(heads) == calls
 
 
 def test_stock_and_plain_run_an_unfolded_trunk_of_their_own(model, inputs):

@@ -19,18 +19,18 @@ from mue_hf.calibration.goal import Goal
 from mue_hf.calibration.runner import Runner, Split
 from mue_hf.calibration.search import Candidate, pareto_path, thinned
 from mue_hf.data.features import cache_trunk_features
-from mue_hf.data.scenes import SceneDataset
 from mue_hf.evaluation.measure import Meter
 from mue_hf.evaluation.rows import describe_rows
 from mue_hf.evaluation.signals import SignalRecorder, answer_tokens, replay, without_decay
-from mue_hf.evaluation.thresholds import candidate_thresholds
+from mue_hf.evaluation.thresholds import candidate_thresholds, depth_thresholds
 from mue_hf.inference.predict import predict
 from mue_hf.metrics.rewards import CiderDReward
 from mue_hf.model.criteria_mue import ExitPolicy
 from mue_hf.model.exit_options_mue import resolve_options
 from mue_hf.model.generation_mue import weights_fingerprint
 
-# Most draws of random weights give outputs that depend on depth; the loss of the held-out split is then well above 0.
+# Of the fixtures `scenes` and `statements`. Most draws of random weights give outputs that depend on depth; the loss
+# of the held-out split is then well above 0.
 IMAGES = 24
 
 
@@ -41,21 +41,6 @@ def make_parts(dtype=torch.float32, **overrides):
 @pytest.fixture(scope="module")
 def parts():
     return make_parts()
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    """Captions and two statements on each of a few scenes."""
-    return list(SceneDataset(IMAGES, seed=3, statements=2))
-
-
-@pytest.fixture(scope="module")
-def statements(scenes):
-    return [
-        {"image": scene["image"], "image_id": scene["image_id"], "hypothesis": hypothesis, "label": label}
-        for scene in scenes
-        for hypothesis, label in zip(scene["hypothesis"], scene["label"], strict=True)
-    ]
 
 
 @pytest.fixture
@@ -407,6 +392,22 @@ class TestCalibrate:
             tested = calibrated(parts, scenes, "captioning", streams=streams, **how).tested
             exits = {name for one in tested for name in one.options} - {"exit_criterion"}
             assert exits and exits <= {f"{stream}_exit_layer" for stream in streams}
+
+    @pytest.mark.parametrize("decomposed", [True, False], ids=["streams", "joint"])
+    def test_encoder_depths_are_tried_beside_a_criterion_of_the_decoder(self, decomposed, statements):
+        parts, stream = make_parts(modality_decomposition=decomposed), "image" if decomposed else "encoder"
+        option, depths = f"{stream}_exit_threshold", (2, 1)
+        how = {"budget": 0.95, "num_thresholds": 1, "candidates": 9, "criteria": ("confidence",), "streams": [stream]}
+        tried = [
+            [one.options[option] for one in calibrated(parts, statements, "entailment", **how, **more).tested]
+            for more in ({}, {"encoder_depths": True})
+        ]
+        fixed = [depth_thresholds(depth, 3) for depth in depths]
+        assert not any(one in fixed for one in tried[0])
+        assert any(one in fixed for one in tried[1])
+        for depth, thresholds in zip(depths, fixed, strict=True):
+            found = predict(*parts, statements[:6], "entailment", {option: thresholds}, progress=False)
+            assert {one.image_exit_layers for one in found} == {depth}
 
     def test_a_preset_notes_what_it_holds_for(self, parts, scenes, statements):
         """The settings in force, the model's own among them, and which guarantee it is."""

@@ -21,32 +21,18 @@ from mue_hf.calibration.fit import (
     logistic_regression,
     probability,
 )
-from mue_hf.data.scenes import SceneDataset
 from mue_hf.evaluation.rows import describe_rows
 from mue_hf.evaluation.signals import SignalRecorder, answer_tokens
 from mue_hf.inference.predict import predict
 from mue_hf.model.agreement_mue import INPUTS, blank_fit, token_hash
 
+# of the fixtures `scenes` and `statements`
 IMAGES = 12
 
 
 @pytest.fixture(scope="module")
 def parts():
     return byte_parts(image_size=48, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return list(SceneDataset(IMAGES, seed=3, statements=2))
-
-
-@pytest.fixture(scope="module")
-def statements(scenes):
-    return [
-        {"image": scene["image"], "image_id": scene["image_id"], "hypothesis": hypothesis, "label": label}
-        for scene in scenes
-        for hypothesis, label in zip(scene["hypothesis"], scene["label"], strict=True)
-    ]
 
 
 class TestCandidates:

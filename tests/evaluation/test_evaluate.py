@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,13 @@ from mue_hf import MuEConfig, MuEForConditionalGeneration, MuEProcessor, cli
 from mue_hf.data.features import trunk_fingerprint
 from mue_hf.data.scenes import write_scenes
 from mue_hf.evaluation.arguments import EvaluationArguments
-from mue_hf.evaluation.depths import depth_by_position, extremes, similarity_curves, token_oracle
+from mue_hf.evaluation.depths import (
+    depth_by_position,
+    executed_layers,
+    extremes,
+    similarity_curves,
+    token_oracle,
+)
 from mue_hf.evaluation.measure import Meter
 from mue_hf.evaluation.plots import draw_plots
 from mue_hf.evaluation.rows import ControlledRows, describe_rows, donors, load_rows
@@ -109,8 +116,9 @@ def test_records_are_complete(evaluate, tmp_path):
         {"mean": 1 - (2 + 1) / 7, "sum": 1 - (4 + 1) / 10, "without_text": 1 - (1 + 1) / 7}
     )
     assert 0 < first["flops"]["skipped"] < first["flops"]["skipped_without_trunk"] < 1
-    assert first["depth_counts"]["decoder"] == {"1": 12}
+    assert first["depth_counts"]["decoder"] == {"1": 12} and first["executed"] == 1
     lines = table.read_text().splitlines()
+    assert "| layers run a token |" in lines[0]
     assert "cider_plain" in lines[0] and lines[3].startswith("| first |")
     # all images have the same depth
     conditions, load, samples = filter(None, lines[4:])
@@ -469,6 +477,22 @@ def test_depths_by_hand():
     assert depth_by_position(some) == [{"depth": 2.0, "outputs": 3}, {"depth": 3.0, "outputs": 1}]
     easy, hard = extremes(some, 1)
     assert easy == [{"image_id": "b", "depth": (6 + 2) / 2}] and hard == [{"image_id": "a", "depth": 5.0}]
+
+
+@pytest.mark.parametrize("kv", ["project", "exact"])
+def test_layers_run_for_a_token_are_those_counted(kv, parts):
+    model, processor = parts
+    rows = load_rows("captioning", "scenes:1:3", "test")
+    ran, tokens, some = 0, 0, []
+    for row, threshold in product(rows, (0.02, 0.05, 0.1, 0.2, 0.4)):
+        inputs = processor(images=row["image"])
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+        exits = {"exit_criterion": "confidence", "decoder_exit_threshold": threshold, "exit_kv": kv}
+        output = model.generate(**inputs, **exits, max_new_tokens=8, return_dict_in_generate=True)
+        ran, tokens = ran + output.executed_layers["decoder"], tokens + output.decoder_exit_layers.shape[1]
+        some.append(prediction(3, 3, tuple(output.decoder_exit_layers[0].tolist())))
+    assert any(len(set(one.decoder_exit_layers)) > 1 for one in some)
+    assert executed_layers(some, kv) == ran / tokens
 
 
 @pytest.mark.parametrize("prompt_type", ["prev_output", "none"])

@@ -17,7 +17,7 @@ from .stock import StockModel, unfolded_copy
 
 # Those that are timed by default, in the order of the tables.
 DEFAULT_VARIANTS = ("stock", "plain", "lossless", "enabled", "half", "spread", "synchronised")
-# Candidate tokens of a criterion with a made-up fit.
+# Candidate tokens of criteria with intermediate logits, where none are saved.
 MADE_UP_TOKENS = 512
 DEFAULT_CRITERION = ExitOptions().exit_criterion
 
@@ -78,16 +78,17 @@ def spread_pattern(config: Any, batch: int, beams: int, steps: int) -> DepthPatt
 
 def unused_exits(config: Any, criterion: str, tokens: Sequence[int] | None = None) -> dict[str, Any]:
     """Exit options by which every stream computes the scores of a criterion (or of the default one, where the encoder
-    does not follow it), and no row exits. A criterion that needs a fit has a made-up one, for the candidate `tokens`
-    that are saved with the model, or else for a few hundred."""
+    does not follow it), and no row exits. Criteria with intermediate logits look at the candidate `tokens` that are
+    saved with the model, or else at a few hundred; one that needs a fit has a made-up one."""
     cls = CRITERIA[criterion]
     # Whatever the checkpoint has saved.
     neutral = {"exit_decay_beta": 1.0, "exit_warmup": 0.0}
     options: dict[str, Any] = {"exit_criterion": criterion}
     options |= {name: neutral[name] for name in neutral if name in cls.options}
+    if cls.needs_logits:
+        options["exit_candidates"] = list(tokens or range(min(MADE_UP_TOKENS, config.vocab_size)))
     if "exit_fit" in cls.needed:
-        tokens = list(tokens or range(min(MADE_UP_TOKENS, config.vocab_size)))
-        options |= {"exit_candidates": tokens, "exit_fit": blank_fit(config.decoder_layers, tokens, None)}
+        options["exit_fit"] = blank_fit(config.decoder_layers, options["exit_candidates"], None)
     for stream in ("image", "text", "decoder") if config.modality_decomposition else ("encoder", "decoder"):
         followed = cls if stream in cls.sweep_options else CRITERIA[DEFAULT_CRITERION]
         option = followed.sweep_options[stream]

@@ -20,7 +20,7 @@ from ..evaluation.rows import EvaluationData
 from ..evaluation.settings import sets_depths
 from ..evaluation.signals import Signals, stream_layers, without_decay
 from ..evaluation.store import content_key
-from ..evaluation.thresholds import candidate_thresholds
+from ..evaluation.thresholds import candidate_thresholds, depth_thresholds
 from ..inference.predict import Prediction
 from ..metrics.rewards import CiderDReward
 from ..model.agreement_mue import Agreement
@@ -64,6 +64,7 @@ def calibrate(
     criteria: Sequence[str] = ("similarity",),
     streams: Sequence[str] | None = None,
     per_layer: bool = False,
+    encoder_depths: bool = False,
     betas: Sequence[float] = (1.0,),
     num_thresholds: int = 5,
     candidates: int = 8,
@@ -109,6 +110,9 @@ def calibrate(
             those that may exit; all by default. Captions are nearly ties, and where few of them may change, the
             encoder had better run whole: others are runs in vain.
         per_layer (`bool`): one threshold per layer for similarity, see [`candidate_thresholds`].
+        encoder_depths (`bool`): encoder streams that would exit by similarity may stop after a fixed number of layers
+            too, each of which runs once; the decoder's criterion is free of that. As thresholds: None before that
+            layer, and one that every row passes from there on.
         betas (sequence of `float`): values in (0, 1] of the decoder's `exit_decay_beta` to try.
         num_thresholds (`int`): candidate thresholds per stream, criterion and beta, each of which runs once; of
             "fixed" all depths are tried. `levels` is its deprecated name.
@@ -153,7 +157,9 @@ def calibrate(
         # of the search split: losses on the held-out split must not depend on each other's images
         runner.reward = CiderDReward([processor.encode_captions(row["references"]) for row in search.texts])
     with tqdm(unit="run", desc="recording", disable=not progress) as bar:
-        exits = partial(_stream_exits, betas=betas, count=num_thresholds, per_layer=per_layer)
+        exits = partial(
+            _stream_exits, betas=betas, count=num_thresholds, per_layer=per_layer, encoder_depths=encoder_depths
+        )
         path = _search(runner, search, criteria, exiting, exits, candidates, bar, exit_candidates)
         bar.set_description("testing")
         tested, certified = _test(runner, held_out, path, candidates, bar)
@@ -227,7 +233,14 @@ def _prepare(
 
 
 def _stream_exits(
-    runner: Runner, signals: Signals, name: str, stream: str, betas: Sequence[float], count: int, per_layer: bool
+    runner: Runner,
+    signals: Signals,
+    name: str,
+    stream: str,
+    betas: Sequence[float],
+    count: int,
+    per_layer: bool,
+    encoder_depths: bool,
 ) -> list[dict[str, Any]]:
     """Exit options of one stream under the criterion `name`, careful to fast: at most `count` for each of the `betas`
     that the stream takes; of depths that are given, all."""
@@ -242,6 +255,8 @@ def _stream_exits(
     if sets_depths(criterion):
         return [named | {option: depth} for depth in criterion.sweep(layers) if depth >= min_layers]
     found = []
+    if encoder_depths and stream != "decoder":
+        found = [{option: depth_thresholds(depth, layers)} for depth in range(layers - 1, min_layers - 1, -1)]
     for beta in betas if stream == "decoder" and "exit_decay_beta" in criterion.options else (1.0,):
         if criterion is not Similarity:
             known = criterion.sweep(layers)

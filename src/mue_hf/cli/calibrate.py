@@ -77,6 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     held = "streams that may exit, others run whole, e.g. decoder (default: all of the model)"
     settings.add_argument("--streams", nargs="+", choices=STREAMS, metavar="NAME", help=held)
     settings.add_argument("--per-layer", action="store_true", help="a threshold for each layer, of similarity")
+    depths = "encoder streams may stop at fixed depths too, whatever the decoder's criterion"
+    settings.add_argument("--encoder-depths", action="store_true", help=depths)
     decays: dict[str, Any] = {"dest": "betas", "type": float, "nargs": "+", "default": [1.0]}
     settings.add_argument("--beta", **decays, metavar="B", help="decays of the decoder's threshold (1)")
     count: dict[str, Any] = {"type": at_least(1), "metavar": "N"}

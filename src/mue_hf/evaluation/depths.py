@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..inference.flops import filled_layers
 from ..inference.predict import Prediction
 from ..model.criteria_mue import LAYER_OPTIONS
 from .signals import Signals
@@ -27,6 +28,15 @@ def _stream_depths(predictions: Sequence[Prediction]) -> dict[str, list[int]]:
 def mean_depths(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Mean layers of "image" and "text" over rows, and of "decoder" over tokens."""
     return {name: fmean(depths or [0]) for name, depths in _stream_depths(predictions).items()}
+
+
+def executed_layers(predictions: Sequence[Prediction], exit_kv: str) -> float:
+    """Decoder layers that run for a token, mean of outputs that are alone in their batch; with "exact" those that
+    earlier tokens skipped and later ones ask for are among them."""
+    ran = sum(sum(one.decoder_exit_layers) for one in predictions)
+    if exit_kv == "exact":
+        ran += sum(sum(filled_layers(one.decoder_exit_layers)) for one in predictions)
+    return ran / max(sum(len(one.decoder_exit_layers) for one in predictions), 1)
 
 
 def depth_counts(predictions: Sequence[Prediction]) -> dict[str, dict[str, int]]:
@@ -105,6 +115,7 @@ def token_oracle(full: Sequence[Prediction], signals: Signals) -> list[Predictio
 __all__ = [
     "depth_by_position",
     "depth_counts",
+    "executed_layers",
     "extremes",
     "mean_depths",
     "shuffled_depths",

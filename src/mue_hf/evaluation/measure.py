@@ -22,9 +22,10 @@ from ..inference.predict import Prediction, predict
 from ..inference.timing import in_turns
 from ..metrics import bootstrap_interval, caption_scores, entailment_scores
 from ..metrics.intervals import percentile_interval, resampling_weights
+from ..model.exit_options_mue import resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
-from .depths import depth_by_position, depth_counts, extremes, mean_depths
+from .depths import depth_by_position, depth_counts, executed_layers, extremes, mean_depths
 from .signals import branching_nodes
 
 VERSIONS = ("mue-hf", "torch", "transformers", "timm", "numpy")
@@ -78,6 +79,7 @@ class Meter:
             "identical_interval": self._interval(same, predictions),
             "depth": mean_depths(predictions),
             "depth_counts": depth_counts(predictions),
+            "executed": self.executed(predictions, exits),
             "layers": {"encoder": config.encoder_layers, "decoder": config.decoder_layers},
             "layers_skipped": expected_time_reduction(config, predictions),
             "flops": self.flops(predictions, exits),
@@ -183,6 +185,16 @@ class Meter:
             kinds[str(row.get("kind"))].append(number)
         by_kind = {kind: compared(rows) for kind, rows in kinds.items()} if "kind" in self.fields[0] else None
         return {**compared(range(len(ours))), "by_kind": by_kind}
+
+    def executed(self, predictions: Sequence[Prediction], exits: Mapping[str, Any]) -> float | None:
+        """Decoder layers that run for a token of a caption, see [`executed_layers`]; the one decision about an answer
+        has no later token."""
+        if self.task == "entailment":
+            return None
+        options = resolve_options(
+            {**self.decoding, **exits}, {}, self.model.generation_config.to_dict(), self.model.config
+        )
+        return executed_layers(predictions, options.exit_kv)
 
     def flops(self, predictions: Sequence[Prediction], exits: Mapping[str, Any]) -> dict[str, Any]:
         """Mean FLOPs of an output that is alone in its batch, and the share skipped against all layers for the same

@@ -15,7 +15,8 @@ def make_table(records: Sequence[Mapping[str, Any]]) -> str:
     score = main_score(records[0])
     others = [name for name in records[0]["quality"] if name.startswith(("bleu_4", "meteor", "rouge", "spice"))]
     rows = [_cells(record, score, others, records[0]["against"]) for record in records]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    columns = list(max(rows, key=len))
+    lines = [columns, ["---"] * len(columns), *([row.get(name, "-") for name in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -32,11 +33,18 @@ def _cells(record: Mapping[str, Any], score: str, others: Sequence[str], against
         **{name: f"{quality[name]:.3f}" for name in others},
         "identical": _with_interval(record["identical"], record["identical_interval"]),
         "layers image / text / token": f"{depth['image']:.2f} / {depth['text']:.2f} / {depth['decoder']:.2f}",
+        **_executed_cell(record),
         "R mean / sum / without text": " / ".join("-" if share is None else f"{share:.1%}" for share in skipped),
         "FLOPs skipped (without trunk)": f"{flops['skipped']:.1%} ({flops['skipped_without_trunk']:.1%})",
         "speed-up": _with_interval(time["speedup"], time["speedup_interval"], ".2f") if time else "-",
         "tokens": f"{record['length']['tokens']:.1f}",
     }
+
+
+def _executed_cell(record: Mapping[str, Any]) -> dict[str, str]:
+    """Layers that ran for a token of a caption; records of 0.2 do not say."""
+    executed = record.get("executed")
+    return {} if executed is None else {"layers run a token": f"{executed:.2f}"}
 
 
 def _words_cells(record: Mapping[str, Any]) -> dict[str, str]:

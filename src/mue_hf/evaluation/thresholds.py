@@ -56,6 +56,11 @@ def candidate_thresholds(
     return _spread_by_depth(cosines, tried, count, min_layers)
 
 
+def depth_thresholds(depth: int, layers: int) -> list[float | None]:
+    """Thresholds of similarity, one per layer, by which all rows exit after `depth` of them."""
+    return [ALWAYS if layer == depth else None for layer in range(1, layers + 1)]
+
+
 def _spread_by_depth(cosines: Tensor, tried: Sequence[Any], count: int, min_layers: int) -> list[Any]:
     """At most `count` of the thresholds, whose mean depths are spread evenly between full depth and the fastest."""
     layers = cosines.shape[1]
@@ -129,4 +134,4 @@ def stream_thresholds(signals: Signals, count: int) -> dict[str, Any]:
     return found
 
 
-__all__ = ["candidate_thresholds", "nearest", "stream_thresholds"]
+__all__ = ["candidate_thresholds", "depth_thresholds", "nearest", "stream_thresholds"]

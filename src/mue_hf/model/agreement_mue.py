@@ -61,9 +61,10 @@ class Agreement(Criterion):
 
     def __init__(self, policy: ExitPolicy):
         super().__init__(policy)
-        # confidence, margin and best token of the layer before, by row of the call; a token by its place in the
-        # row's shortlist, which are places [rows, few] among the classes
+        # confidence and margin [2, rows], and best token [rows] of the layer before, by row of the call; a token by
+        # its place in the row's shortlist, which are places [rows, few] among the classes
         self.last: NDArray | None = None
+        self.token: NDArray | None = None
         self.shortlist: Tensor | None = None
         step = policy.step.cpu().numpy() if isinstance(policy.step, Tensor) else policy.step
         place = np.array([step, np.log1p(step)])
@@ -88,36 +89,39 @@ class Agreement(Criterion):
     def inputs(self, states: LayerStates) -> NDArray:
         """What a layer's fit looks at, [rows, INPUTS] on the CPU; every layer from the first must be asked for, or
         from the one before the first that may let rows exit."""
-        log_probs, token = self._look(states)
-        pair = torch.stack([last_valid(x, states.mask) for x in (states.previous, states.current)], dim=1)
-        pair = pair.float() if pair.dtype in (torch.float16, torch.bfloat16) else pair
-        seen = (log_probs, token, torch.linalg.vecdot(pair.unsqueeze(1), pair.unsqueeze(2)).flatten(1))
-        if pair.device.type != "cpu":
+        seen = (*self._look(states), self._dots(states))
+        if seen[0].device.type != "cpu":
             # one transfer for all
             seen = torch.cat(seen, dim=1).cpu().split([2, 1, 4], dim=1)
         # A few numbers for each row are left: NumPy's overhead is the smallest that does them all at once.
-        log_probs, token, dots = (x.detach().numpy().T for x in seen)
-        now, inputs = np.empty((3, len(pair))), np.empty((len(INPUTS), len(pair)))
-        np.exp(log_probs, out=now[:2], dtype=np.float64)
-        now[1] = now[0] - now[1]
-        now[2] = token[0]
+        best, token, dots = (x.detach().numpy().T for x in seen)
+        inputs = np.empty((len(INPUTS), best.shape[1]))
+        inputs[0] = best[0]
+        np.subtract(best[0], best[1], out=inputs[1], dtype=np.float64)
+        now = inputs[:2]
+        np.negative(np.log(np.maximum(1.0 - now, FLOOR)), out=inputs[2:4])
         rows = slice(None) if states.rows is None else states.rows.numpy()
         if self.last is None:
-            self.last = np.empty((3, _rows_of_call(states)))
+            self.last, self.token = np.empty((2, _rows_of_call(states))), np.empty(_rows_of_call(states), token.dtype)
             inputs[4:7] = 0.0
         else:
-            before = self.last[:, rows]
-            inputs[4:6] = now[:2] - before[:2]
-            inputs[6] = now[2] == before[2]
-        self.last[:, rows] = now
-        inputs[:2] = now[:2]
-        inputs[2:4] = -np.log(np.maximum(1.0 - now[:2], FLOOR))
+            np.subtract(now, self.last[:, rows], out=inputs[4:6])
+            inputs[6] = token[0] == self.token[rows]
+        self.last[:, rows], self.token[rows] = now, token[0]
         inputs[7] = dots[1] / np.sqrt(np.maximum(dots[0] * dots[3], TINY))
         inputs[8:] = self.place if isinstance(self.policy.step, int) else self.place[:, rows]
         return inputs.T
 
+    @staticmethod
+    def _dots(states: LayerStates) -> Tensor:
+        """Products [rows, 4] of the last positions of the layer's input and output: of the input with itself, of both
+        twice, and of the output with itself."""
+        pair = torch.stack([last_valid(x, states.mask) for x in (states.previous, states.current)], dim=1)
+        pair = pair.float() if pair.dtype in (torch.float16, torch.bfloat16) else pair
+        return torch.bmm(pair, pair.transpose(1, 2)).flatten(1)
+
     def _look(self, states: LayerStates) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [rows, 2] of the two best tokens of each row's shortlist, and the place [rows, 1] of the
+        """Probabilities [rows, 2] of the two best tokens of each row's shortlist, and the place [rows, 1] of the
         best in it. The first look takes the shortlist from all candidates, the others compute no more than that."""
         if self.shortlist is None:
             logits = states.logits()
@@ -126,9 +130,9 @@ class Agreement(Criterion):
             if states.rows is not None:
                 self.shortlist = places.new_zeros(_rows_of_call(states), places.shape[1])
                 self.shortlist[states.rows.to(places.device)] = places
-            return best.log_softmax(-1)[:, :2], torch.zeros_like(places[:, :1])
+            return best.softmax(-1)[:, :2], torch.zeros_like(places[:, :1])
         places = self.shortlist if states.rows is None else self.shortlist[states.rows.to(self.shortlist.device)]
-        two = states.logits(places).log_softmax(-1).topk(2, dim=-1)
+        two = states.logits(places).softmax(-1).topk(2, dim=-1)
         return two.values, two.indices[:, :1]
 
     def score(self, states: LayerStates) -> Tensor:

@@ -110,7 +110,8 @@ class CandidateHead:
         """States [rows, d] -> logits of a few candidates of each row, by their places [rows, few]."""
         if self.weight is None:
             return self(states).gather(1, places)
-        logits = torch.bmm(self.weight[places], states.unsqueeze(2)).squeeze(2)
+        # this way round, which is the faster one for several rows
+        logits = torch.bmm(states.unsqueeze(1), self.weight[places].transpose(1, 2)).squeeze(1)
         return logits if self.bias is None else logits + self.bias[places]
 
 

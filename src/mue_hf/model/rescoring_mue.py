@@ -4,13 +4,13 @@ A search whose tokens exit at different depths compares scores of different dept
 among them is not.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
-from transformers.generation import GenerationMode, PrefixConstrainedLogitsProcessor
+from transformers.generation import GenerationMode, LogitsProcessor, PrefixConstrainedLogitsProcessor
 from transformers.modeling_outputs import ModelOutput
 
 from .criteria_mue import ExitPolicy
@@ -71,28 +71,14 @@ class RescoringMixin:
         sequences, lengths = output.sequences, (output.beam_indices >= 0).sum(1)
         prompt = run.schedule.prompt_length
         states, executed = self._full_depth_states(sequences, prompt, search)
-        totals = torch.zeros(len(sequences), device=sequences.device)
-        for step, logits in enumerate(self._step_logits(states, run.text_ids)):
-            prefixes, live = sequences[:, : prompt + step], step < lengths
-            scores = logits.float().log_softmax(-1)
-            for processor in search["logits_processor"]:
-                if isinstance(processor, PrefixConstrainedLogitsProcessor):
-                    # a constraint says nothing about sequences that have ended
-                    allowed = processor._prefix_allowed_tokens_fn
-                    scores = _constrained(scores, prefixes, live, allowed, config.num_beams)
-                else:
-                    scores = processor(prefixes, scores)
-            chosen = scores.gather(1, sequences[:, prompt + step, None].clamp_min(0)).squeeze(1)
-            totals = totals + torch.where(live, chosen, 0.0)
+        step_logits = self._step_logits(states, run.text_ids)
+        totals = _log_probs(step_logits, sequences, lengths, prompt, search["logits_processor"], config.num_beams)
         scores = totals / lengths.clamp_min(1) ** config.length_penalty
         ended = _ended(sequences, lengths, prompt, search["stopping_criteria"])
         # a beam of an image that has too few continuations may go on after its end
         ended &= ~run.finished(sequences).gather(1, lengths.clamp_min(1).unsqueeze(1) - 1).squeeze(1)
         scores = scores.masked_fill(~ended | _repeated(sequences, config.num_beams), -torch.inf)
-        # those of one score stay in the order of the search
-        order = scores.unflatten(0, (-1, config.num_beams)).sort(dim=1, descending=True, stable=True).indices
-        first = torch.arange(len(order), device=order.device).unsqueeze(1) * config.num_beams
-        best = (first + order[:, : config.num_return_sequences]).flatten()
+        best = _best(scores, config.num_beams, config.num_return_sequences)
         longest = int(lengths[best].max())
         output.sequences = sequences[best, : prompt + longest]
         output.beam_indices = output.beam_indices[best, :longest]
@@ -126,6 +112,42 @@ class RescoringMixin:
         steps = max(LOGITS // (states.shape[0] * self.config.vocab_size), 1)
         for some in states.split(steps, dim=1):
             yield from self._logits(some, ids).unbind(1)
+
+
+def _log_probs(
+    step_logits: Iterable[Tensor],
+    sequences: Tensor,
+    lengths: Tensor,
+    prompt: int,
+    processors: Iterable[LogitsProcessor],
+    num_beams: int,
+) -> Tensor:
+    """The summed log-probabilities [rows] of the new tokens of sequences [rows, prompt + new tokens], `lengths` [rows]
+    of them, from the logits [rows, vocabulary] of each step.
+
+    All processors run. Those that only mask leave a token that they do not forbid as it is, but a search that finds
+    too few continuations takes forbidden ones too; what there is to save is a twentieth of the pass.
+    """
+    totals = torch.zeros(len(sequences), device=sequences.device)
+    for step, logits in enumerate(step_logits):
+        prefixes, live = sequences[:, : prompt + step], step < lengths
+        scores = logits.float().log_softmax(-1)
+        for processor in processors:
+            if isinstance(processor, PrefixConstrainedLogitsProcessor):
+                # a constraint says nothing about sequences that have ended
+                scores = _constrained(scores, prefixes, live, processor._prefix_allowed_tokens_fn, num_beams)
+            else:
+                scores = processor(prefixes, scores)
+        chosen = scores.gather(1, sequences[:, prompt + step, None].clamp_min(0)).squeeze(1)
+        totals = totals + torch.where(live, chosen, 0.0)
+    return totals
+
+
+def _best(scores: Tensor, num_beams: int, count: int) -> Tensor:
+    """The `count` best rows of each image; those of one score stay in the order of the search."""
+    order = scores.unflatten(0, (-1, num_beams)).sort(dim=1, descending=True, stable=True).indices
+    first = torch.arange(len(order), device=order.device).unsqueeze(1) * num_beams
+    return (first + order[:, :count]).flatten()
 
 
 def _constrained(
