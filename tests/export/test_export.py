@@ -8,7 +8,7 @@ from conftest import tiny_model
 
 from mue_hf import cli
 from mue_hf.export import checkpoint as export
-from mue_hf.export.graphs import graph_of, parts_of, trunk_graph, with_weights
+from mue_hf.export.graphs import Part, graph_of, parts_of, trunk_graph, with_weights
 from mue_hf.model.engine_mue import graph_names, sha256_of
 
 
@@ -21,9 +21,9 @@ def traced(engine_folders, monkeypatch):
     files = {
         ("Trunk", ("features",)): "trunk",
         ("EncoderLayer", ("output",)): "encoder_0",
-        ("DecoderProjection", ("query", "keys", "values")): "decoder_0_project",
+        ("DecoderProjection", ("keys", "values")): "decoder_0_project",
         ("CrossProjection", ("keys", "values")): "cross_0",
-        ("DecoderLayer", ("output",)): "decoder_0",
+        ("DecoderLayer", ("output", "keys", "values")): "decoder_0",
         ("Matrix", ("logits",)): "head",
     }
 
@@ -193,6 +193,45 @@ def test_graphs_take_batches_of_one_and_biases_that_broadcast(engine_folders):
         got = session.run(None, {"states": states.expand(rows, -1, -1).numpy(), "bias": bias.numpy()})[0]
         expected = parts["encoder_1"].module(states, bias).expand(rows, -1, -1)
         torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_compute_no_shapes(engine_folders):
+    import onnx
+
+    for name in ("encoder_0", "cross_0", "decoder_0", "decoder_0_project", "decoder_1"):
+        graph = onnx.load(engine_folders["float32"] / f"onnx/{name}.onnx").graph
+        made = {output for node in graph.node for output in node.output}
+        assert not [node.op_type for node in graph.node if node.op_type in ("Shape", "Squeeze")]
+        assert not [node.name for node in graph.node if node.op_type == "Reshape" and node.input[1] in made]
+        used = {name for node in graph.node for name in node.input}
+        assert {value.name for value in graph.initializer} <= used
+
+
+def test_convolutions_that_pad_as_tensorflow_does_pad_by_themselves():
+    layers = pytest.importorskip("timm.layers")
+    import onnxruntime
+    from torch import nn
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (
+                layers.Conv2dSame(3, 4, 3, stride=2),
+                layers.Conv2dSame(4, 4, 5, stride=2, groups=4),
+            )
+
+        def forward(self, pixels):
+            return self.second(self.first(pixels).clamp(0, 6))
+
+    module = Padded().eval()
+    part = Part(module, (torch.randn(2, 3, 16, 16),), ("pixels",), ("features",), {"pixels": (1,)})
+    graph, size = trunk_graph(part, None)
+    assert size is None and "Pad" not in {node.op_type for node in graph.graph.node}
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    for height, width in ((16, 16), (17, 15), (9, 30), (10, 11)):
+        pixels = torch.randn(1, 3, height, width)
+        got = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
+        torch.testing.assert_close(got, module(pixels), rtol=1e-4, atol=1e-4)
 
 
 def test_the_tracer_leaves_shapes_open(engine_folders):

@@ -346,5 +346,7 @@ def test_outputs_take_assignments_as_those_of_transformers_do():
     assert list(ours) == list(theirs) == ["logits", "cache", "encoder_last_hidden_state"]
     assert all(ours[name] is getattr(ours, name) for name in ours) and ours["cache"] is fields["cache"]
     assert (ours.other, ours.loss, ours.decoder_attentions) == (3, None, None)
+    for alone in ({"loss": torch.ones(1), "logits": torch.zeros(1)}, torch.ones(1), (("loss", torch.ones(1)),)):
+        assert list(MuESeq2SeqLMOutput(alone)) == list(Seq2SeqLMOutput(alone))
     ours.executed_layers = {"decoder": 1}
     assert ours["executed_layers"] == {"decoder": 1} and ours.to_tuple()[-1] == {"decoder": 1}

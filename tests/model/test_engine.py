@@ -12,10 +12,11 @@ from conftest import tiny_inputs
 from stack import generate
 from transformers import AutoModelForImageTextToText
 
-from mue_hf import MuEForConditionalGeneration
+from mue_hf import MuECache, MuEForConditionalGeneration
 from mue_hf.data.features import trunk_fingerprint
 from mue_hf.inference.flops import trunk_flops
 from mue_hf.model import engine_mue
+from mue_hf.model.criteria_mue import ExitPolicy
 from mue_hf.model.presets_mue import weights_fingerprint
 from mue_hf.model.views_mue import ImageView
 
@@ -64,6 +65,23 @@ def exits(model, inputs, kind: str) -> dict:
     return mixed(partial(generate, model, inputs), kind, **streams)
 
 
+@torch.no_grad()
+def steps(model, inputs, kv: str) -> list[torch.Tensor]:
+    """The logits of steps of several tokens and of other depths in each row, between which rows change places."""
+    draw, cache, logits = torch.Generator().manual_seed(3), MuECache(model.config, 1, kv), []
+    encoded = model.get_encoder()(**inputs)
+    for step, tokens in enumerate((1, 1, 1, 2, 1, 1, 3, 1, 1, 1)):
+        ids = torch.randint(5, 90, (8, tokens), generator=draw)
+        depth = torch.randint(1, model.config.decoder_layers + 1, (8,), generator=draw)
+        policy = ExitPolicy("fixed", depth=depth) if step % 3 else ExitPolicy()
+        given = {"encoder_outputs": encoded, "decoder_input_ids": ids, "cache": cache}
+        logits.append(model(**given, exit_policy=policy).logits)
+        cache.reorder_cache(torch.randint(0, 2, (8,), generator=draw) + torch.arange(8) // 2 * 2)
+        if step == 6:
+            cache.crop(-1)
+    return logits
+
+
 class TestSameAsTorch:
     @pytest.mark.parametrize("beams", [1, 3])
     @pytest.mark.parametrize("kind", ["off", "fixed", "confidence", "margin", "similarity"])
@@ -81,6 +99,22 @@ class TestSameAsTorch:
         slow, fast = generate(reference, inputs, **options), generate(engine, inputs, **options)
         assert fast.sequences.tolist() == slow.sequences.tolist()
         assert depths(fast) == depths(slow) and fast.executed_layers == slow.executed_layers
+
+    @pytest.mark.parametrize("kv", ["project", "copy", "exact"])
+    def test_steps_of_other_depths_lengths_and_orders(self, reference, engine_folders, inputs, kv):
+        """What the cache holds of a layer has room for more positions or not, by what ran before."""
+        engine = MuEForConditionalGeneration.from_pretrained(engine_folders["float32"], engine="onnxruntime")
+        slow, fast = steps(reference, inputs, kv), steps(engine, inputs, kv)
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+        # a layer is one graph, whatever it runs on
+        assert any(name.endswith("_project") for name in engine.engine.sessions) == (kv == "project")
+
+    def test_rescored_beams(self, reference, engine, inputs):
+        options = {"num_beams": 3, "exit_rescore": True, "output_scores": True}
+        options |= mixed(partial(generate, reference, inputs), "similarity", **options)
+        slow, fast = generate(reference, inputs, **options), generate(engine, inputs, **options)
+        assert fast.sequences.tolist() == slow.sequences.tolist()
+        torch.testing.assert_close(fast.sequences_scores, slow.sequences_scores, rtol=1e-4, atol=1e-4)
 
     def test_rows_that_end_and_prompts_padded_on_the_left(self, reference, engine, inputs):
         first = generate(reference, inputs, max_new_tokens=2).sequences[0, 2].item()
@@ -142,7 +176,9 @@ class TestSameAsTorch:
             torch.set_num_threads(threads + 1)
             assert generate(engine, inputs).sequences.tolist() == expected
             assert engine.engine.threads == threads + 1
-            assert not {id(one) for one, _ in made.values()} & {id(one) for one, _ in engine.engine.sessions.values()}
+            assert not {id(one) for one, *_ in made.values()} & {
+                id(one) for one, *_ in engine.engine.sessions.values()
+            }
         finally:
             torch.set_num_threads(threads)
 
@@ -156,6 +192,14 @@ def test_slots_fold_and_unfold_as_views_do():
         free = torch.ones(fold.numel(), dtype=torch.bool).index_fill_(0, unfold, False).view(fold.shape)
         assert torch.equal(folded.masked_fill(free[:, None, :, None], 0), view.fold(states))
         assert torch.equal(states[fold.flatten()][unfold], states)
+        fold, unfold = view.places(3)
+        states = torch.randn(count, 3, 4)
+        queries = states.flatten(0, 1)[fold]
+        assert queries.shape[:2] == (view.count, 3 * view.rows_per_image)
+        assert torch.equal(queries.flatten(0, 1)[unfold], states)
+        taken = torch.zeros(queries.shape[:2], dtype=torch.bool).flatten().index_fill_(0, unfold.flatten(), True)
+        folded = view.fold(states.unsqueeze(1)).squeeze(1)
+        assert torch.equal(queries.flatten(0, 1)[taken], folded.flatten(0, 1)[taken])
 
 
 class TestWeights:
@@ -248,7 +292,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("damage", "what"),
         [
-            (lambda m, d: m.update(opset=21), "must have format 1 and `opset` 20, got 1 and 21; run `mue-hf export`"),
+            (lambda m, d: m.update(opset=21), "must have format 2 and `opset` 20, got 2 and 21; run `mue-hf export`"),
+            (lambda m, d: m.update(format=1), "must have format 2 .* got 1 and 20; run `mue-hf export` again"),
             (lambda m, d: m.pop("weights"), "must be the manifest of an export, got KeyError"),
             (lambda m, d: m["graphs"].pop("cross_2"), "must list the graph 'cross_2'"),
             (lambda m, d: (d / "onnx/head.onnx").unlink(), "must hold onnx/head.onnx"),

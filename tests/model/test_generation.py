@@ -139,6 +139,31 @@ class TestModes:
         assert torch.equal(plain.sequences, drafted.sequences)
 
 
+class TestLoop:
+    def test_processors_that_want_more_are_refused_as_in_transformers(self, model):
+        class Wanting(LogitsProcessor):
+            def __call__(self, input_ids, scores, more):
+                return scores
+
+        with pytest.raises(ValueError, match="Make sure that all the required parameters"):
+            generate(model, tiny_inputs(), logits_processor=LogitsProcessorList([Wanting()]))
+
+    def test_saved_options_are_not_copied_and_those_of_the_call_come_first(self, model):
+        saved, before = model.generation_config, dict(vars(model.generation_config))
+        presets = {"mine": {"decoder_exit_threshold": 0.5}, "other": {"decoder_exit_threshold": 0.7}}
+        saved.exit_presets, saved.exit_min_layers = presets, 2
+        try:
+            passed = GenerationConfig(exit_min_layers=3, max_new_tokens=4)
+            for given, layers in ((None, 2), (passed, 3)):
+                config, _ = model._prepare_generation_config(given, exit_preset="mine", num_beams=2)
+                assert config.exit_presets is presets and config.num_beams == 2
+                assert config.exit_min_layers == layers and config._exit_options.decoder_exit_threshold == 0.5
+            assert saved.exit_presets is presets and saved.exit_min_layers == 2
+        finally:
+            vars(saved).clear()
+            vars(saved).update(before)
+
+
 class TestSchedule:
     def test_theta_reaches_every_step(self, model):
         seen = []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -92,56 +93,68 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderProjection(nn.Module):
-    """States [rows, tokens, d] -> queries [rows, tokens, d] of the self-attention, keys and values [rows, heads,
-    tokens, head dim]: what comes before the cache."""
+    """States [rows, tokens, d] -> keys and values [rows, heads, tokens, head dim] of the self-attention, for tokens
+    that skipped the layer."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.norm, self.attention = layer.self_attn_layer_norm, Attention(layer.self_attn, joined=True)
-        del self.attention.output
+        self.norm, self.attention = layer.self_attn_layer_norm, Attention(layer.self_attn, joined=False)
+        del self.attention.query, self.attention.output
 
-    def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, keys, values = self.attention.query_keys_values(self.norm(states)).chunk(3, dim=-1)
-        return query, self.attention.split(keys), self.attention.split(values)
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.attention.keys_values(self.norm(states)).chunk(2, dim=-1)
+        return self.attention.split(keys), self.attention.split(values)
+
+
+def look_up(tokens: Tensor, states: Tensor) -> Tensor:
+    """The states [..., d] of some tokens, by their places among the states [rows, tokens, d] of all."""
+    return nn.functional.embedding(tokens, states.flatten(0, 1))
 
 
 class DecoderLayer(nn.Module):
-    """What comes after the cache: both attentions and the feed-forward block.
+    """A whole decoder layer.
 
-    Inputs: states and queries [rows, tokens, d]; keys and values [rows, heads, keys, head dim] and a bias [rows or 1,
-    heads, tokens, keys]; those of the cross-attention [images, heads, source, head dim] and a bias [images or 1,
-    heads, slots * tokens or 1, source]; `fold` [images, slots], the row in each slot of an image, any row where a slot
-    is free; and `unfold` [rows], the slot of each row.
+    Inputs: states [rows, tokens, d]; keys and values [rows, heads, past, head dim] of earlier positions; `own` [rows,
+    new], the tokens of the call, counted over all rows, that each row has behind these; a bias [rows or 1, heads,
+    tokens, past + new]; keys and values of the cross-attention [images, heads, source, head dim]; `fold` [images,
+    queries], the token of each query of an image, any where a place is free; a bias [images or 1, heads, queries or 1,
+    source] of these; and `unfold` [rows, tokens], the place of each token among all queries.
+
+    Outputs: states, and keys and values [rows, heads, past + new, head dim].
     """
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.attention, self.mid_norm = Attention(layer.self_attn, joined=True), layer.self_attn_mid_layer_norm
+        self.norm, self.attention = layer.self_attn_layer_norm, Attention(layer.self_attn, joined=True)
+        self.mid_norm = layer.self_attn_mid_layer_norm
         self.cross, self.cross_norm = Attention(layer.cross_attn, joined=False), layer.cross_attn_layer_norm
         self.cross_mid_norm, self.feed_forward = layer.cross_attn_mid_layer_norm, FeedForward(layer)
-        del self.attention.query_keys_values, self.cross.keys_values
+        del self.cross.keys_values
 
     def forward(
         self,
         states: Tensor,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        past_keys: Tensor,
+        past_values: Tensor,
+        own: Tensor,
         bias: Tensor,
         cross_keys: Tensor,
         cross_values: Tensor,
-        cross_bias: Tensor,
         fold: Tensor,
+        cross_bias: Tensor,
         unfold: Tensor,
-    ) -> Tensor:
-        output = self.attention.attend(query, keys, values, bias)
-        states = states + self.mid_norm(self.attention.output(output))
-        (images, slots), (_, tokens, width) = fold.shape, states.shape
-        query = self.cross.query(self.cross_norm(states)).index_select(0, fold.flatten())
-        query = query.reshape(images, slots * tokens, width)
-        output = self.cross.attend(query, cross_keys, cross_values, cross_bias)
-        output = output.reshape(images * slots, tokens, width).index_select(0, unfold)
-        return self.feed_forward(states + self.cross_mid_norm(self.cross.output(output)))
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attention, width = self.attention, states.shape[-1]
+        query, new = attention.query_keys_values(self.norm(states)).split((width, 2 * width), dim=-1)
+        # keys and values as twice as many heads
+        new = look_up(own, new).unflatten(-1, (2 * attention.heads, -1)).transpose(1, 2)
+        keys, values = (torch.cat(pair, dim=2) for pair in zip((past_keys, past_values), new.chunk(2, 1), strict=True))
+        output = attention.attend(query, keys, values, bias)
+        states = states + self.mid_norm(attention.output(output))
+        query = look_up(fold, self.cross.query(self.cross_norm(states)))
+        output = look_up(unfold, self.cross.attend(query, cross_keys, cross_values, cross_bias))
+        states = self.feed_forward(states + self.cross_mid_norm(self.cross.output(output)))
+        return states, keys, values
 
 
 class CrossProjection(nn.Module):
@@ -189,8 +202,8 @@ class Part:
 
 KEYS = ("keys", "values")
 LAYER_INPUTS = (
-    *("states", "query", *KEYS, "bias"),
-    *("cross_keys", "cross_values", "cross_bias", "fold", "unfold"),
+    *("states", "past_keys", "past_values", "own", "bias"),
+    *("cross_keys", "cross_values", "fold", "cross_bias", "unfold"),
 )
 
 
@@ -218,23 +231,24 @@ def parts_of(model: MuEForConditionalGeneration, image_size: Sequence[int] | Non
         like = "encoder_0" if number else None
         yield f"encoder_{number}", Part(EncoderLayer(layer), example, ("states", "bias"), ("output",), fixed, like)
     heads = config.decoder_attention_heads
-    # 5 rows of 2 images, 3 and 2, 4 tokens with 6 keys, 11 source tokens
-    fold, unfold = torch.tensor([[0, 1, 2], [3, 4, 3]]), torch.tensor([0, 1, 2, 3, 4])
+    # 5 rows of 2 images, 3 and 2, with 4 tokens; each attends to 6 earlier positions, 3 tokens, and 11 of the source
+    own, unfold = torch.arange(15).view(5, 3), torch.arange(20).view(5, 4)
+    fold = torch.cat([unfold.flatten(), unfold[0]]).view(2, 12)
     past, source = (5, heads, 6, width // heads), (2, heads, 11, width // heads)
-    fixed = {"states": (2,), "query": (2,)}
-    fixed |= dict.fromkeys((*KEYS, "cross_keys", "cross_values"), (1, 3)) | {"bias": (1,), "cross_bias": (1,)}
+    fixed = {"states": (2,)} | dict.fromkeys(("past_keys", "past_values", "cross_keys", "cross_values"), (1, 3))
+    fixed |= {"bias": (1,), "cross_bias": (1,)}
     for number, layer in enumerate(decoder.layers):
         states = (random(5, 4, width),)
         of = [f"{name}_0{end}" if number else None for name, end in (("decoder", "_project"), ("cross", ""))]
-        names = ("query", *KEYS)
-        yield f"decoder_{number}_project", Part(DecoderProjection(layer), states, ("states",), names, fixed, of[0])
+        yield f"decoder_{number}_project", Part(DecoderProjection(layer), states, ("states",), KEYS, fixed, of[0])
         yield f"cross_{number}", Part(CrossProjection(layer), (random(2, 11, width),), ("states",), KEYS, fixed, of[1])
         example = (
-            *(*states, random(5, 4, width), random(*past), random(*past), random(5, heads, 4, 6)),
-            *(random(*source), random(*source), random(2, heads, 12, 11), fold, unfold),
+            *(*states, random(*past), random(*past), own, random(5, heads, 4, 9)),
+            *(random(*source), random(*source), fold, random(2, heads, 12, 11), unfold),
         )
         like = "decoder_0" if number else None
-        yield f"decoder_{number}", Part(DecoderLayer(layer), example, LAYER_INPUTS, ("output",), fixed, like)
+        outputs = ("output", *KEYS)
+        yield f"decoder_{number}", Part(DecoderLayer(layer), example, LAYER_INPUTS, outputs, fixed, like)
     head = nn.Linear(width, config.num_text_tokens, bias=model.lm_head.bias is not None)
     head.weight.copy_(model.lm_head.weight[: config.num_text_tokens])
     if model.lm_head.bias is not None:
@@ -276,6 +290,7 @@ def graph_of(part: Part) -> Any:
             verbose=False,
         )
     graph = program.model_proto
+    _fix_reshapes(graph.graph)
     # the tracer takes axes that are equal in the example for equal always, but a bias may broadcast
     for value in (*graph.graph.input, *graph.graph.output):
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
@@ -283,6 +298,71 @@ def graph_of(part: Part) -> Any:
                 dim.dim_param = f"{value.name}_{axis}"
     del graph.graph.value_info[:]
     return graph
+
+
+def _fix_reshapes(graph: Any) -> None:
+    """Shapes of reshapes are computed by nodes, of which a small layer has more than of others: where one dimension at
+    most is neither known nor that of the input, a constant does."""
+    from onnx import numpy_helper
+
+    shapes = {value.name: _dims(value) for value in (*graph.input, *graph.value_info, *graph.output)}
+    constants = {value.name for value in graph.initializer}
+    for node in graph.node:
+        before, after = shapes.get(node.input[0]), shapes.get(node.output[0])
+        if node.op_type != "Reshape" or node.input[1] in constants or before is None or after is None:
+            continue
+        # 0 is the dimension of the input at that place, -1 what is left
+        known = [
+            dim if isinstance(dim, int) else 0 if before[place : place + 1] == [dim] else -1
+            for place, dim in enumerate(after)
+        ]
+        if known.count(-1) > 1 or 0 in after:
+            continue
+        node.input[1] = f"{node.output[0]}/shape"
+        graph.initializer.append(numpy_helper.from_array(np.array(known), node.input[1]))
+        # 0 as a length of its own
+        del node.attribute[:]
+    _drop_unused(graph)
+
+
+def _pad_in_convolutions(graph: Any) -> None:
+    """Convolutions of timm that pad as TensorFlow does, by the size of the image, as the operator does by itself: the
+    runtime's layout for convolutions then goes through, and there are no padded copies."""
+    from onnx import helper
+
+    padded = {node.output[0]: node for node in graph.node if node.op_type == "Pad"}
+    constants = {value.name for value in graph.initializer}
+    for node in graph.node:
+        pad = padded.get(node.input[0]) if node.op_type == "Conv" else None
+        if pad is None or pad.input[1] in constants:
+            continue
+        kept = [attribute for attribute in node.attribute if attribute.name not in ("pads", "auto_pad")]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute("auto_pad", "SAME_UPPER")])
+        node.input[0] = pad.input[0]
+    _drop_unused(graph)
+
+
+def _dims(value: Any) -> list[Any] | None:
+    kind = value.type.tensor_type
+    if not kind.HasField("shape"):
+        return None
+    # a dimension without a name is equal to no other
+    return [dim.dim_param or (dim.dim_value if dim.HasField("dim_value") else object()) for dim in kind.shape.dim]
+
+
+def _drop_unused(graph: Any) -> None:
+    """Removes the nodes and initializers that nobody takes."""
+    needed, kept = {value.name for value in graph.output}, []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    weights = [value for value in graph.initializer if value.name in needed]
+    del graph.initializer[:]
+    graph.initializer.extend(weights)
 
 
 def trunk_graph(part: Part, config: Any) -> tuple[Any, list[int] | None]:
@@ -293,7 +373,10 @@ def trunk_graph(part: Part, config: Any) -> tuple[Any, list[int] | None]:
     """
     height, width = part.example[0].shape[2:]
     try:
-        return graph_of(part), None
+        graph = graph_of(part)
+        if any(type(module).__name__ == "Conv2dSame" for module in part.module.modules()):
+            _pad_in_convolutions(graph.graph)
+        return graph, None
     # torch's exporter and a trunk's own code raise what they like
     except Exception:
         part.fixed["pixels"] = (1, 2, 3)

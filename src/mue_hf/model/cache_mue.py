@@ -20,7 +20,8 @@ class MuECacheLayer:
     """What the cache holds for one layer; None where nobody has reached it yet.
 
     Args:
-        keys, values (`Tensor` [rows, heads, capacity, head dim]): of the self-attention.
+        keys, values (`Tensor` [rows, heads, positions, head dim]): of the self-attention, with or without room for
+            more positions.
         filled (`LongTensor` [rows]): how many leading positions of each row have them.
         cross_keys, cross_values (`Tensor` [images, heads, source, head dim]): of the encoder's output.
         ready (`BoolTensor` [images]): which images have them.
@@ -91,9 +92,6 @@ class MuECache(Cache):
         if self.length + num_tokens > self.capacity:
             self.capacity = max(self.length + num_tokens, 2 * self.capacity)
             self.tables.clear()
-            for layer in self.layers:
-                if layer.keys is not None:
-                    layer.keys, layer.values = self._grown(layer.keys, 2), self._grown(layer.values, 2)
             if self.states is not None:
                 self.states, self.depths = self._grown(self.states, 1), self._grown(self.depths, 1)
 
@@ -105,12 +103,15 @@ class MuECache(Cache):
         return new
 
     def _with_room(self, layer_idx: int, keys: Tensor) -> MuECacheLayer:
-        """The layer, allocated like keys [any, heads, ..., head dim] if nobody has reached it yet."""
+        """The layer with room for all positions, allocated like keys [any, heads, ..., head dim] if nobody has reached
+        it yet."""
         layer = self.layers[layer_idx]
         if layer.keys is None:
             shape = (self.num_rows, keys.shape[1], self.capacity, keys.shape[-1])
             layer.keys, layer.values = keys.new_zeros(shape), keys.new_zeros(shape)
             layer.filled = torch.zeros(self.num_rows, dtype=torch.long)
+        elif layer.keys.shape[2] < self.capacity:
+            layer.keys, layer.values = self._grown(layer.keys, 2), self._grown(layer.values, 2)
         return layer
 
     def update_self(
@@ -135,6 +136,35 @@ class MuECache(Cache):
         if positions.start == 0:
             return keys, values
         return layer.keys[index, :, : positions.stop], layer.values[index, :, : positions.stop]
+
+    def past_self(self, layer_idx: int, view: TokenView, project: Project) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [rows, heads, past, head dim] of the positions before the view's tokens, completed as
+        `update_self` does, None without any: for a layer that puts those of the tokens behind them by itself."""
+        self._complete(layer_idx, view.rows, project)
+        layer = self.layers[layer_idx]
+        if layer.keys is None:
+            return None
+        if view.past == layer.keys.shape[2] and view.rows is None:
+            return layer.keys, layer.values
+        keys, values = layer.keys[:, :, : view.past], layer.values[:, :, : view.past]
+        if view.rows is None:
+            return keys, values
+        return keys.index_select(0, view.rows), values.index_select(0, view.rows)
+
+    def extend_self(self, layer_idx: int, keys: Tensor, values: Tensor, view: TokenView) -> None:
+        """Stores what a layer made of `past_self`: keys and values [rows, heads, past and new, head dim]."""
+        layer, positions = self.layers[layer_idx], view.positions
+        if view.rows is None:
+            layer.keys, layer.values = keys, values
+            if layer.filled is None:
+                layer.filled = torch.zeros(self.num_rows, dtype=torch.long)
+            return
+        layer = self._with_room(layer_idx, keys)
+        if isinstance(positions, slice):
+            new: Any = (slice(None), slice(None), slice(view.past, None))
+        else:
+            positions, new = positions[:, 0], (torch.arange(len(keys)), slice(None), view.keys[2])
+        layer.keys[view.rows, :, positions], layer.values[view.rows, :, positions] = keys[new], values[new]
 
     def cross(self, layer_idx: int, project: Project, states: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor]:
         """Cross-attention keys and values [all images, heads, source, head dim] of a layer, made for an image when one
@@ -263,9 +293,12 @@ class MuECache(Cache):
 
     def _selected(self, old: Tensor, index: Tensor, dim: int, same_size: bool) -> Tensor:
         # only the positions in use are moved
-        used = old.narrow(dim, 0, self.length)[index]
+        length = min(self.length, old.shape[dim])
+        used = old.narrow(dim, 0, length).index_select(0, index.to(old.device))
+        if length == old.shape[dim]:
+            return used
         new = old if same_size else old.new_zeros(len(index), *old.shape[1:])
-        new.narrow(dim, 0, self.length).copy_(used)
+        new.narrow(dim, 0, length).copy_(used)
         return new
 
     def batch_repeat_interleave(self, repeats: int) -> None:

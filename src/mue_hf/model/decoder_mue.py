@@ -1,6 +1,6 @@
 """The decoder: causal layers over new tokens, one exit per row and call, and a cache that stays whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ from .layers_mue import (
     known_true,
     mask_value,
     position_scores,
-    relative_bias,
     table_rows,
     text_relative_index,
 )
@@ -53,6 +52,8 @@ class _PositionBias:
         self.decoder, self.config, self.encoder_positions = decoder, decoder.config, encoder_positions
         self.length, self.tables = length, tables
         self.key_mask = None if key_mask is None or known_true(key_mask) else key_mask
+        self.at: tuple[slice, int] | None = None
+        self.cut: Sequence[Tensor] = ()
         self.offsets = None
         if self.key_mask is not None and not known_true(self.key_mask[:, 0]):
             # left padding: a row's first token has position 0 wherever it stands
@@ -61,10 +62,14 @@ class _PositionBias:
     def self_bias(self, layer: int, tokens: TokenView, keys: int) -> Tensor:
         """Additive bias [rows or 1, heads, tokens, keys] of the self-attention, folded as the view of the tokens says;
         it masks later and missing tokens."""
-        table = self._self_table(layer)
         if isinstance(tokens.positions, slice) and self.offsets is None:
-            bias = table[:, tokens.positions, :keys].unsqueeze(0)
+            if self.at != (tokens.positions, keys):
+                # cut for all layers at once
+                self.at = tokens.positions, keys
+                self.cut = self._self_tables()[:, :, :, tokens.positions, :keys].contiguous().unbind(0)
+            bias = self.cut[layer]
         else:
+            table = self._self_tables()[layer, 0]
             offsets = self._offsets(tokens.rows)
             queries = self._query_positions(tokens).unsqueeze(-1)
             places = (torch.arange(keys, device=offsets.device) - offsets.unsqueeze(1)).clamp_min(0).unsqueeze(1)
@@ -92,21 +97,19 @@ class _PositionBias:
             positions = torch.arange(positions.start, positions.stop).unsqueeze(0)
         return (positions.to(offsets.device) - offsets.unsqueeze(1)).clamp_min(0)
 
-    def _self_table(self, layer: int) -> Tensor:
-        """Self-attention bias [heads, length, length] of one layer, causal."""
-        if layer not in self.tables:
-            if "self" not in self.tables:
-                decoder, positions = self.decoder, self._decoder_positions()
-                scores = self._scores(decoder.self_pos_q_linear, decoder.self_pos_k_linear, positions)
-                later = torch.ones(self.length, self.length, dtype=torch.bool, device=scores.device).triu(1)
-                self.tables["self"] = scores.masked_fill(later, mask_value(scores))
-                config = self.config
-                self.tables["index"] = text_relative_index(
-                    self.length, config.token_bucket_size, config.max_position_embeddings, scores.device
-                )
-            bias = relative_bias(self.decoder.token_rel_pos_table_list[layer], self.tables["index"])
-            self.tables[layer] = self.tables["self"] + bias
-        return self.tables[layer]
+    def _self_tables(self) -> Tensor:
+        """Self-attention bias [layers, 1, heads, length, length], causal."""
+        if "self" not in self.tables:
+            decoder, config, positions = self.decoder, self.config, self._decoder_positions()
+            scores = self._scores(decoder.self_pos_q_linear, decoder.self_pos_k_linear, positions)
+            later = torch.ones(self.length, self.length, dtype=torch.bool, device=scores.device).triu(1)
+            index = text_relative_index(
+                self.length, config.token_bucket_size, config.max_position_embeddings, scores.device
+            )
+            tables = torch.stack([table_rows(table, index.device) for table in decoder.token_rel_pos_table_list])
+            bias = tables.transpose(1, 2)[:, :, index]
+            self.tables["self"] = (bias + scores.masked_fill(later, mask_value(scores))).unsqueeze(1)
+        return self.tables["self"]
 
     def _cross_table(self) -> Tensor:
         """Cross-attention bias [heads, length, source], the same in all layers."""
@@ -216,9 +219,9 @@ class _DecoderCall:
     def _layer_view(self, num_rows: int, rows: Tensor | None, filled: Tensor | None) -> _LayerView:
         tokens = TokenView(rows, self.positions, filled)
         images = ImageView(tokens.rows, self.num_rows, self.source.shape[0])
-        return _LayerView(
-            num_rows, filled, tokens, images, images.fold_bias(self.bias.cross_bias(tokens), self.source_mask)
-        )
+        # what layers share is made contiguous once
+        bias = images.fold_bias(self.bias.cross_bias(tokens), self.source_mask).contiguous()
+        return _LayerView(num_rows, filled, tokens, images, bias)
 
 
 class MuEDecoder(nn.Module):

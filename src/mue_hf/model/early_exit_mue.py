@@ -73,6 +73,11 @@ class ExitRecord:
     decoder_exit_layers: torch.LongTensor | None = None
     executed_layers: dict[str, int] | None = None
 
+    def __post_init__(self) -> None:
+        # that of `ModelOutput` enters what assignments entered already, and takes a lone field apart
+        if len(self) < 2:
+            super().__post_init__()
+
     def __setattr__(self, name: str, value: Any) -> None:
         # As `ModelOutput` does, which lists all fields at each assignment: of several outputs a step, each of many.
         name = self._replace_old_cache_name(name)

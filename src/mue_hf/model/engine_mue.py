@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BackboneOutput
 
 from .cache_mue import MuECache
-from .layers_mue import MuEOutputHead
+from .layers_mue import MuEOutputHead, mask_value
 from .presets_mue import weights_fingerprint
 from .views_mue import ImageView, TokenView
 
 ENGINES = ("onnxruntime",)
 FOLDER, MANIFEST = "onnx", "manifest.json"
-FORMAT, OPSET = 1, 20
+FORMAT, OPSET = 2, 20
 # What `config._attn_implementation` is under an engine: attention is inside the graphs.
 ATTENTION = "onnxruntime"
 
@@ -122,7 +122,7 @@ class Engine:
             weights = sha256(f"{weights} {self.precision}".encode()).hexdigest()
         self.fingerprint = weights
         self.threads = 0
-        self.sessions: dict[str, tuple[Any, list[str]]] = {}
+        self.sessions: dict[str, tuple[Any, list[str], list[str]]] = {}
 
     def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
         """Runs a graph on CPU tensors, its inputs in their order.
@@ -135,16 +135,19 @@ class Engine:
             self.sessions.clear()
         if name not in self.sessions:
             self.sessions[name] = self._session(name)
-        session, names = self.sessions[name]
-        if any(value.requires_grad for value in inputs):
+        session, names, outputs = self.sessions[name]
+        try:
+            feed = {key: value.contiguous().numpy() for key, value in zip(names, inputs, strict=True)}
+        except RuntimeError as error:
+            if not any(value.requires_grad for value in inputs):
+                raise
             raise ValueError(
                 'gradients do not flow through `engine="onnxruntime"`, but an input needs one; load the model without '
                 "`engine`, or detach the input."
-            )
-        feed = {key: value.contiguous().numpy() for key, value in zip(names, inputs, strict=True)}
-        return [torch.from_numpy(value) for value in session.run(None, feed)]
+            ) from error
+        return [torch.from_numpy(value) for value in session.run(outputs, feed)]
 
-    def _session(self, name: str) -> tuple[Any, list[str]]:
+    def _session(self, name: str) -> tuple[Any, list[str], list[str]]:
         runtime, options = load_onnxruntime(), None
         _share_arena()
         options = runtime.SessionOptions()
@@ -153,7 +156,7 @@ class Engine:
             options.add_session_config_entry(key, value)
         path = str(self.folder / self.graphs[name]["file"])
         session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return session, [value.name for value in session.get_inputs()]
+        return session, *([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
 
     def __getstate__(self) -> dict[str, Any]:
         """Sessions are not copied: a copy makes its own."""
@@ -185,17 +188,18 @@ class EngineKeysValues(nn.Module):
 
 
 class EngineDecoderLayer(nn.Module):
-    """Takes the place of a `MuEDecoderLayer`: one graph before the cache, one after it, one for the image."""
+    """Takes the place of a `MuEDecoderLayer`: one graph for all of it, one for the keys and values of the image, and
+    one for those of tokens that skipped the layer."""
 
-    def __init__(self, engine: Engine, index: int):
+    def __init__(self, engine: Engine, index: int, heads: int):
         super().__init__()
-        self.engine, self.layer_idx = engine, index
-        self.before, self.after = f"decoder_{index}_project", f"decoder_{index}"
+        self.engine, self.layer_idx, self.heads = engine, index, heads
+        self.graph, self.projection = f"decoder_{index}", f"decoder_{index}_project"
         self.cross_attn = EngineKeysValues(engine, index)
 
     def project_self(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """See `MuEDecoderLayer`."""
-        _, keys, values = self.engine.run(self.before, states)
+        keys, values = self.engine.run(self.projection, states)
         return keys, values
 
     def forward(
@@ -210,27 +214,36 @@ class EngineDecoderLayer(nn.Module):
         output_attentions: bool = False,
     ) -> Tensor:
         """See `MuEDecoderLayer`; `output_attentions` was refused before."""
-        query, keys, values = self.engine.run(self.before, hidden_states)
+        rows, num_tokens, width = hidden_states.shape
+        past = None
         if cache is None:
             cross_keys, cross_values = self.cross_attn(encoder_hidden_states)
         else:
-            keys, values = cache.update_self(self.layer_idx, keys, values, tokens, self.project_self)
+            past = cache.past_self(self.layer_idx, tokens, self.project_self)
             cross_keys, cross_values = cache.cross(
                 self.layer_idx, self.cross_attn, encoder_hidden_states, images.images
             )
+        if past is None:
+            past = (hidden_states.new_empty(rows, self.heads, 0, width // self.heads),) * 2
         if tokens.fold is not None:
-            # each token is a row by itself, with the keys of its own
-            row = tokens.fold.slots[1] // tokens.fold.rows_per_image
-            keys, values, self_bias = keys[row], values[row], tokens.fold.unfold_weights((self_bias,))
+            # each token is a row by itself
+            positions, absent = (keys.view(rows, 1, 1, -1) for keys in tokens.keys[:2])
+            self_bias = tokens.fold.unfold_weights((self_bias,))
+            self_bias = self_bias.gather(-1, positions.expand(-1, self.heads, -1, -1))
+            self_bias = self_bias.masked_fill(absent, mask_value(self_bias))
         if images.images is not None:
             # neighbours are a view, others are copied
             of = images.runs[0][1] if len(images.runs) == 1 else images.images
             cross_keys, cross_values = cross_keys[of], cross_values[of]
-        return self.engine.run(
-            self.after,
-            *(hidden_states, query, keys, values, self_bias),
-            *(cross_keys, cross_values, cross_bias, *images.slots),
-        )[0]
+        fold, unfold = images.places(num_tokens)
+        states, keys, values = self.engine.run(
+            self.graph,
+            *(hidden_states, *past, tokens.own(rows, num_tokens), self_bias),
+            *(cross_keys, cross_values, fold, cross_bias, unfold),
+        )
+        if cache is not None:
+            cache.extend_self(self.layer_idx, keys, values, tokens)
+        return states
 
 
 class EngineTrunk(nn.Module):
@@ -373,7 +386,10 @@ def use_engine(model: Any, folder: Path, manifest: dict[str, Any]) -> None:
     engine = Engine(folder, manifest, weights_fingerprint(model))
     encoder, decoder = model.get_encoder(), model.get_decoder()
     encoder.layers = nn.ModuleList([EngineEncoderLayer(engine, number) for number in range(config.encoder_layers)])
-    decoder.layers = nn.ModuleList([EngineDecoderLayer(engine, number) for number in range(config.decoder_layers)])
+    heads = config.decoder_attention_heads
+    decoder.layers = nn.ModuleList(
+        [EngineDecoderLayer(engine, number, heads) for number in range(config.decoder_layers)]
+    )
     if "trunk" in graphs:
         encoder.embed_images = EngineTrunk(engine)
     model.lm_head = EngineHead(engine, model.lm_head, config.num_text_tokens)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
+from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -102,6 +104,23 @@ class _ExitRun:
         return torch.tensor(sorted(following), device=input_ids.device) if following else None
 
 
+class _Processors(LogitsProcessorList):
+    """As that of transformers, which reads the signature of every processor in every step."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if kwargs or any(_takes_more(type(processor)) for processor in self):
+            return super().__call__(input_ids, scores, **kwargs)
+        for processor in self:
+            scores = processor(input_ids, scores)
+        return scores
+
+
+@lru_cache(maxsize=64)
+def _takes_more(kind: type) -> bool:
+    """Whether processors of a class take more than ids and scores."""
+    return len(signature(kind.__call__).parameters) > 3
+
+
 class MuEGenerationMixin(AnswerScoringMixin, RescoringMixin, GenerationMixin):
     """`generate` with exit options, per-token thresholds, and exit depths in its output."""
 
@@ -116,7 +135,7 @@ class MuEGenerationMixin(AnswerScoringMixin, RescoringMixin, GenerationMixin):
         saved = exit_attributes(self.generation_config)
         options = resolve_options(call, passed, saved, self.config)
         check_answers(options.exit_fit, None)
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        generation_config, model_kwargs = self._with_defaults(generation_config, kwargs)
         if options.active:
             self._check_chosen_preset(generation_config, call, passed, saved)
         if options.active_in_decoder and generation_config.use_cache is False:
@@ -133,6 +152,23 @@ class MuEGenerationMixin(AnswerScoringMixin, RescoringMixin, GenerationMixin):
             )
         generation_config._exit_options = options
         return generation_config, model_kwargs
+
+    def _with_defaults(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[GenerationConfig, dict]:
+        """What transformers makes of a call's options and those saved with the model. It copies the latter in depth,
+        which with presets and candidate tokens takes as long as a step of a small model: they are handed on as they
+        are."""
+        plain = copy(self.generation_config)
+        saved = {name: vars(plain).pop(name) for name in exit_attributes(plain) if name in CONFIG_NAMES}
+        # the model but for these
+        owner = copy(self)
+        owner.generation_config = plain
+        config, model_kwargs = super(MuEGenerationMixin, owner)._prepare_generation_config(generation_config, **kwargs)
+        for name, value in saved.items():
+            if getattr(config, name, None) is None:
+                setattr(config, name, value)
+        return config, model_kwargs
 
     def _validate_generation_mode(
         self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict
@@ -275,7 +311,7 @@ class MuEGenerationMixin(AnswerScoringMixin, RescoringMixin, GenerationMixin):
             # nobody looks at the logits of other tokens, and there is one next token
             if comparable and not config.output_logits and not getattr(config, "_keep_encoder_inputs", False):
                 run.allowed = allowed if all(type(processor) in MASKING for processor in processors) else None
-        return processors
+        return _Processors(processors)
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, *args: Any, exit_run: _ExitRun | None = None, **kwargs: Any

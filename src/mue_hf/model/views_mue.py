@@ -23,6 +23,7 @@ class ImageView:
 
     def __init__(self, rows: Tensor | None, num_rows: int, num_images: int):
         group = num_rows // num_images
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
         if rows is None:
             self.images, self.index, self.rows_per_image = None, None, group
             self.runs = [(slice(None), slice(None))]
@@ -67,13 +68,23 @@ class ImageView:
     @cached_property
     def slots(self) -> tuple[Tensor, Tensor]:
         """The row in each slot of an image [images, rows_per_image], the first one where a slot is free; and the slot
-        of each row [rows]: folding and its way back for an engine, by look-ups."""
+        of each row [rows]."""
         slots = torch.arange(self.count * self.rows_per_image)
         if self.index is None:
             return slots.view(self.count, self.rows_per_image), slots
         slot = self.index[0] * self.rows_per_image + self.index[1]
         rows = torch.zeros_like(slots).index_put_((slot,), torch.arange(len(slot)))
         return rows.view(self.count, self.rows_per_image), slot
+
+    def places(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Folding and its way back by look-ups, for an engine, of so many tokens a row: the token of each query of an
+        image [images, rows_per_image * tokens], counted over all rows, any where a slot is free; and the place of each
+        token [rows, tokens], counted over all queries."""
+        if tokens not in self._places:
+            each = torch.arange(tokens)
+            fold, unfold = (slots.unsqueeze(-1) * tokens + each for slots in self.slots)
+            self._places[tokens] = fold.flatten(1), unfold
+        return self._places[tokens]
 
     def unfold(self, states: Tensor) -> Tensor:
         """[images, rows_per_image * tokens, d] -> [rows, tokens, d]."""
@@ -102,6 +113,7 @@ class TokenView:
     Attributes:
         positions (`slice` or `LongTensor` [tokens, 1]): one range where rows begin at the same place. Otherwise each
             token is a row of the call by itself, so that nothing is padded, and `rows` [tokens] repeats its row.
+        past (`int`): how many positions come before them, in the row that has most.
         fold (`ImageView`, *optional*): then, how tokens of a row are folded for the self-attention, as rows of an
             image are for the cross-attention.
         keys_of (`LongTensor` [rows], *optional*): then, `rows` as they were: those whose keys are attended to.
@@ -113,14 +125,16 @@ class TokenView:
         self.fold: ImageView | None = None
         self.keys_of: Tensor | None = None
         # how many earlier tokens each row has, or where in the call the earlier and the new tokens are
-        self.num_older = 0
+        self.num_older, self.past = 0, new.start
         self.places: tuple[Tensor, Tensor] | None = None
+        self._own: Tensor | None = None
         if filled is None:
             return
         first = int(filled[0])
         if bool((filled == first).all()):
-            self.num_older, self.positions = new.start - first, slice(first, new.stop)
+            self.num_older, self.positions, self.past = new.start - first, slice(first, new.stop), first
             return
+        self.filled, self.past = filled, int(filled.max())
         counts = new.stop - filled
         place = torch.arange(len(filled)).repeat_interleave(counts)
         self.keys_of = torch.arange(len(filled)) if rows is None else rows
@@ -129,6 +143,27 @@ class TokenView:
         self.positions = positions.unsqueeze(1)
         older = positions < new.start
         self.places = older.nonzero().flatten(), (~older).nonzero().flatten()
+
+    def own(self, num_rows: int, num_tokens: int) -> Tensor:
+        """The tokens of the call [num_rows, tokens], counted over all rows, whose keys each row has behind those of
+        its `past`: its own, and where tokens are rows, those of the same row, and any where that has fewer than
+        others."""
+        if self._own is None and self.fold is None:
+            self._own = torch.arange(num_rows * num_tokens).view(num_rows, num_tokens)
+        elif self._own is None:
+            self._own = self.fold.slots[0][self.fold.slots[1] // self.fold.rows_per_image]
+        return self._own
+
+    @cached_property
+    def keys(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where tokens are rows: the position of each key [tokens, past + own], whether it is that of no token of the
+        row [tokens, past + own], and the place of the token's own key [tokens]."""
+        own, slots = self.own(0, 0), self.fold.slots[1]
+        past = torch.arange(self.past).expand(len(own), -1)
+        row, slot = slots // self.fold.rows_per_image, slots % self.fold.rows_per_image
+        counts = torch.bincount(row)[row]
+        absent = [past >= self.filled[row, None], torch.arange(own.shape[1]) >= counts[:, None]]
+        return torch.cat([past, self.positions[own, 0]], dim=1), torch.cat(absent, dim=1), self.past + slot
 
     @property
     def older_index(self) -> tuple[Any, Any]:
