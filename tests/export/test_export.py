@@ -1,6 +1,7 @@
 """`mue-hf export`: graphs beside a copy of a checkpoint, whole or not at all, and commands on what was written."""
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -168,6 +169,17 @@ class TestCommands:
         timed = ("seconds", "full_depth_seconds", "versions")
         slow, fast = ({name: x for name, x in one.items() if name not in timed} for one in records)
         assert fast == slow
+
+    def test_publish_takes_the_graphs_along(self, engine_folders, tmp_path):
+        source, target = shutil.copytree(engine_folders["float32"], tmp_path / "copy"), tmp_path / "published"
+        assert cli.main(["publish", str(source), "--to", str(target)]) == 0
+        assert {path.name for path in (target / "onnx").iterdir()} == {
+            path.name for path in (source / "onnx").iterdir()
+        }
+        MuEForConditionalGeneration.from_pretrained(target, engine="onnxruntime")
+        (source / "onnx/head.onnx").write_bytes(b"damaged")
+        assert cli.main(["publish", str(source), "--to", str(tmp_path / "again")]) == 2
+        assert not (tmp_path / "again").exists()
 
     def test_what_contradicts(self, engine_folders, photo, capsys):
         fixed = ["caption", photo, "--engine", "onnxruntime", "--model"]
