@@ -1,14 +1,20 @@
 """`mue-hf export`: graphs beside a copy of a checkpoint, whole or not at all, and commands on what was written."""
 
 import json
+import shutil
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from PIL import Image
 
-from mue_hf import cli
+from mue_hf import MuEForConditionalGeneration, MuEProcessor, cli
 from mue_hf.export import checkpoint as export
+from mue_hf.export import scan
 from mue_hf.export.graphs import Part, graph_of, parts_of, trunk_graph, with_weights
+from mue_hf.export.images import CalibrationImages
 from mue_hf.model.engine_mue import graph_names, sha256_of
 
 
@@ -74,6 +80,7 @@ def test_goes_on_after_an_interruption_and_keeps_what_is_whole(engine_folders, t
     assert [name for name, kept in seen if kept] == ["trunk", "encoder_1"]
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     expected = json.loads((engine_folders["float32"] / "onnx/manifest.json").read_text())
+    assert expected["int8"] == [] and expected["calibration"] is None
     assert json.loads((target / "onnx/manifest.json").read_text()) == expected
     # a folder that is there whole stays, as it is
     seen.clear()
@@ -140,8 +147,6 @@ class TestRefused:
 
 
 def test_a_trunk_of_one_image_size_says_so(engine_folders, traced, tmp_path, monkeypatch):
-    from mue_hf import MuEForConditionalGeneration
-
     monkeypatch.setattr(export, "trunk_graph", lambda part, config: (export.graph_of(part), [64, 64]))
     export.export_checkpoint(engine_folders["torch"], tmp_path / "new")
     model = MuEForConditionalGeneration.from_pretrained(tmp_path / "new", engine="onnxruntime")
@@ -164,6 +169,17 @@ class TestCommands:
         timed = ("seconds", "full_depth_seconds", "versions")
         slow, fast = ({name: x for name, x in one.items() if name not in timed} for one in records)
         assert fast == slow
+
+    def test_publish_takes_the_graphs_along(self, engine_folders, tmp_path):
+        source, target = shutil.copytree(engine_folders["float32"], tmp_path / "copy"), tmp_path / "published"
+        assert cli.main(["publish", str(source), "--to", str(target)]) == 0
+        assert {path.name for path in (target / "onnx").iterdir()} == {
+            path.name for path in (source / "onnx").iterdir()
+        }
+        MuEForConditionalGeneration.from_pretrained(target, engine="onnxruntime")
+        (source / "onnx/head.onnx").write_bytes(b"damaged")
+        assert cli.main(["publish", str(source), "--to", str(tmp_path / "again")]) == 2
+        assert not (tmp_path / "again").exists()
 
     def test_what_contradicts(self, engine_folders, photo, capsys):
         fixed = ["caption", photo, "--engine", "onnxruntime", "--model"]
@@ -238,3 +254,168 @@ def test_the_tracer_leaves_shapes_open(engine_folders):
     part = dict(parts_of(tiny_model(vocab_size=100, dtype=torch.float32), None))["head"]
     (value,) = graph_of(part).graph.input
     assert [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] == ["states_0", 32]
+
+
+class TestInt8:
+    @pytest.fixture
+    def images(self, engine_folders, tmp_path):
+        return calibration_images(engine_folders, photo_folder(tmp_path / "photos", 5))
+
+    def test_the_trunk_is_calibrated_on_images(self, engine_folders, traced, images, tmp_path):
+        import onnx
+
+        source, target = engine_folders["torch"], tmp_path / "new"
+        options = {"precision": "int8", "images": images, "int8_trunk": True, "keep_float": ["encoder_*", "head"]}
+        manifest = export.export_checkpoint(source, target, **options)
+        precisions = {name: graph["precision"] for name, graph in manifest["graphs"].items()}
+        assert sorted(name for name, one in precisions.items() if one == "int8") == sorted(manifest["int8"])
+        assert set(precisions) - set(manifest["int8"]) == {"encoder_0", "encoder_1", "encoder_2", "head"}
+        assert manifest["calibration"]["images"] == 5 and manifest["calibration"]["method"] == "MinMax"
+        assert 1e-4 < manifest["graphs"]["trunk"]["error"] < 0.1 and manifest["graphs"]["head"]["error"] < 1e-5
+        # what follows a convolution clips its output before that is made 8 bits wide
+        nodes = onnx.load(target / "onnx/trunk.onnx").graph.node
+        maker = {name: node for node in nodes for name in node.output}
+        convolutions = [node for node in nodes if node.op_type == "Conv"]
+        assert len(convolutions) > 5
+        assert all(maker[name].op_type == "DequantizeLinear" for node in convolutions for name in node.input[:2])
+        clipped = {name for node in nodes if node.op_type in ("Relu", "Clip") for name in node.input}
+        assert not clipped & {name for node in convolutions for name in node.output}
+        pixels = next(images.batches(5))
+        torch_model, model = (
+            MuEForConditionalGeneration.from_pretrained(folder, **options)
+            for folder, options in ((source, {"dtype": torch.float32}), (target, {"engine": "onnxruntime"}))
+        )
+        expected, got = (one.eval().trunk_features(pixels) for one in (torch_model, model))
+        assert 0 < (got - expected).abs().max() < 0.1 * expected.abs().max()
+
+    def test_other_images_start_anew(self, engine_folders, traced, images, tmp_path):
+        def stop(name, graph):
+            seen.append((name, graph["kept"]))
+            raise KeyboardInterrupt
+
+        others, seen = calibration_images(engine_folders, photo_folder(tmp_path / "others", 4)), []
+        for given in (images, images, others):
+            options = {"precision": "int8", "images": given, "int8_trunk": True, "report": stop}
+            with pytest.raises(KeyboardInterrupt):
+                export.export_checkpoint(engine_folders["torch"], tmp_path / "new", **options)
+        assert seen == [("trunk", False), ("trunk", True), ("trunk", False)]
+
+    @pytest.mark.parametrize(
+        ("options", "what"),
+        [
+            ({"int8_trunk": True}, "`int8_trunk` needs images .*pass --calibrate-on IMAGES"),
+            ({"int8_trunk": True, "trunk": False}, "`int8_trunk` needs the trunk among the graphs"),
+            ({"int8_trunk": True, "precision": "float32"}, "`int8_trunk` goes with `precision"),
+            ({"keep_float": ["head"], "precision": "float32"}, "`keep_float` goes with `precision"),
+            ({"keep_float": ["head", "encoder_9"]}, "`keep_float` must name graphs .* got 'encoder_9', .*'encoder_0'"),
+            ({"keep_float": ["trunk"]}, "`keep_float` must name graphs that would be in int8, got 'trunk'"),
+        ],
+    )
+    def test_refused(self, engine_folders, traced, tmp_path, options, what):
+        with pytest.raises(ValueError, match=what):
+            export.export_checkpoint(engine_folders["torch"], tmp_path / "new", **{"precision": "int8"} | options)
+        assert not traced and not list(tmp_path.iterdir())
+
+    def test_a_part_alone_is_an_export_with_the_others_in_float(
+        self, engine_folders, traced, images, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(scan, "KINDS", ("trunk", "cross_*", "head"))
+        monkeypatch.setattr(scan, "graph_names", lambda config: ["encoder_1", "head"])
+        source, kept = engine_folders["torch"], ["encoder_*", "decoder_*", "cross_*"]
+        alone = tmp_path / "alone"
+        export.export_checkpoint(source, alone, precision="int8", keep_float=kept)
+        (head,) = scan.sensitivities(source, alone, images)
+        found = {one.name: one for one in scan.sensitivities(source, engine_folders["int8"], images, True)}
+        assert list(found) == ["all", "trunk", "cross_*", "head", "encoder_1"]
+        assert head.name == "all" and (head.same, head.error) == (found["head"].same, found["head"].error)
+        assert all(0 <= one.same <= 1 and 1e-5 < one.error < 0.5 for one in found.values())
+        assert len({one.error for one in found.values()}) == 5
+        (exact,) = scan.sensitivities(source, engine_folders["float32"], images)
+        assert exact.same == 1 and exact.error < 1e-4
+
+    def test_the_command(self, engine_folders, traced, images, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(scan, "KINDS", ("head",))
+        monkeypatch.setattr(scan, "graph_names", lambda config: ["head"])
+        photos = str(tmp_path / "photos")
+        command = ["export", str(engine_folders["torch"]), str(tmp_path / "new"), "--int8", "--calibrate-on", photos]
+        assert cli.main([*command, "--calibration-images", "3", "--keep-float", "encoder_*,trunk"]) == 2
+        assert "`keep_float` must name" in capsys.readouterr().err
+        assert cli.main([*command, "--calibration-images", "3", "--int8-trunk", "--scan"]) == 0
+        printed = capsys.readouterr().out
+        assert "trunk                 int8" in printed and "on 3 images" in printed
+        assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["all", "head", "wrote"]
+        for option in (["--scan"], ["--calibrate-on", photos]):
+            assert cli.main([*command[:3], *option]) == 2
+            assert "pass --int8 too" in capsys.readouterr().err
+        assert cli.main([*command[:4], "--scan"]) == 2
+        assert "pass --calibrate-on IMAGES" in capsys.readouterr().err
+
+
+def photo_folder(folder, count: int):
+    """Images that differ, from one seed for each folder name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(len(folder.name))
+    for number in range(count):
+        Image.fromarray(draw.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def calibration_images(engine_folders, *names, **options):
+    processor = MuEProcessor.from_pretrained(engine_folders["torch"]).image_processor
+    return CalibrationImages(processor, [str(name) for name in names], **options)
+
+
+class TestImages:
+    @pytest.fixture
+    def take(self, engine_folders):
+        return partial(calibration_images, engine_folders)
+
+    @staticmethod
+    def table(path, *splits: str):
+        photo_folder(path.parent, len(splits))
+        rows = [{"image": f"{number}.png", "split": split} for number, split in enumerate(splits)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def test_rows_of_the_split_and_no_others(self, take, tmp_path):
+        path = self.table(tmp_path / "data/captions.jsonl", "train", "test", "dev", "train", "test")
+        names = {split: [row.name for row in take(path, split=split).rows] for split in ("train", "dev", "train+dev")}
+        assert names == {"train": ["0.png", "3.png"], "dev": ["2.png"], "train+dev": ["0.png", "2.png", "3.png"]}
+        # metadata.jsonl says what is in its folder
+        path.rename(path.with_name("metadata.jsonl"))
+        assert len(take(path.parent)) == 2
+
+    def test_drawn_once_and_recorded(self, take, tmp_path):
+        one, other = photo_folder(tmp_path / "one", 6), photo_folder(tmp_path / "other", 3)
+        whole, drawn, again = take(one, other, one), take(one, other, count=4), take(one, other, count=4)
+        assert len(whole) == 9 and len({row.image for row in drawn.rows}) == 4
+        assert drawn.record == again.record and drawn.record["images"] == 4
+        assert drawn.record["sha256"] != take(one, other, count=5).record["sha256"]
+        assert [len(batch) for batch in drawn.batches(3)] == [3, 1]
+        assert next(drawn.batches(1)).shape == (1, 3, 64, 64)
+        assert next(take(one, size=(32, 48)).batches(2)).shape == (2, 3, 32, 48)
+
+    def test_no_test_split(self, take, tmp_path):
+        mixed = self.table(tmp_path / "data/captions.jsonl", "train", "test")
+        alone = self.table(tmp_path / "held/captions.jsonl", "test", "test")
+        folder = photo_folder(tmp_path / "all/test", 1).parent
+        fine = photo_folder(tmp_path / "all/test_of_my_camera", 1)
+        for name, split in ((mixed, "test"), (mixed, "train+test"), (mixed, "test2015")):
+            with pytest.raises(ValueError, match="must be of no test split, got the split 'test.*another split"):
+                take(name, split=split)
+        with pytest.raises(ValueError, match=r"rows of the split 'train', got \['test'\] .* no test split"):
+            take(alone)
+        for name in (folder, folder / "test"):
+            with pytest.raises(ValueError, match="must be of no test split, got the folder 'test'"):
+                take(name)
+        assert len(take(fine)) == 1
+
+    def test_what_else_is_refused(self, take, tmp_path):
+        folder = photo_folder(tmp_path / "photos", 2)
+        (folder / "broken.jpg").write_bytes(b"no image")
+        with pytest.raises(ValueError, match="calibration images must be whole, got the image .*broken.jpg"):
+            take(folder)
+        with pytest.raises(ValueError, match="`source` must exist"):
+            take(tmp_path / "none")
+        with pytest.raises(ValueError, match="`calibration_images` must be at least 1"):
+            take(folder, count=0)

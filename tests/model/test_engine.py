@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import tiny_inputs
+from doors import COMMIT
 from stack import generate
 from transformers import AutoModelForImageTextToText
 
@@ -220,6 +221,20 @@ class TestWeights:
         assert trunk_flops(engine, (3, 64, 64)) == trunk_flops(reference, (3, 64, 64))
         assert torch.equal(torch.random.get_rng_state(), state)
 
+    def test_what_is_in_int8_makes_another_model(self, engine_folders):
+        manifest = json.loads((engine_folders["float32"] / "onnx/manifest.json").read_text())
+
+        def mark(*int8: str, calibration=None) -> str:
+            graphs = {
+                name: graph | {"precision": "int8"} for name, graph in manifest["graphs"].items() if name in int8
+            }
+            given = manifest | {"graphs": manifest["graphs"] | graphs, "calibration": calibration}
+            return engine_mue.Engine(engine_folders["float32"] / "onnx", given, "weights").fingerprint
+
+        marks = [mark("head"), mark("head", "cross_0"), mark("head", "trunk")]
+        marks += [mark("head", "trunk", calibration={"images": count}) for count in (1, 2)]
+        assert mark() == "weights" and len({*marks, "weights"}) == 6 and mark("head") == marks[0]
+
     def test_presets_hold_in_float32_alone(self, reference, engine, engine_folders):
         int8 = MuEForConditionalGeneration.from_pretrained(engine_folders["int8"], engine="onnxruntime")
         marks = [weights_fingerprint(model) for model in (reference, engine, int8)]
@@ -242,6 +257,34 @@ def test_int8_is_near(reference, engine_folders, inputs):
     assert 0 < (got - expected).abs().max() < 0.2 * expected.abs().max()
 
 
+class TestHub:
+    """A repository that is in the cache of the Hub; nothing is downloaded."""
+
+    @pytest.fixture
+    def where(self, engine_folders, tmp_path):
+        for kind in ("float32", "torch"):
+            cached = tmp_path / f"models--someone--{kind}"
+            shutil.copytree(engine_folders[kind], cached / "snapshots" / COMMIT)
+            (cached / "refs").mkdir()
+            (cached / "refs/main").write_text(COMMIT)
+        return {"engine": "onnxruntime", "cache_dir": tmp_path, "local_files_only": True}
+
+    @pytest.mark.parametrize("door", [MuEForConditionalGeneration, AutoModelForImageTextToText])
+    def test_a_repository_is_what_its_folder_is(self, reference, inputs, where, door):
+        model = door.from_pretrained("someone/float32", **where)
+        assert model.engine.folder == where["cache_dir"] / "models--someone--float32/snapshots" / COMMIT / "onnx"
+        assert generate(model, inputs).sequences.tolist() == generate(reference, inputs).sequences.tolist()
+        assert door.from_pretrained("someone/float32", revision=COMMIT, **where).engine is not None
+
+    def test_what_is_not_there(self, where):
+        with pytest.raises(ValueError, match="needs a folder that `mue-hf export CKPT DIR` wrote, got .* without"):
+            MuEForConditionalGeneration.from_pretrained("someone/torch", **where)
+        with pytest.raises(ValueError, match="or a repository of the Hub with its files, got 'someone/none': "):
+            MuEForConditionalGeneration.from_pretrained("someone/none", **where)
+        with pytest.raises(ValueError, match="a repository of the Hub with its files, got 'no/such/folder'"):
+            MuEForConditionalGeneration.from_pretrained("no/such/folder", **where)
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("act", "what"),
@@ -250,6 +293,10 @@ class TestRefused:
             (lambda model: model.to(torch.bfloat16), "bfloat16 is not possible"),
             (lambda model: model.half(), "float16 is not possible"),
             (lambda model: model.to("meta"), "meta, .* is not possible"),
+            (lambda model: model.model.to(torch.bfloat16), "bfloat16 is not possible"),
+            (lambda model: model.get_encoder().to("meta"), "meta, .* is not possible"),
+            (lambda model: model.get_decoder().double(), "float64 is not possible"),
+            (lambda model: model.lm_head.half(), "float16 is not possible"),
             (lambda model: model.save_pretrained("x"), "`save_pretrained` is not possible .*copy the folder"),
             (lambda model: model.state_dict(), "`state_dict` is not possible"),
             (lambda model: model.set_attn_implementation("eager"), "`set_attn_implementation` is not possible"),
@@ -259,6 +306,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=what):
             act(engine)
         assert engine.to("cpu").eval().dtype == torch.float32
+        assert {weight.dtype for weight in engine.model.to("cpu").parameters()} == {torch.float32}
 
     def test_gradients_and_attentions(self, engine, inputs):
         embeds = engine.get_input_embeddings()(inputs.pop("input_ids")).requires_grad_()

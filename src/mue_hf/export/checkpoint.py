@@ -14,14 +14,28 @@ from huggingface_hub import snapshot_download
 
 from ..files import write_whole
 from ..inference.loading import check_not_replaced
-from ..model.engine_mue import FOLDER, FORMAT, MANIFEST, OPSET, load_onnxruntime, read_manifest, sha256_of
+from ..model.configuration_mue import MuEConfig
+from ..model.engine_mue import (
+    FOLDER,
+    FORMAT,
+    MANIFEST,
+    OPSET,
+    graph_names,
+    load_onnxruntime,
+    read_manifest,
+    sha256_of,
+)
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 from ..publishing.checkpoint import check_folder, load_complete_model, weight_files
-from .graphs import Part, graph_of, parts_of, quantized, trunk_graph, with_weights
+from .graphs import Part, graph_of, parts_of, trunk_graph, with_weights
+from .images import CalibrationImages
+from .int8 import IMAGES_AT_ONCE, STATIC_OPTIONS, dynamic_int8, in_float, static_int8
 
 # What a graph may differ by from torch, as a share of the largest value; more is a mistake of the export.
 TOLERANCES = {"float32": 1e-3, "int8": 0.25}
+# The same for a trunk in int8, whose many layers add up what they round.
+TRUNK_TOLERANCE = 0.5
 PRECISIONS = tuple(TOLERANCES)
 PACKAGES = ("mue-hf", "torch", "transformers", "onnx", "onnxruntime", "onnxscript")
 # Worker threads sleep between calls, and the sessions of a process share one arena.
@@ -38,6 +52,9 @@ def export_checkpoint(
     precision: str = "float32",
     image_size: Sequence[int] | None = None,
     trunk: bool = True,
+    images: CalibrationImages | None = None,
+    int8_trunk: bool = False,
+    keep_float: Sequence[str] = (),
     overwrite: bool = False,
     report: Report | None = None,
 ) -> dict[str, Any]:
@@ -48,9 +65,12 @@ def export_checkpoint(
         source: a checkpoint folder, or a Hub id.
         destination: where nothing is, an empty folder, or what the same call wrote before, which is kept.
         precision (`str`): "float32", or "int8": weights and inputs of the matrices in layers and head, see
-            [`quantized`]; the trunk stays in float32.
+            [`dynamic_int8`]; the trunk stays in float32.
         image_size ((height, width), *optional*): pixels that the trunk is traced on. Default: the processor's.
         trunk (`bool`): False leaves the image trunk to torch.
+        images ([`CalibrationImages`], *optional*): what `int8_trunk` takes the ranges of values from.
+        int8_trunk (`bool`): with "int8" the trunk too, see [`static_int8`].
+        keep_float (sequence of `str`): with "int8", graphs that stay in float32, "encoder_*" for all that begin so.
         overwrite (`bool`): True replaces a checkpoint folder at the destination.
         report (`Callable`, *optional*): is told of each graph: its name, and its entry in the manifest with "kept".
 
@@ -58,15 +78,13 @@ def export_checkpoint(
         `dict`: the manifest.
 
     Raises:
-        ValueError: before any work for a missing package, another kind of checkpoint, and a destination that holds
-            something else; for a trunk that cannot be exported, and a graph that does not give what torch gives.
+        ValueError: before any work for a missing package, another kind of checkpoint, a destination that holds
+            something else, and options of int8 that do not fit; for a trunk that cannot be exported, and a graph that
+            does not give what torch gives.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {list(PRECISIONS)}, got {precision!r}; check the spelling.")
-    versions = _versions()
-    check_not_replaced(str(source))
-    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
-    check_folder(folder)
+    versions, folder = _versions(), checkpoint_folder(source)
     destination = Path(destination).absolute()
     if folder.absolute() == destination:
         raise ValueError(f"the destination must be another folder than the checkpoint, got {destination} for both.")
@@ -75,6 +93,8 @@ def export_checkpoint(
         "format": FORMAT,
         "opset": OPSET,
         "precision": precision,
+        "int8": _int8_graphs(folder, precision, trunk, int8_trunk, keep_float),
+        "calibration": _calibration(images, int8_trunk),
         "image_size": list(image_size or (size["height"], size["width"])) if trunk else None,
         "versions": versions,
         "session_options": SESSION_OPTIONS,
@@ -89,7 +109,8 @@ def export_checkpoint(
     part = destination.with_name(f".{destination.name}.part")
     with FileLock(f"{part}.lock"):
         model = load_complete_model(folder)
-        graphs = _write_graphs(model, part, settings, report)
+        model.fold_batch_norms()
+        graphs = _write_graphs(model, part, settings, images, report)
         for path in folder.iterdir():
             if path.is_file():
                 shutil.copy2(path, part / path.name)
@@ -103,6 +124,45 @@ def export_checkpoint(
         shutil.rmtree(old, ignore_errors=True)
     Path(f"{part}.lock").unlink(missing_ok=True)
     return manifest
+
+
+def checkpoint_folder(source: str | os.PathLike) -> Path:
+    """The folder of a checkpoint, downloaded where `source` is a Hub id.
+
+    Raises:
+        ValueError: see [`check_folder`].
+    """
+    check_not_replaced(str(source))
+    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
+    check_folder(folder)
+    return folder
+
+
+def _int8_graphs(folder: Path, precision: str, trunk: bool, int8_trunk: bool, keep_float: Sequence[str]) -> list[str]:
+    """The names of the graphs in int8.
+
+    Raises:
+        ValueError: for options that contradict each other.
+    """
+    if precision != "int8":
+        if int8_trunk or keep_float:
+            name = "int8_trunk" if int8_trunk else "keep_float"
+            raise ValueError(f'`{name}` goes with `precision="int8"`, got {precision!r}; pass --int8 too, or drop it.')
+        return []
+    if int8_trunk and not trunk:
+        raise ValueError("`int8_trunk` needs the trunk among the graphs, but it is left to torch; drop one of them.")
+    names = [*(["trunk"] if int8_trunk else []), *graph_names(MuEConfig.from_pretrained(folder))]
+    left = set(in_float(names, keep_float))
+    return [name for name in names if name not in left]
+
+
+def _calibration(images: CalibrationImages | None, int8_trunk: bool) -> dict[str, Any] | None:
+    """What the manifest says of how the trunk was quantised."""
+    if not int8_trunk:
+        return None
+    if images is None:
+        raise ValueError("`int8_trunk` needs images that say how large its values are; pass --calibrate-on IMAGES.")
+    return images.record | STATIC_OPTIONS
 
 
 def _versions() -> dict[str, str]:
@@ -139,7 +199,11 @@ def _finished(destination: Path, settings: dict[str, Any], overwrite: bool) -> d
 
 
 def _write_graphs(
-    model: MuEForConditionalGeneration, part: Path, settings: dict[str, Any], report: Report | None
+    model: MuEForConditionalGeneration,
+    part: Path,
+    settings: dict[str, Any],
+    images: CalibrationImages | None,
+    report: Report | None,
 ) -> dict[str, dict[str, Any]]:
     """Writes the graphs that a folder lacks; returns their entries of the manifest."""
     folder, done = part / FOLDER, _done(part, settings)
@@ -148,24 +212,34 @@ def _write_graphs(
     for name, piece in parts_of(model, settings["image_size"]):
         kept = name in done
         if not kept:
-            precision = "float32" if name == "trunk" else settings["precision"]
             base, fixed_size = bases.get(piece.like), None
             graph = None if base is None else with_weights(base, piece.module)
             if graph is None and name == "trunk":
                 graph, fixed_size = trunk_graph(piece, model.config)
             graph = graph_of(piece) if graph is None else graph
             bases.setdefault(piece.like or name, graph)
-            content = (quantized(graph) if precision == "int8" else graph).SerializeToString()
+            precision = "int8" if name in settings["int8"] else "float32"
+            if precision == "int8":
+                graph = _in_int8(graph, name, piece, images)
+            content = graph.SerializeToString()
             file = folder / f"{name}.onnx"
             write_whole(file, content)
             done[name] = {"file": file.name, "sha256": sha256_of(file), "precision": precision}
-            done[name]["error"] = _error(name, piece, content, TOLERANCES[precision])
+            done[name]["error"] = _error(name, piece, content, precision)
             if fixed_size:
                 done[name]["image_size"] = fixed_size
             write_whole(folder / JOURNAL, json.dumps({"settings": settings, "graphs": done}))
         if report:
             report(name, done[name] | {"kept": kept})
     return done
+
+
+def _in_int8(graph: Any, name: str, piece: Part, images: CalibrationImages | None) -> Any:
+    """A graph in int8; the trunk is compared on the images then."""
+    if name != "trunk" or images is None:
+        return dynamic_int8(graph)
+    piece.example = (next(images.batches(IMAGES_AT_ONCE)),)
+    return static_int8(graph, images.batches(IMAGES_AT_ONCE))
 
 
 def _done(part: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -184,12 +258,13 @@ def _done(part: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @torch.no_grad()
-def _error(name: str, piece: Part, content: bytes, tolerance: float) -> float:
+def _error(name: str, piece: Part, content: bytes, precision: str) -> float:
     """The largest difference between what a graph and its module give, as a share of the largest value.
 
     Raises:
         ValueError: if it is above the tolerance.
     """
+    tolerance = TRUNK_TOLERANCE if (name, precision) == ("trunk", "int8") else TOLERANCES[precision]
     expected = piece.module(*piece.example)
     expected = expected if isinstance(expected, tuple) else (expected,)
     session = load_onnxruntime().InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -199,9 +274,9 @@ def _error(name: str, piece: Part, content: bytes, tolerance: float) -> float:
     if not error <= tolerance:
         raise ValueError(
             f"the graph {name!r} must give what torch gives, but differs by {error:.1e} of the largest value, above "
-            f"{tolerance:.0e}; with int8 export in float32, otherwise report this with the versions installed."
+            f"{tolerance:.0e}; in int8 pass --keep-float {name}, in float32 report this with the versions installed."
         )
     return error
 
 
-__all__ = ["PRECISIONS", "export_checkpoint"]
+__all__ = ["PRECISIONS", "checkpoint_folder", "export_checkpoint"]

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -257,7 +256,7 @@ def parts_of(model: MuEForConditionalGeneration, image_size: Sequence[int] | Non
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Exporter and quantizer warn and log about themselves."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -278,7 +277,7 @@ def graph_of(part: Part) -> Any:
         {axis: torch.export.Dim.DYNAMIC for axis in range(value.dim()) if axis not in part.fixed.get(name, ())}
         for name, value in zip(part.inputs, part.example, strict=True)
     ]
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             part.module.eval(),
             part.example,
@@ -406,19 +405,4 @@ def with_weights(graph: Any, module: nn.Module) -> Any | None:
     return None if weights else copy
 
 
-def quantized(graph: Any) -> Any:
-    """A graph in dynamic int8: the weights of its matrices are int8 with a scale for each output (per channel), their
-    inputs are made 8 bits wide in each call, with one scale for all of them (per tensor)."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with TemporaryDirectory() as folder, _quiet():
-        path = f"{folder}/graph.onnx"
-        quantize_dynamic(graph, path, per_channel=True, weight_type=QuantType.QInt8)
-        with open(path, "rb") as file:
-            content = file.read()
-    result = type(graph)()
-    result.ParseFromString(content)
-    return result
-
-
-__all__ = ["Part", "graph_of", "parts_of", "quantized", "trunk_graph", "with_weights"]
+__all__ = ["Part", "graph_of", "parts_of", "quiet", "trunk_graph", "with_weights"]

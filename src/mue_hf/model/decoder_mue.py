@@ -13,6 +13,7 @@ from .cache_mue import MuECache
 from .criteria_mue import ExitPolicy
 from .early_exit_mue import ExitDecider, ExitRecord, run_stack
 from .encoder_mue import MuEEncoderOutput, check_token_ids
+from .engine_mue import EngineGuard
 from .layers_mue import (
     MuEDecoderLayer,
     NormedHead,
@@ -224,7 +225,7 @@ class _DecoderCall:
         return _LayerView(num_rows, filled, tokens, images, bias)
 
 
-class MuEDecoder(nn.Module):
+class MuEDecoder(EngineGuard, nn.Module):
     """Embeds target tokens and runs them through the layers, each row as deep as its exit policy asks."""
 
     main_input_name = "input_ids"

@@ -10,6 +10,7 @@ from transformers.utils import auto_docstring
 
 from .criteria_mue import ExitPolicy
 from .early_exit_mue import ExitDecider, ExitRecord, StackResult, run_stack
+from .engine_mue import EngineGuard
 from .exit_options_mue import ExitOptions
 from .folding_mue import BatchNormFolding, can_fold
 from .layers_mue import (
@@ -119,7 +120,7 @@ class _LayerBias:
         return scores
 
 
-class MuEEncoder(nn.Module):
+class MuEEncoder(EngineGuard, nn.Module):
     """Embeds image and text, runs their streams with exits, and joins them for the decoder's cross-attention."""
 
     main_input_name = "input_ids"

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import httpx
 from torch import Tensor, nn
 from transformers.modeling_outputs import BackboneOutput
 
@@ -62,7 +65,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         graphs, weights = manifest["graphs"], manifest["weights"]
         files = {f"{FOLDER}/{graph['file']}": graph["sha256"] for graph in graphs.values()} | weights
         opset, version = manifest["opset"], manifest["format"]
-        manifest["session_options"], manifest["precision"]
+        manifest["session_options"], manifest["precision"], [graph["precision"] for graph in graphs.values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be the manifest of an export, got {error!r}; {remedy}") from error
     if (version, opset) != (FORMAT, OPSET):
@@ -104,6 +107,15 @@ def _share_arena() -> None:
             raise
 
 
+def _fingerprint(weights: str, manifest: dict[str, Any]) -> str:
+    """What presets and records take for the weights: float32 gives the tokens and depths of torch; graphs in int8 make
+    it another model, each one, and so does what its trunk was calibrated on."""
+    int8 = sorted(name for name, graph in manifest["graphs"].items() if graph["precision"] != "float32")
+    if not int8:
+        return weights
+    return sha256(json.dumps([weights, int8, manifest.get("calibration")], sort_keys=True).encode()).hexdigest()
+
+
 class Engine:
     """The sessions of one model, made when they are first needed, and made anew for another number of threads.
 
@@ -116,11 +128,10 @@ class Engine:
     def __init__(self, folder: Path, manifest: dict[str, Any], weights: str | None):
         self.folder, self.graphs, self.options = folder, manifest["graphs"], manifest["session_options"]
         self.precision = manifest["precision"]
+        if self.graphs.get("trunk", {}).get("precision") == "int8":
+            self.precision += " with its trunk"
         self.digest = sha256(json.dumps([manifest["weights"], self.graphs], sort_keys=True).encode()).hexdigest()
-        # float32 gives the tokens and depths of torch; of int8, presets and records are others
-        if weights is not None and self.precision != "float32":
-            weights = sha256(f"{weights} {self.precision}".encode()).hexdigest()
-        self.fingerprint = weights
+        self.fingerprint = weights if weights is None else _fingerprint(weights, manifest)
         self.threads = 0
         self.sessions: dict[str, tuple[Any, list[str], list[str]]] = {}
 
@@ -161,6 +172,27 @@ class Engine:
     def __getstate__(self) -> dict[str, Any]:
         """Sessions are not copied: a copy makes its own."""
         return vars(self) | {"threads": 0, "sessions": {}}
+
+
+class EngineGuard:
+    """A module that may run on an engine, and then stays where it is. `engine` is the [`Engine`], None without one."""
+
+    engine: Engine | None = None
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        # what `.to()`, `.half()` and the like do to each tensor
+        if self.engine is not None:
+            moved = fn(torch.zeros(1))
+            if (moved.device.type, moved.dtype) != ("cpu", torch.float32):
+                self._refuse(f"`.to()` with {moved.device}, {moved.dtype}")
+        return super()._apply(fn, *args, **kwargs)
+
+    def _refuse(self, what: str, remedy: str = "load the model without `engine`.") -> None:
+        if self.engine is not None:
+            raise ValueError(
+                f'{what} is not possible with `engine="onnxruntime"`, which holds the weights in its graphs, in '
+                f"float32 or int8 on the CPU; {remedy}"
+            )
 
 
 class EngineEncoderLayer(nn.Module):
@@ -262,7 +294,7 @@ class EngineTrunk(nn.Module):
         return BackboneOutput(feature_maps=(self.engine.run("trunk", pixels)[0],))
 
 
-class EngineHead(MuEOutputHead):
+class EngineHead(EngineGuard, MuEOutputHead):
     """Takes the place of the output head for all tokens that texts have. The matrix is that of the token embeddings:
     a few rows of it (`ids`, candidates of exits) are multiplied by torch.
 
@@ -288,10 +320,8 @@ class EngineHead(MuEOutputHead):
         return logits
 
 
-class EngineMixin:
-    """A model that may run on an engine, and what it then refuses. `engine` is the [`Engine`], None without one."""
-
-    engine: Engine | None = None
+class EngineMixin(EngineGuard):
+    """A model that may run on an engine, and what else it then refuses."""
 
     @classmethod
     def from_pretrained(
@@ -300,11 +330,12 @@ class EngineMixin:
         """Loads the model.
 
         Args:
-            engine (`str`, *optional*): "onnxruntime" runs the graphs that `mue-hf export` wrote to this folder.
+            engine (`str`, *optional*): "onnxruntime" runs the graphs that `mue-hf export` wrote to this folder, or to
+                one that was uploaded to the Hub.
 
         Raises:
-            ValueError: for an engine that does not exist or is not installed, a folder without its graphs or with
-                others than its manifest says, and options that belong to torch.
+            ValueError: for an engine that does not exist or is not installed, a folder or repository without its
+                graphs or with others than its manifest says, and options that belong to torch.
         """
         if engine is None:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -312,10 +343,10 @@ class EngineMixin:
             raise ValueError(f"`engine` must be one of {list(ENGINES)} or None, got {engine!r}; drop it for torch.")
         _check_options(kwargs)
         load_onnxruntime()
-        folder = Path(pretrained_model_name_or_path)
+        folder = _local_folder(pretrained_model_name_or_path, kwargs)
         manifest = read_manifest(folder)
         kwargs["dtype"] = torch.float32
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(folder, *args, **kwargs)
         use_engine(loaded[0] if isinstance(loaded, tuple) else loaded, folder / FOLDER, manifest)
         return loaded
 
@@ -336,20 +367,31 @@ class EngineMixin:
         self._refuse("`set_attn_implementation`")
         super().set_attn_implementation(*args, **kwargs)
 
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        # what `.to()`, `.half()` and the like do to each tensor
-        if self.engine is not None:
-            moved = fn(torch.zeros(1))
-            if (moved.device.type, moved.dtype) != ("cpu", torch.float32):
-                self._refuse(f"`.to()` with {moved.device}, {moved.dtype}")
-        return super()._apply(fn, *args, **kwargs)
 
-    def _refuse(self, what: str, remedy: str = "load the model without `engine`.") -> None:
-        if self.engine is not None:
-            raise ValueError(
-                f'{what} is not possible with `engine="onnxruntime"`, which holds the weights in its graphs, in '
-                f"float32 or int8 on the CPU; {remedy}"
-            )
+def _local_folder(name: Any, options: dict[str, Any]) -> Path:
+    """The folder of a checkpoint: itself, or what the cache of the Hub holds of a repository, downloaded where needed.
+    Options that say which are taken out: what is loaded is one state of the repository.
+
+    Raises:
+        ValueError: if the Hub does not give it.
+    """
+    if Path(name).is_dir():
+        return Path(name, options.pop("subfolder", ""))
+    subfolder = options.pop("subfolder", "")
+    where = {key: options.pop(key) for key in ("cache_dir", "force_download", "revision", "token") if key in options}
+    prefix = f"{subfolder}/" if subfolder else ""
+    patterns = [f"{prefix}{ending}" for ending in ("*.json", "*.safetensors", f"{FOLDER}/*")]
+    local = options.get("local_files_only", False)
+    try:
+        root = snapshot_download(str(name), allow_patterns=patterns, local_files_only=local, **where)
+    # what huggingface_hub and the network raise
+    except (HfHubHTTPError, HFValidationError, OSError, httpx.HTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f'`engine="onnxruntime"` needs a folder that `mue-hf export CKPT DIR` wrote, or a repository of the Hub '
+            f"with its files, got {str(name)!r}: {reason}; check the name, or pass a folder."
+        ) from error
+    return Path(root, subfolder)
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -395,7 +437,8 @@ def use_engine(model: Any, folder: Path, manifest: dict[str, Any]) -> None:
     model.lm_head = EngineHead(engine, model.lm_head, config.num_text_tokens)
     config._attn_implementation_internal = ATTENTION
     model.eval().requires_grad_(False)
-    model.engine = engine
+    for module in (model, model.model, encoder, decoder):
+        module.engine = engine
     # until now that of the weights alone
     model._fingerprint = None
 
@@ -410,6 +453,7 @@ __all__ = [
     "Engine",
     "EngineDecoderLayer",
     "EngineEncoderLayer",
+    "EngineGuard",
     "EngineHead",
     "EngineKeysValues",
     "EngineMixin",

@@ -21,7 +21,7 @@ from .criteria_mue import ExitPolicy
 from .decoder_mue import MuEDecoder, MuEDecoderOutput
 from .early_exit_mue import ExitRecord
 from .encoder_mue import MuEEncoder, MuEEncoderOutput
-from .engine_mue import EngineMixin
+from .engine_mue import EngineGuard, EngineMixin
 from .exit_options_mue import (
     CHECKPOINT_OPTIONS,
     CONFIG_NAMES,
@@ -114,7 +114,7 @@ class MuEPreTrainedModel(PreTrainedModel):
 
 
 @auto_docstring(custom_intro="Encoder and decoder without an output head.")
-class MuEModel(MuEPreTrainedModel):
+class MuEModel(EngineGuard, MuEPreTrainedModel):
     _tied_weights_keys = {
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",

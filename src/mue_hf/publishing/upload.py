@@ -16,13 +16,14 @@ from huggingface_hub.utils import httpx
 from ..evaluation.plots import draw_plots
 from ..files import whole_folder, write_whole
 from ..model.configuration_mue import MuEConfig
+from ..model.engine_mue import FOLDER, MANIFEST, read_manifest
 from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
 from .checkpoint import WEIGHTS_INDEX, check_folder, load_complete_model, matching_records, preset_dtypes, weight_files
 from .model_card import About, evaluation_groups, public_record, read_evaluation, render_card
 
 # What an older state of the repository may have and the new one lacks: loaders would take it for a part of the new.
-REPLACED = ["*_mue.py", "model*.safetensors", WEIGHTS_INDEX, "evaluation.jsonl", "evaluation-*.png"]
+REPLACED = ["*_mue.py", "model*.safetensors", WEIGHTS_INDEX, f"{FOLDER}/*", "evaluation.jsonl", "evaluation-*.png"]
 
 
 def write_card(
@@ -82,24 +83,30 @@ def stage(
 ) -> list[Path]:
     """Puts all that is published into an empty folder, and returns the files.
 
-    Configurations and source files are written by the installed package, so that they fit each other; weights and
-    generation config are those of the checkpoint, byte for byte.
+    Configurations and source files are written by the installed package, so that they fit each other; weights, graphs
+    of `mue-hf export` and generation config are those of the checkpoint, byte for byte.
 
     Args:
         checkpoint, model_id, about, evaluation: see [`publish_to_folder`].
         folder (`Path`): the empty folder.
-        link (`bool`, *optional*, defaults to `False`): True links the weights where links can be made.
+        link (`bool`, *optional*, defaults to `False`): True links weights and graphs where links can be made.
 
     Raises:
-        ValueError, ImportError: see [`check_folder`], [`load_complete_model`] and [`write_card`].
+        ValueError, ImportError: see [`check_folder`], [`load_complete_model`], [`read_manifest`] and [`write_card`].
     """
     check_folder(checkpoint)
+    exported = [checkpoint / FOLDER / MANIFEST] if (checkpoint / FOLDER / MANIFEST).is_file() else []
+    if exported:
+        graphs = read_manifest(checkpoint)["graphs"].values()
+        exported += [checkpoint / FOLDER / graph["file"] for graph in graphs]
     write_card(checkpoint, folder / "README.md", model_id, about, evaluation)
     MuEConfig.from_pretrained(checkpoint).save_pretrained(str(folder))
     MuEProcessor.from_pretrained(checkpoint).save_pretrained(folder)
     shutil.copyfile(checkpoint / "generation_config.json", folder / "generation_config.json")
-    for path in weight_files(checkpoint):
-        (_link if link else shutil.copyfile)(path, folder / path.name)
+    for path in (*weight_files(checkpoint), *exported):
+        target = folder / path.relative_to(checkpoint)
+        target.parent.mkdir(exist_ok=True)
+        (_link if link else shutil.copyfile)(path, target)
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
