@@ -158,6 +158,14 @@ class TestSameAsTorch:
         torch.testing.assert_close(engine.logits, reference.logits, rtol=1e-4, atol=1e-4)
         assert engine.found.tolist() == reference.found.tolist()
 
+    def test_the_trunk_takes_one_image_a_call(self, reference, engine, inputs, monkeypatch):
+        sizes, run = [], engine.engine.run
+        monkeypatch.setattr(engine.engine, "run", lambda name, *some: sizes.append(len(some[0])) or run(name, *some))
+        for pixels in (inputs["pixel_values"], inputs["pixel_values"][:1]):
+            found = engine.trunk_features(pixels)
+            torch.testing.assert_close(found, reference.trunk_features(pixels), rtol=1e-4, atol=1e-4)
+        assert sizes == [1] * 5
+
     def test_a_head_of_fewer_tokens_than_the_vocabulary(self, reference, engine):
         states, head = torch.randn(3, 2, 32), copy.deepcopy(engine.lm_head)
         assert torch.allclose(head(states), reference.lm_head(states), atol=1e-5)

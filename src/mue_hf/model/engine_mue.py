@@ -291,7 +291,9 @@ class EngineTrunk(nn.Module):
                 f"`pixel_values` must have the image size that the trunk was exported for, {self.image_size}, got "
                 f"{list(pixels.shape[2:])}; resize the images, or export with `--image-size`."
             )
-        return BackboneOutput(feature_maps=(self.engine.run("trunk", pixels)[0],))
+        # one image a call: what the first convolutions of several images give is more than a CPU's caches hold
+        maps = [self.engine.run("trunk", image)[0] for image in pixels.split(1)]
+        return BackboneOutput(feature_maps=(torch.cat(maps) if len(maps) > 1 else maps[0],))
 
 
 class EngineHead(EngineGuard, MuEOutputHead):
