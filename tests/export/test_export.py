@@ -15,6 +15,7 @@ from mue_hf.export import checkpoint as export
 from mue_hf.export import scan
 from mue_hf.export.graphs import Part, graph_of, parts_of, trunk_graph, with_weights
 from mue_hf.export.images import CalibrationImages
+from mue_hf.export.int8 import static_int8
 from mue_hf.model.engine_mue import graph_names, sha256_of
 
 
@@ -287,6 +288,27 @@ class TestInt8:
         )
         expected, got = (one.eval().trunk_features(pixels) for one in (torch_model, model))
         assert 0 < (got - expected).abs().max() < 0.1 * expected.abs().max()
+
+    def test_graphs_that_hold_shapes(self):
+        import onnxruntime
+        from onnx import helper, numpy_helper
+
+        draw = np.random.default_rng(0)
+        weight = draw.normal(size=(4, 3, 3, 3)).astype(np.float32)
+        values = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.array([0, 4, -1]), "shape")]
+        nodes = [helper.make_node("Conv", ["x", "w"], ["y"]), helper.make_node("Relu", ["y"], ["r"])]
+        nodes.append(helper.make_node("Reshape", ["r", "shape"], ["z"]))
+        ends = [helper.make_tensor_value_info(*end) for end in (("x", 1, ["n", 3, 8, 8]), ("z", 1, ["n", 4, 36]))]
+        graph = helper.make_model(
+            helper.make_graph(nodes, "g", ends[:1], ends[1:], values), opset_imports=[helper.make_opsetid("", 20)]
+        )
+        pixels = torch.from_numpy(draw.normal(size=(2, 3, 8, 8)).astype(np.float32))
+        quantised = static_int8(graph, iter([pixels]))
+        expected, got = (
+            onnxruntime.InferenceSession(one.SerializeToString()).run(None, {"x": pixels.numpy()})[0]
+            for one in (graph, quantised)
+        )
+        assert 0 < np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
 
     def test_other_images_start_anew(self, engine_folders, traced, images, tmp_path):
         def stop(name, graph):

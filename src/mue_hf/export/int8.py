@@ -52,8 +52,10 @@ def static_int8(graph: Any, batches: Iterable[Tensor]) -> Any:
             return next(self.feeds, None)
 
     with TemporaryDirectory() as folder, quiet():
-        prepared, path = Path(folder, "prepared.onnx"), Path(folder, "graph.onnx")
-        quant_pre_process(graph, prepared, skip_symbolic_shape=True)
+        source, prepared, path = (Path(folder, f"{name}.onnx") for name in ("source", "prepared", "graph"))
+        # from memory it would move the values of shapes to a file, in which shape inference does not look
+        source.write_bytes(graph.SerializeToString())
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantize_static(
             prepared,
             path,
