@@ -75,7 +75,8 @@ def fill_card(
         model_name=name if results else None,
         eval_results=list(results) or None,
     )
-    presets, captioning = [], None
+    presets: list[dict[str, str]] = []
+    captioning: str | None = None
     for label, preset in exit_presets(model).items():
         # a fit on answers is refused where tokens are generated
         if captioning is None and (preset.get("exit_fit") or {}).get("answers") is None:
