@@ -25,6 +25,7 @@ from mue_hf.model.generation_mue import weights_fingerprint
 from mue_hf.publishing.model_card import About, public_record, read_about, read_evaluation
 from mue_hf.publishing.upload import upload
 from mue_hf.training.arguments import MuETrainingArguments
+from mue_hf.training.card import fill_card
 from mue_hf.training.trainer import MuETrainer
 
 pytest.importorskip("datasets", reason="evaluations need the extra train: pip install mue-hf[train]")
@@ -529,6 +530,14 @@ def test_trainer_writes_its_card(tmp_path):
     trainer.create_model_card(finetuned_from="org/base")
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert card.data.base_model == ["org/base"] and "# run\n" in card.text and "* seed: 42" in card.text
+
+
+def test_the_example_of_captions_names_no_preset_for_answers():
+    model = tiny_model()
+    presets = {"answers": {"exit_fit": {"answers": "hash"}}, "captions": {"decoder_exit_threshold": 0.9}}
+    for names, shown in ((["answers", "captions"], ', exit_preset="captions")'), (["answers"], '"photo.jpg")')):
+        model.generation_config.exit_presets = {name: presets[name] for name in names}
+        assert shown in fill_card(model, "org/x", About(), dict.fromkeys(names, "none"))
 
 
 def test_points_of_one_name_count_once(evaluation, tmp_path):

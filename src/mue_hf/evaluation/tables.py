@@ -15,7 +15,8 @@ def make_table(records: Sequence[Mapping[str, Any]]) -> str:
     score = main_score(records[0])
     others = [name for name in records[0]["quality"] if name.startswith(("bleu_4", "meteor", "rouge", "spice"))]
     rows = [_cells(record, score, others, records[0]["against"]) for record in records]
-    columns = list(max(rows, key=lambda row: len(row)))
+    # records of earlier versions have fewer
+    columns = max((list(row) for row in rows), key=len)
     lines = [columns, ["---"] * len(columns), *([row.get(name, "-") for name in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

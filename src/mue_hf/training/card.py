@@ -75,8 +75,12 @@ def fill_card(
         model_name=name if results else None,
         eval_results=list(results) or None,
     )
-    presets = []
+    presets: list[dict[str, str]] = []
+    captioning: str | None = None
     for label, preset in exit_presets(model).items():
+        # a fit on answers is refused where tokens are generated
+        if captioning is None and (preset.get("exit_fit") or {}).get("answers") is None:
+            captioning = label
         told = {option: value for option, value in preset.items() if option in CONFIG_NAMES and option != "exit_fit"}
         options = ", ".join(f"{option}={value!r}" for option, value in told.items())
         presets.append({"name": label, "options": options, "promise": promises[label]})
@@ -84,6 +88,7 @@ def fill_card(
         data,
         template_path=str(TEMPLATE),
         about=about,
+        captioning_preset=captioning,
         carries_code=carries_code,
         config=model.config,
         groups=groups,
