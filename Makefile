@@ -111,8 +111,9 @@ LAST_LAYER = --layer_weights 0 0 0 0 0 1 --intermediate_token_share 0.1
 ALL_LAYERS = --layer_weights 0.1 0.1 0.1 0.1 0.1 1 --intermediate_token_share 0.4 --self_distillation 1
 STATEMENTS = --pairs $(FLICKR8K)/entailment.jsonl --made_statements 6 --ema_decay 0.99 --warmup_steps 30
 
+# The first stage decides the sizes, e.g. PHOTOS_SIZES="--d_model 320 --ffn_dim 640 --heads 5".
 $(PHOTOS_RUN)/words/model.safetensors: | $(VENV)/dev.installed
-	$(PHOTOS_TRAIN) $(PHOTOS_RATES) $(LAST_LAYER) --max_steps 400 --warmup_steps 60 --shares 0 0 1
+	$(PHOTOS_TRAIN) $(PHOTOS_SIZES) $(PHOTOS_RATES) $(LAST_LAYER) --max_steps 400 --warmup_steps 60 --shares 0 0 1
 
 $(PHOTOS_RUN)/captions/model.safetensors: $(PHOTOS_RUN)/words/model.safetensors
 	$(PHOTOS_TRAIN) $(PHOTOS_RATES) $(LAST_LAYER) --start_from $(<D) --max_steps 500 --warmup_steps 60 \
