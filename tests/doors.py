@@ -58,7 +58,8 @@ def record(folder: str, photo: str, **trust: bool) -> dict[str, Any]:
         output = model.generate(**inputs, num_beams=beams, return_dict_in_generate=True)
         for name in ("sequences", "image_exit_layers", "text_exit_layers", "decoder_exit_layers", "executed_layers"):
             seen[f"beams {beams} {name}"] = output[name]
-    preset = min(model.generation_config.exit_presets)
+    # not one with a fit for answers, which `generate` refuses
+    preset = max(model.generation_config.exit_presets)
     seen["preset"] = model.generate(**inputs, exit_preset=preset, return_dict_in_generate=True).decoder_exit_layers
     seen["scores"] = model.score_answers(processor.encode_answers(ANSWERS), **inputs)
     for task in TASKS:
