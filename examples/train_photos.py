@@ -16,8 +16,8 @@ The stages of the committed checkpoint, with all options, are the rules of `make
 COCO), beam 5: photos with captions by the last layer alone, after captions without images, .427 and .697;
 statements too, two runs averaged, .499 and .662; all layers, learning from the last one, two runs averaged, .525 and
 .694; more of it, .583 and .652; captions rewarded by their CIDEr, .567 and .749; statements, first alone and then with
-captions, two runs averaged, .579 and .761; all layers again, .578 and .730; the model's own captions among the labels, two runs
-and the stage before averaged, .582 and .705 (and twice as many captions that stay with the decoder cut in half).
+captions, two runs averaged, .579 and .761; all layers again, .578 and .730; the model's own captions among the labels,
+two runs and the stage before averaged, .582 and .705, with twice as many captions that a decoder cut in half keeps.
 docs/training.md has what was tried and lost. Several runs of a stage are averaged by naming them all in --start_from,
 with --max_steps 0 for that alone. When the same command is given again, an interrupted run goes on from the last
 checkpoint in its folder.
