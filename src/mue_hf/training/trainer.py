@@ -131,8 +131,10 @@ class MuETrainer(Seq2SeqTrainer):
             if self.args.scst_samples and not (labels[:, 0] == IGNORED).any():
                 return self._scst_loss(model, inputs, labels)
             if self.args.own_captions and not (labels[:, 0] == IGNORED).any():
-                # the number of their tokens is not known before the batches of a step are: a mean of means
-                inputs, labels, num_items_in_batch = *self._with_own_captions(inputs, labels), None
+                inputs, labels = self._with_own_captions(inputs, labels)
+            if self.loss_is_scaled_for_ga is False:
+                # a mean over the batch, which the training loop divides by the batches of a step
+                num_items_in_batch = None
         else:
             labels = self._without_repeats(inputs, labels)
         if "decoder_input_ids" not in inputs:
