@@ -16,7 +16,7 @@ from mue_hf.export import scan
 from mue_hf.export.graphs import Part, graph_of, parts_of, trunk_graph, with_weights
 from mue_hf.export.images import CalibrationImages
 from mue_hf.export.int8 import static_int8
-from mue_hf.model.engine_mue import graph_names, sha256_of
+from mue_hf.model.engine_mue import LINEAR, graph_names, sha256_of
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def traced(engine_folders, monkeypatch):
         ("DecoderLayer", ("output", "keys", "values")): "decoder_0",
         ("Matrix", ("logits",)): "head",
     }
+    files |= {("Matrix", (name,)): name for names in LINEAR.values() for name in names}
 
     def load(part):
         asked.append(files[type(part.module).__name__, part.outputs])
@@ -78,7 +79,8 @@ def test_goes_on_after_an_interruption_and_keeps_what_is_whole(engine_folders, t
     (part / "encoder_0.onnx").write_bytes(b"damaged")
     seen.clear()
     export.export_checkpoint(engine_folders["torch"], target, report=stop)
-    assert [name for name, kept in seen if kept] == ["trunk", "encoder_1"]
+    linear = [name for names in LINEAR.values() for name in names]
+    assert [name for name, kept in seen if kept] == ["trunk", *linear, "encoder_1"]
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     expected = json.loads((engine_folders["float32"] / "onnx/manifest.json").read_text())
     assert expected["int8"] == [] and expected["calibration"] is None
@@ -92,7 +94,10 @@ def test_goes_on_after_an_interruption_and_keeps_what_is_whole(engine_folders, t
 
 def test_each_kind_of_layer_is_traced_once(engine_folders, traced, tmp_path):
     export.export_checkpoint(engine_folders["torch"], tmp_path / "new")
-    assert sorted(traced) == ["cross_0", "decoder_0", "decoder_0_project", "encoder_0", "head", "trunk"]
+    linear = [name for names in LINEAR.values() for name in names]
+    assert sorted(traced) == sorted(
+        ["cross_0", "decoder_0", "decoder_0_project", "encoder_0", "head", "trunk", *linear]
+    )
 
 
 def test_another_order_of_weights_is_seen(engine_folders):
@@ -343,7 +348,7 @@ class TestInt8:
     ):
         monkeypatch.setattr(scan, "KINDS", ("trunk", "cross_*", "head"))
         monkeypatch.setattr(scan, "graph_names", lambda config: ["encoder_1", "head"])
-        source, kept = engine_folders["torch"], ["encoder_*", "decoder_*", "cross_*"]
+        source, kept = engine_folders["torch"], ["encoder_*", "decoder_*", "cross_*", "pos_*", "image_proj"]
         alone = tmp_path / "alone"
         export.export_checkpoint(source, alone, precision="int8", keep_float=kept)
         (head,) = scan.sensitivities(source, alone, images)

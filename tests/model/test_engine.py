@@ -184,7 +184,13 @@ class TestSameAsTorch:
                 assert generate(model, inputs).sequences.tolist() == expected
             torch.set_num_threads(threads + 1)
             assert generate(engine, inputs).sequences.tolist() == expected
-            assert engine.engine.threads == threads + 1
+            taken = {
+                name: session.get_session_options().intra_op_num_threads
+                for name, (session, *_) in engine.engine.sessions.items()
+            }
+            assert {taken[name] for name in ("trunk", "image_proj", "encoder_0", "head")} == {threads + 1}
+            # small layers take one
+            assert taken["decoder_0"] == 1
             assert not {id(one) for one, *_ in made.values()} & {
                 id(one) for one, *_ in engine.engine.sessions.values()
             }
@@ -237,7 +243,7 @@ class TestWeights:
                 name: graph | {"precision": "int8"} for name, graph in manifest["graphs"].items() if name in int8
             }
             given = manifest | {"graphs": manifest["graphs"] | graphs, "calibration": calibration}
-            return engine_mue.Engine(engine_folders["float32"] / "onnx", given, "weights").fingerprint
+            return engine_mue.Engine(engine_folders["float32"] / "onnx", given, "weights", 64).fingerprint
 
         marks = [mark("head"), mark("head", "cross_0"), mark("head", "trunk")]
         marks += [mark("head", "trunk", calibration={"images": count}) for count in (1, 2)]
@@ -348,8 +354,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("damage", "what"),
         [
-            (lambda m, d: m.update(opset=21), "must have format 2 and `opset` 20, got 2 and 21; run `mue-hf export`"),
-            (lambda m, d: m.update(format=1), "must have format 2 .* got 1 and 20; run `mue-hf export` again"),
+            (lambda m, d: m.update(opset=21), "must have format 3 and `opset` 20, got 3 and 21; run `mue-hf export`"),
+            (lambda m, d: m.update(format=1), "must have format 3 .* got 1 and 20; run `mue-hf export` again"),
             (lambda m, d: m.pop("weights"), "must be the manifest of an export, got KeyError"),
             (lambda m, d: m["graphs"].pop("cross_2"), "must list the graph 'cross_2'"),
             (lambda m, d: (d / "onnx/head.onnx").unlink(), "must hold onnx/head.onnx"),

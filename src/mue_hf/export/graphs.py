@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model.engine_mue import OPSET
+from ..model.engine_mue import LINEAR, OPSET
 from ..model.modeling_mue import MuEForConditionalGeneration
 
 
@@ -208,7 +208,8 @@ LAYER_INPUTS = (
 
 @torch.no_grad()
 def parts_of(model: MuEForConditionalGeneration, image_size: Sequence[int] | None) -> Iterator[tuple[str, Part]]:
-    """Name -> part, one after the other: "trunk", "encoder_N", "decoder_N_project", "decoder_N", "cross_N", "head".
+    """Name -> part, one after the other: "trunk", the names in `LINEAR`, "encoder_N", "decoder_N_project", "cross_N",
+    "decoder_N", "head".
 
     Args:
         model (`MuEForConditionalGeneration`): in evaluation mode, float32.
@@ -223,6 +224,11 @@ def parts_of(model: MuEForConditionalGeneration, image_size: Sequence[int] | Non
     if image_size is not None:
         example, fixed = (random(2, 3, *image_size),), {"pixels": (1,)}
         yield "trunk", Part(Trunk(encoder.embed_images), example, ("pixels",), ("features",), fixed)
+    for stack, names in ((encoder, LINEAR["encoder"]), (decoder, LINEAR["decoder"])):
+        for name in names:
+            layer = getattr(stack, name)
+            example, fixed = (random(3, layer.in_features),), {"states": (1,)}
+            yield name, Part(Matrix(layer), example, ("states",), (name,), fixed)
     heads = config.encoder_attention_heads
     for number, layer in enumerate(encoder.layers):
         example = random(3, 7, width), random(3, heads, 7, 7)

@@ -22,7 +22,7 @@ from .images import CalibrationImages
 from .int8 import IMAGES_AT_ONCE, dynamic_int8, static_int8
 
 #: All graphs of one kind; their names follow one by one.
-KINDS = ("trunk", "encoder_*", "cross_*", "decoder_*", "head")
+KINDS = ("trunk", "pos_*", "encoder_*", "cross_*", "decoder_*", "head")
 GREEDY = {"num_beams": 1, "exit_criterion": "never"}
 BATCH_SIZE = 8
 

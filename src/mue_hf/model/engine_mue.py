@@ -25,7 +25,11 @@ from .views_mue import ImageView, TokenView
 
 ENGINES = ("onnxruntime",)
 FOLDER, MANIFEST = "onnx", "manifest.json"
-FORMAT, OPSET = 2, 20
+FORMAT, OPSET = 3, 20
+# Decoder layers of fewer states than this take one thread: a second one costs more than it saves.
+FEW_STATES = 512
+# Linear layers that have a graph each, by encoder or decoder: what they multiply is as long as the image.
+LINEAR = {"encoder": ("image_proj", "pos_q_linear", "pos_k_linear"), "decoder": ("cross_pos_k_linear",)}
 # What `config._attn_implementation` is under an engine: attention is inside the graphs.
 ATTENTION = "onnxruntime"
 
@@ -41,7 +45,8 @@ def sha256_of(path: Path) -> str:
 
 def graph_names(config: Any) -> list[str]:
     """The graphs that a model of this config needs; "trunk" may be one more."""
-    names = [f"encoder_{number}" for number in range(config.encoder_layers)]
+    names = [*LINEAR["encoder"], *LINEAR["decoder"]]
+    names += [f"encoder_{number}" for number in range(config.encoder_layers)]
     for number in range(config.decoder_layers):
         names += [f"decoder_{number}_project", f"cross_{number}", f"decoder_{number}"]
     return [*names, "head"]
@@ -123,16 +128,17 @@ class Engine:
         folder (`Path`): of the graphs.
         manifest (`dict`): see [`read_manifest`].
         weights (`str`, *optional*): fingerprint of the weights that the graphs were made of.
+        width (`int`): states of the decoder, which decide how many threads its layers take.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], weights: str | None):
+    def __init__(self, folder: Path, manifest: dict[str, Any], weights: str | None, width: int):
         self.folder, self.graphs, self.options = folder, manifest["graphs"], manifest["session_options"]
         self.precision = manifest["precision"]
         if self.graphs.get("trunk", {}).get("precision") == "int8":
             self.precision += " with its trunk"
         self.digest = sha256(json.dumps([manifest["weights"], self.graphs], sort_keys=True).encode()).hexdigest()
         self.fingerprint = weights if weights is None else _fingerprint(weights, manifest)
-        self.threads = 0
+        self.threads, self.single = 0, ("decoder_",) if width < FEW_STATES else ()
         self.sessions: dict[str, tuple[Any, list[str], list[str]]] = {}
 
     def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
@@ -162,7 +168,8 @@ class Engine:
         runtime, options = load_onnxruntime(), None
         _share_arena()
         options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        options.intra_op_num_threads = 1 if name.startswith(self.single) else self.threads
+        options.inter_op_num_threads = 1
         for key, value in self.options.items():
             options.add_session_config_entry(key, value)
         path = str(self.folder / self.graphs[name]["file"])
@@ -193,6 +200,18 @@ class EngineGuard:
                 f'{what} is not possible with `engine="onnxruntime"`, which holds the weights in its graphs, in '
                 f"float32 or int8 on the CPU; {remedy}"
             )
+
+
+class EngineLinear(nn.Module):
+    """Takes the place of a linear layer."""
+
+    def __init__(self, engine: Engine, graph: str, layer: nn.Linear):
+        super().__init__()
+        self.engine, self.graph = engine, graph
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.engine.run(self.graph, states.flatten(0, -2))[0].unflatten(0, states.shape[:-1])
 
 
 class EngineEncoderLayer(nn.Module):
@@ -427,8 +446,11 @@ def use_engine(model: Any, folder: Path, manifest: dict[str, Any]) -> None:
             f"{folder / MANIFEST} must list the graph {missing[0]!r} of this model, got {sorted(graphs)}; run `mue-hf "
             "export` again, with --overwrite."
         )
-    engine = Engine(folder, manifest, weights_fingerprint(model))
+    engine = Engine(folder, manifest, weights_fingerprint(model), config.d_model)
     encoder, decoder = model.get_encoder(), model.get_decoder()
+    for stack, names in ((encoder, LINEAR["encoder"]), (decoder, LINEAR["decoder"])):
+        for name in names:
+            setattr(stack, name, EngineLinear(engine, name, getattr(stack, name)))
     encoder.layers = nn.ModuleList([EngineEncoderLayer(engine, number) for number in range(config.encoder_layers)])
     heads = config.decoder_attention_heads
     decoder.layers = nn.ModuleList(
@@ -450,6 +472,7 @@ __all__ = [
     "ENGINES",
     "FOLDER",
     "FORMAT",
+    "LINEAR",
     "MANIFEST",
     "OPSET",
     "Engine",
@@ -458,6 +481,7 @@ __all__ = [
     "EngineGuard",
     "EngineHead",
     "EngineKeysValues",
+    "EngineLinear",
     "EngineMixin",
     "EngineTrunk",
     "graph_names",
