@@ -17,10 +17,10 @@ the same engine and precision, and "realised saving" the share of the FLOP savin
 stock" is the speed-up over the same weights with transformers' own cache; an encoder pass is that variant's, trunk
 included. "Decode MiB" is what tensors take at most after the encoder's end. "Same" is the share of sequences equal to
 those of "lossless", and of a variant on an export equal to those of this variant in torch, whose FLOPs are given for
-it; memory of its engine is not seen. Variants: plain, eager attention and batch norms not folded; enabled,
-the overhead of unused exits, which are computed and never taken (by similarity, or by the criterion that is named);
-half, half of the layers everywhere; spread, another depth for each image, row and step, half on average; synchronised,
-the same with all rows waiting for the deepest."""
+it; memory of its engine is not seen. Variants: plain, eager attention and batch norms not folded; enabled, the
+overhead of unused exits, which are computed and never taken (by similarity, or by the criterion that is named); half,
+half of the layers everywhere; spread, another depth for each image, row and step, half on average; synchronised, the
+same with all rows waiting for the deepest."""
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -101,7 +101,7 @@ def draw_plot(record: Mapping[str, Any], folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    labels = {"xlabel": "FLOPs, share of lossless", "ylabel": "time, share of lossless"}
+    labels = {"xlabel": "FLOPs, share of lossless", "ylabel": "time, share of lossless in torch"}
     axes = figure.add_subplot(title="What exits save", **labels)
     axes.grid(alpha=0.3)
     axes.axline((1, 1), slope=1, linestyle=":", color="grey")
