@@ -1,6 +1,7 @@
 """`mue-hf bench`: the stock reference, forced depths, what is counted, the record, and the command on tiny models."""
 
 import json
+import shutil
 import time
 from functools import partial
 from statistics import median
@@ -17,6 +18,7 @@ from mue_hf import cli
 from mue_hf.benchmarking import cells, peers
 from mue_hf.benchmarking import run as benchmark
 from mue_hf.benchmarking.cells import measure_cell, ratio, summary
+from mue_hf.benchmarking.models import load_exports
 from mue_hf.benchmarking.probes import component_seconds, count_flops, peak_bytes
 from mue_hf.benchmarking.record import Record
 from mue_hf.benchmarking.stock import StockModel
@@ -29,6 +31,7 @@ from mue_hf.benchmarking.variants import (
     variant_names,
 )
 from mue_hf.inference.flops import caption_flops, trunk_flops
+from mue_hf.inference.loading import load_checkpoint
 from mue_hf.model.criteria_mue import CRITERIA, Criterion, LayerStates, register_criterion
 
 STEPS = 6
@@ -292,11 +295,11 @@ HEAD = {"settings": {"name": "x", "variants": ["half"]}, "environment": {"thread
 def test_a_record_goes_on(tmp_path):
     path = tmp_path / "deep" / "speed.json"
     record = Record(path, HEAD)
-    record.add("batch 1, beam 1", {"pair": (1, 2)})
+    record.add("batch 1, beam 1", {"variants": {}, "pair": (1, 2)})
     again = Record(path, HEAD)
     assert "batch 1, beam 1" in again and "batch 1, beam 5" not in again
     assert again.content == json.loads(path.read_text())
-    assert again.content == HEAD | {"cells": {"batch 1, beam 1": {"pair": [1, 2]}}}
+    assert again.content == HEAD | {"cells": {"batch 1, beam 1": {"variants": {}, "pair": [1, 2]}}}
     assert [file.name for file in path.parent.iterdir()] == ["speed.json"]
 
 
@@ -365,7 +368,7 @@ def test_the_command_measures_shows_and_goes_on(run_bench, tiny_sizes, small_pee
     assert "Batch 1, beam 2 (1 rounds" in captured.out
     rows = [line.split(" | ") for line in captured.out.splitlines() if line.startswith("|")]
     for name in (*names, "low", "small", "small:native"):
-        assert [row for row in rows if row[0] == f"| {name}" and len(row) == 12]
+        assert [row for row in rows if row[:3] == [f"| {name}", "torch", "float32"] and len(row) == 15]
     assert len({len(row) for row in rows if row[0] == "| stock"}) == 2
 
     measured = []
@@ -405,6 +408,112 @@ def test_on_a_checkpoint(run_bench, checkpoint, photos):  # noqa: F811
         assert cell["variants"]["balanced"]["layers"]["decoder"] == 1
 
 
+class TestExports:
+    """Variants on what `mue-hf export` wrote, beside torch."""
+
+    def arguments(self, folders, *exports):
+        return ("--model", folders["torch"], "--batch-sizes", 2, "--beams", 1, "--exports", *exports)
+
+    def test_engines_are_rows_beside_torch(self, engine_folders, run_bench, tmp_path):
+        names = ("stock", "lossless", "enabled", "spread", "synchronised")
+        common = ("--variants", *names, "--exits", 'low={"decoder_exit_threshold": -2}', "--plots", tmp_path / "plots")
+        common += self.arguments(engine_folders, engine_folders["float32"], engine_folders["int8"])
+        code, captured = run_bench(*common, "--json")
+        assert code == 0, captured.err
+        record = json.loads(captured.out)
+        figures = record["cells"]["batch 2, beam 1"]["variants"]
+        shared = ("lossless", "enabled", "spread", "low")
+        on_exports = [f"{name} on {export}" for export in ("float32", "int8") for name in shared]
+        assert list(figures) == [*names, "low", *on_exports]
+        assert {(one["engine"], one["precision"]) for one in list(figures.values())[:6]} == {("torch", "float32")}
+        for row in on_exports:
+            name, export = row.split(" on ")
+            one, own = figures[row], figures[f"lossless on {export}"]
+            assert (one["engine"], one["precision"]) == ("onnxruntime", export)
+            assert (one["variant"], one["export"]) == (name, export)
+            assert one["flops"] == figures[name]["flops"] and one["decode_peak_bytes"] is None
+            assert one["components"].keys() == figures[name]["components"].keys()
+            assert one["time_ratio"]["value"] == pytest.approx(one["p50"] / figures["lossless"]["p50"])
+            assert one["speedup_over_stock"]["value"] == pytest.approx(figures["stock"]["p50"] / one["p50"])
+            assert one["speedup_over_full_depth"]["value"] == pytest.approx(own["p50"] / one["p50"])
+            if name in ("spread", "low"):
+                saved = 1 - figures[name]["flop_ratio"]
+                assert one["realised_saving"] == pytest.approx((1 - one["p50"] / own["p50"]) / saved)
+        assert {figures[f"{name} on float32"]["identical"] for name in shared} == {1}
+        assert record["settings"]["exports"].keys() == {"float32", "int8"}
+        assert record["environment"]["versions"]["onnxruntime"]
+
+        _, captured = run_bench(*common)
+        rows = [line.split(" | ") for line in captured.out.splitlines() if line.startswith("| spread on int8")]
+        assert [row[:3] for row in rows] == [["| spread on int8", "onnxruntime", "int8"]] * 2
+        assert rows[0][-2] == "-" and "int8: an export, int8, SHA-256 of its manifest" in captured.out
+
+        manifest = engine_folders["int8"] / "onnx/manifest.json"
+        other = shutil.copytree(engine_folders["int8"], tmp_path / "int8")
+        (other / "onnx/manifest.json").write_text(manifest.read_text() + "\n")
+        code, captured = run_bench(*common[:-1], other)
+        assert code == 2 and "holds cells with exports = " in captured.err
+
+    def test_the_same_variant_in_torch_is_compared_with(self, engine_folders):
+        model, inputs = load_checkpoint(str(engine_folders["torch"]))[0], tiny_inputs(dtype=torch.float32)
+        export = load_exports([engine_folders["float32"]], model.requires_grad_(False))["float32"]
+        sizes = {"beams": 1, "steps": STEPS}
+        variants = make_variants(("lossless", "half"), model, inputs, {}, **sizes)
+        variants += make_variants(("stock", "half"), export, inputs, {}, export="float32", **sizes)
+        figures = measure_cell(variants, decoding(), repeats=1)["variants"]
+        assert list(figures) == ["lossless", "half", "half on float32"]
+        assert figures["half"]["identical"] < figures["half on float32"]["identical"] == 1
+        # there is no full depth of this engine
+        assert "speedup_over_full_depth" not in figures["half on float32"]
+
+    def changed(self, folders, tmp_path, file, **fields):
+        """A copy of the checkpoint with other fields in a file."""
+        copy = shutil.copytree(folders["torch"], tmp_path / "changed", dirs_exist_ok=True)
+        (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | fields))
+        return copy
+
+    def test_presets_are_those_of_the_model(self, engine_folders, run_bench, tmp_path):
+        presets = {"low": {"decoder_exit_threshold": -2.0}}
+        model = self.changed(engine_folders, tmp_path, "generation_config.json", exit_presets=presets)
+        arguments = self.arguments({"torch": model}, engine_folders["float32"])
+        code, captured = run_bench(*arguments, "--preset", "low", "--variants", "lossless", "--json")
+        assert code == 0, captured.err
+        figures = json.loads(captured.out)["cells"]["batch 2, beam 1"]["variants"]
+        assert figures["low on float32"]["layers"] == figures["low"]["layers"]
+        assert figures["low"]["layers"]["decoder"] == 1
+
+    @pytest.mark.parametrize("precision", ["float32", "int8"])
+    def test_exports_of_another_model_are_refused(self, precision, engine_folders, tmp_path):
+        folder, model = engine_folders[precision], load_checkpoint(str(engine_folders["torch"]))[0]
+        model.get_decoder().layers[1].fc1.weight.data[0, 0] += 1
+        with pytest.raises(ValueError, match=f"{precision} has other weights; run `mue-hf export`"):
+            load_exports([folder], model)
+        model = load_checkpoint(str(self.changed(engine_folders, tmp_path, "config.json", text_layers=2)))[0]
+        with pytest.raises(ValueError, match=r"has another configuration \(text_layers\); run"):
+            load_exports([folder], model)
+        with pytest.raises(ValueError, match="`exports` must be folders of different names"):
+            load_exports([folder, tmp_path / precision], model)
+
+    def test_bad_input_is_a_message_and_code_2(self, engine_folders, run_bench, tmp_path):
+        good = engine_folders["float32"]
+        for arguments, message in (
+            (("--exports", good), "need the checkpoint that `mue-hf export` ran on; pass `--model`"),
+            (
+                self.arguments(engine_folders, tmp_path / "none"),
+                "`--exports` must be folders that `mue-hf export` wrote",
+            ),
+            (
+                self.arguments(engine_folders, engine_folders["torch"]),
+                "without onnx/manifest.json; export the checkpoint",
+            ),
+            ((*self.arguments(engine_folders, good), "--dtype", "bfloat16"), "`dtype` must be left out"),
+            ((*self.arguments(engine_folders, good), "--variants", "stock"), "`exports` run none of the variants"),
+        ):
+            code, captured = run_bench(*arguments)
+            assert code == 2 and message in captured.err
+        assert not (tmp_path / "speed.json").exists()
+
+
 def test_old_options_are_accepted_and_warned_of(run_bench, tiny_sizes):
     code, captured = run_bench("--arms", "lossless", "--cost-model", *SMALL, 1, "--json")
     assert code == 0
@@ -415,16 +524,21 @@ def test_old_options_are_accepted_and_warned_of(run_bench, tiny_sizes):
 
 def test_a_record_of_version_0_1_goes_on_and_is_shown(run_bench, tiny_sizes, tmp_path):
     path, options = tmp_path / "speed.json", ("--variants", "stock", "lossless", "half", *SMALL, 1)
-    _, captured = run_bench(*options)
+    run_bench(*options)
     record = json.loads(path.read_text())
-    old = path.read_text().replace('"variants"', '"arms"').replace('"realised_saving"', '"saving_kept"')
+    figures = record["cells"]["batch 1, beam 2"]["variants"].values()
+    assert record["settings"]["exports"] == {} and all(one.pop("speedup_over_full_depth") for one in figures)
+    shown = markdown(record)
+    assert {(one.pop("engine"), one.pop("precision")) for one in figures} == {("torch", "float32")}
+    del record["settings"]["exports"]
+    old = json.dumps(record).replace('"variants"', '"arms"').replace('"realised_saving"', '"saving_kept"')
     old = json.loads(old) | {"exit_costs": {"cpu": {"decoder": {"fixed": 1.0, "per_row": 1.0, "shrink": 0.0}}}}
     old["settings"]["cost_model"] = True
     path.write_text(json.dumps(old))
-    assert markdown(old) == markdown(record)
+    assert markdown(old) == shown
     assert "saving_kept" not in markdown(old) and draw_plot(old, tmp_path).is_file()
     _, again = run_bench(*options)
-    assert again.out == captured.out
+    assert again.out == f"{shown}\n"
 
 
 @pytest.fixture

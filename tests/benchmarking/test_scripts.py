@@ -7,7 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_inputs, tiny_model
+from conftest import tiny_config, tiny_inputs, tiny_model
+from PIL import Image
+
+from mue_hf import MuEConfig
+from mue_hf.benchmarking.models import random_model
+from mue_hf.inference.loading import load_checkpoint
+from mue_hf.model.presets_mue import weights_fingerprint
+from mue_hf.publishing.checkpoint import check_folder
 
 
 def script(name):
@@ -75,6 +82,27 @@ def test_scripts_write_their_records(tiny_sizes, tmp_path):
             assert all(row[screen]["same_best"] == 1 for row in record["heads"] for screen in ("int8", "rank 4"))
         else:
             assert [row["draft_layers"] for row in record["rows"]] == [1, 2, 3]
+
+
+def test_random_checkpoint_is_what_the_benchmark_times(monkeypatch, engine_folders, tmp_path):
+    monkeypatch.setattr(MuEConfig, "from_size", classmethod(lambda cls, size, **_: tiny_config(vocab_size=100)))
+    target, script_main = tmp_path / "tiny", script("random_checkpoint").main
+    arguments = [str(target), "--size", "tiny", "--processor", str(engine_folders["torch"]), "--image-size"]
+    script_main([*arguments, "48"])
+    check_folder(target)
+    model, processor = load_checkpoint(str(target))
+    assert weights_fingerprint(model) == weights_fingerprint(random_model("tiny", 48).model)
+    assert not model.get_input_embeddings().weight[model.config.num_text_tokens :].any()
+    assert processor(images=Image.new("RGB", (9, 9)))["pixel_values"].shape[2:] == (48, 48)
+    with pytest.raises(ValueError, match="must be empty or new"):
+        script_main([*arguments, "48"])
+    arguments[0] = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="must be a multiple of 16 up to 96, got 112"):
+        script_main([*arguments, "112"])
+    monkeypatch.setattr(MuEConfig, "from_size", classmethod(lambda cls, size, **_: tiny_config(vocab_size=50)))
+    with pytest.raises(ValueError, match="must have at most 50 tokens, got"):
+        script_main([*arguments, "48"])
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_layerwise_loss_script_compares_the_same_loss(tiny_sizes, tmp_path):

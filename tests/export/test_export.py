@@ -201,8 +201,9 @@ class TestCommands:
         sizes = ["--batch-sizes", "2", "--beams", "1", "--tokens", "3", "--repeats", "1", "--json"]
         assert cli.main(["bench", *what, *sizes, "--variants", "stock", "plain", "lossless", "spread"]) == 0
         record = json.loads(capsys.readouterr().out)
-        assert record["environment"]["engine"].endswith(", float32")
-        assert list(record["cells"]["batch 2, beam 1"]["variants"]) == ["stock", "plain", "lossless", "spread"]
+        variants = record["cells"]["batch 2, beam 1"]["variants"]
+        assert list(variants) == ["stock", "plain", "lossless", "spread", "lossless on float32", "spread on float32"]
+        assert [one["engine"] for one in variants.values()] == ["torch"] * 4 + ["onnxruntime"] * 2
 
 
 def test_graphs_take_batches_of_one_and_biases_that_broadcast(engine_folders):

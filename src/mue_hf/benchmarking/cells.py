@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..inference.timing import in_turns
 from ..metrics.intervals import percentile_interval
 from .probes import Stopwatch, component_seconds, count_flops, peak_bytes
-from .variants import Variant
+from .variants import Variant, row_name
 
 # Passes for the components of one variant end after this many seconds.
 COMPONENT_SECONDS = 1.0
@@ -31,21 +30,25 @@ def measure_cell(
     they take turns (see [`in_turns`]); last come the passes with a clock at every component.
 
     Args:
-        variants: those named "lossless" and "stock" are what the others are compared with.
+        variants: those named "lossless" and "stock" are what the others are compared with, and one on an export with
+            the same in torch, which must come before it.
         decoding (`dict`): options of `generate` that all share, `return_dict_in_generate` and `max_new_tokens` too.
         repeats, max_seconds: rounds, and seconds after which none but the first three begins.
         advance (`Callable`): called after each run of a variant, at most `repeats` + 3 times for each.
 
     Returns:
         `dict`: "rounds", "load_average" (before and after the rounds; None where the system has none) and "variants":
-        name -> figures.
+        row (see [`Variant`]) -> figures.
     """
     figures: dict[str, dict[str, Any]] = {}
     sequences: dict[str, Tensor] = {}
     for variant in variants:
         variant.run(decoding)
         advance()
-        figures[variant.name], sequences[variant.name] = examine(variant, decoding)
+        examined, sequences[variant.row] = examine(variant, decoding)
+        if variant.export is not None:
+            examined["flops"] = figures[variant.name]["flops"]
+        figures[variant.row] = variant.place | examined
         advance()
 
     def clocked(variant: Variant) -> tuple[float, float]:
@@ -56,17 +59,18 @@ def measure_cell(
         return sum(seconds.values()), seconds["encoder"]
 
     load = [load_average()]
-    turns = {variant.name: partial(clocked, variant) for variant in variants}
+    turns = {variant.row: partial(clocked, variant) for variant in variants}
     runs = in_turns(turns, repeats, max_seconds=max_seconds)
     load.append(load_average())
     for variant in variants:
-        figures[variant.name] |= summary(runs[variant.name]) | {"components": components(variant, decoding)}
+        figures[variant.row] |= summary(runs[variant.row]) | {"components": components(variant, decoding)}
         advance()
-    for name, one in figures.items():
+    for variant in variants:
+        one, other = figures[variant.row], "lossless" if variant.export is None else variant.name
         one |= comparison(one, figures)
-        if one["layers"] is not None and "lossless" in figures:
-            one["identical"] = (sequences[name] == sequences["lossless"]).all(dim=1).double().mean().item()
-    return {"rounds": len(runs[variants[0].name]), "load_average": load, "variants": figures}
+        if one["layers"] is not None and other in figures:
+            one["identical"] = (sequences[variant.row] == sequences[other]).all(dim=1).double().mean().item()
+    return {"rounds": len(runs[variants[0].row]), "load_average": load, "variants": figures}
 
 
 def load_average() -> float | None:
@@ -76,12 +80,12 @@ def load_average() -> float | None:
 
 def examine(variant: Variant, decoding: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """ "flops" of one run of a variant, "decode_peak_bytes" and "layers" (see [`mean_layers`]); and the new tokens.
-    Under an engine the first two are those of torch."""
-    seen = variant if variant.reference is None else replace(variant, model=variant.reference)
-    counted = partial(count_flops, partial(seen.run, decoding))
-    (output, flops), peak = peak_bytes(counted, seen.model.device, after=seen.encoder)
-    if seen is not variant:
-        output = variant.run(decoding)
+    The first two are None on an export: what counts them sees torch alone."""
+    run, flops, peak = partial(variant.run, decoding), None, None
+    if variant.export is None:
+        (output, flops), peak = peak_bytes(partial(count_flops, run), variant.model.device, after=variant.encoder)
+    else:
+        output = run()
     new_tokens = output.sequences[:, -decoding["max_new_tokens"] :]
     return {"flops": flops, "decode_peak_bytes": peak, "layers": mean_layers(variant, output, decoding)}, new_tokens
 
@@ -132,7 +136,8 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
 
 
 def comparison(one: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a variant is beside full depth without exits ("lossless") and beside the stock reference."""
+    """What a variant is beside full depth without exits ("lossless"), in torch and where it runs itself, and beside
+    the stock reference."""
     found: dict[str, Any] = {}
     if (stock := figures.get("stock")) is not None:
         found["speedup_over_stock"] = ratio(stock["seconds"], one["seconds"])
@@ -140,9 +145,11 @@ def comparison(one: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]])
     if (full := figures.get("lossless")) is not None:
         found["time_ratio"] = ratio(one["seconds"], full["seconds"])
         found["flop_ratio"] = one["flops"] / full["flops"]
+    if full is not None and (own := figures.get(row_name("lossless", one.get("export")))) is not None:
+        found["speedup_over_full_depth"] = ratio(own["seconds"], one["seconds"])
         saved = 1 - found["flop_ratio"]
-        if one["layers"] is not None and one["layers"]["ratio"] < full["layers"]["ratio"] and saved > 0:
-            found["realised_saving"] = (1 - found["time_ratio"]["value"]) / saved
+        if one["layers"] is not None and one["layers"]["ratio"] < own["layers"]["ratio"] and saved > 0:
+            found["realised_saving"] = (1 - one["p50"] / own["p50"]) / saved
     return found
 
 

@@ -12,12 +12,21 @@ RENAMED = {"arms": "variants", "saving_kept": "realised_saving"}
 
 
 def upgraded(record: Any) -> Any:
-    """A record, or a part of one, with the keys of this version."""
-    if isinstance(record, list):
-        return [upgraded(value) for value in record]
-    if isinstance(record, dict):
-        return {RENAMED.get(name, name): upgraded(value) for name, value in record.items()}
+    """A record with the keys of this version; where nothing says what ran a variant, it was torch."""
+    record = _renamed(record)
+    record["settings"].setdefault("exports", {})
+    torch = {"engine": "torch", "precision": record["environment"].get("dtype")}
+    for cell in record["cells"].values():
+        cell |= {"variants": {name: torch | one for name, one in cell["variants"].items()}}
     return record
+
+
+def _renamed(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_renamed(value) for value in part]
+    if isinstance(part, dict):
+        return {RENAMED.get(name, name): _renamed(value) for name, value in part.items()}
+    return part
 
 
 class Record:

@@ -11,14 +11,16 @@ from .record import upgraded
 
 LEGEND = """\
 Seconds are of one call of `generate` divided by its images; all variants take turns in one process. Layers, FLOPs and
-time are shares of the variant "lossless" (the package as it is, no exits): mean layers of the three streams,
-operations counted as they ran, medians with their 95 % interval. "Realised saving" is the share of the FLOP saving
-that is saved in time. "Over stock" is the speed-up over the same weights with transformers' own cache; an encoder pass
-is that variant's, trunk included. "Decode MiB" is what tensors take at most after the encoder's end. "Same" is the
-share of sequences equal to those of "lossless". Variants: plain, eager attention and batch norms not folded; enabled,
-the overhead of unused exits, which are computed and never taken (by similarity, or by the criterion that is named);
-half, half of the layers everywhere; spread, another depth for each image, row and step, half on average; synchronised,
-the same with all rows waiting for the deepest."""
+time are shares of the variant "lossless" in torch (the package as it is, no exits): mean layers of the three streams,
+operations counted as they ran, medians with their 95 % interval. "Over full depth" is the speed-up over "lossless" of
+the same engine and precision, and "realised saving" the share of the FLOP saving that is saved in time there. "Over
+stock" is the speed-up over the same weights with transformers' own cache; an encoder pass is that variant's, trunk
+included. "Decode MiB" is what tensors take at most after the encoder's end. "Same" is the share of sequences equal to
+those of "lossless", and of a variant on an export equal to those of this variant in torch, whose FLOPs are given for
+it; memory of its engine is not seen. Variants: plain, eager attention and batch norms not folded; enabled, the
+overhead of unused exits, which are computed and never taken (by similarity, or by the criterion that is named); half,
+half of the layers everywhere; spread, another depth for each image, row and step, half on average; synchronised, the
+same with all rows waiting for the deepest."""
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -36,10 +38,16 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(value, form)
 
 
+def _engine(one: Mapping[str, Any]) -> dict[str, str]:
+    return {"engine": one["engine"], "precision": one["precision"]}
+
+
 def _variant(name: str, one: Mapping[str, Any], batch: int) -> dict[str, str]:
     low, high = (value / batch for value in one["quartiles"])
+    peak = one["decode_peak_bytes"]
     return {
         "variant": name,
+        **_engine(one),
         "s/image p50": f"{one['p50'] / batch:.3f}",
         "quartiles": f"{low:.3f} - {high:.3f}",
         "p95": f"{one['p95'] / batch:.3f}",
@@ -47,21 +55,23 @@ def _variant(name: str, one: Mapping[str, Any], batch: int) -> dict[str, str]:
         "FLOPs": _number(one.get("flop_ratio")),
         "time": ratio_cell(one.get("time_ratio")),
         "realised saving": _number(one.get("realised_saving")),
+        "over full depth": ratio_cell(one.get("speedup_over_full_depth"), "x"),
         "over stock": ratio_cell(one.get("speedup_over_stock"), "x"),
         "encoder passes": _number(one.get("encoder_passes")),
-        "decode MiB": f"{one['decode_peak_bytes'] / 2**20:.1f}",
+        "decode MiB": _number(peak and peak / 2**20, ".1f"),
         "same": _number(one.get("identical")),
     }
 
 
-def _components(name: str, seconds: Mapping[str, float], batch: int) -> dict[str, str]:
-    cells = {component.replace("_", " "): f"{1000 * taken / batch:.1f}" for component, taken in seconds.items()}
-    return {"ms per image": name} | cells
+def _components(name: str, one: Mapping[str, Any], batch: int) -> dict[str, str]:
+    seconds = one["components"].items()
+    cells = {component.replace("_", " "): f"{1000 * taken / batch:.1f}" for component, taken in seconds}
+    return {"ms per image": name} | _engine(one) | cells
 
 
 def markdown(record: Mapping[str, Any]) -> str:
     """Two tables for each cell, the variants and their components, under what they have in common: hardware, versions
-    and settings. Records of version 0.1 are taken too."""
+    and settings. Records of earlier versions are taken too."""
     record = upgraded(record)
     machine, settings = record["environment"], record["settings"]
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
@@ -73,10 +83,12 @@ def markdown(record: Mapping[str, Any]) -> str:
     ]
     for peer, facts in settings["peers"].items():
         lines += ["", f"{peer}: random weights, {facts['image_size']} px, {facts['image_tokens']} image tokens."]
+    for export, facts in settings["exports"].items():
+        lines += ["", f"{export}: an export, {facts['precision']}, SHA-256 of its manifest {facts['manifest'][:12]}."]
     for cell in record["cells"].values():
         batch, load = cell["batch_size"], " and ".join(_number(value, ".1f") for value in cell["load_average"])
         figures = cell["variants"].items()
-        timed = [_components(name, seconds, batch) for name, one in figures if (seconds := one["components"])]
+        timed = [_components(name, one, batch) for name, one in figures if one["components"]]
         lines += ["", f"Batch {batch}, beam {cell['beams']} ({cell['rounds']} rounds, load average {load}):", ""]
         lines += [*markdown_table([_variant(name, one, batch) for name, one in figures]), "", *markdown_table(timed)]
     return "\n".join(lines) + "\n"
@@ -89,7 +101,7 @@ def draw_plot(record: Mapping[str, Any], folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    labels = {"xlabel": "FLOPs, share of lossless", "ylabel": "time, share of lossless"}
+    labels = {"xlabel": "FLOPs, share of lossless", "ylabel": "time, share of lossless in torch"}
     axes = figure.add_subplot(title="What exits save", **labels)
     axes.grid(alpha=0.3)
     axes.axline((1, 1), slope=1, linestyle=":", color="grey")

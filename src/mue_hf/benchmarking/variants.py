@@ -17,6 +17,8 @@ from .stock import StockModel, unfolded_copy
 
 # Those that are timed by default, in the order of the tables.
 DEFAULT_VARIANTS = ("stock", "plain", "lossless", "enabled", "half", "spread", "synchronised")
+# Of these, references and a test rig: torch alone runs them.
+TORCH_ONLY = ("stock", "plain", "synchronised")
 # Candidate tokens of criteria with intermediate logits, where none are saved.
 MADE_UP_TOKENS = 512
 DEFAULT_CRITERION = ExitOptions().exit_criterion
@@ -107,17 +109,21 @@ def _out_of_reach(criterion: type[Criterion]) -> float:
     return math.nextafter(criterion.bound, -infinity)
 
 
+def row_name(name: str, export: str | None) -> str:
+    """What a variant is called in the record, in torch or on an export."""
+    return name if export is None else f"{name} on {export}"
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to generate.
 
     Args:
-        name (`str`): what it is called in the record.
+        name (`str`): what it is called.
         model (`PreTrainedModel`), inputs (`dict`): whose `generate` is called, and what with.
         options (`dict`): options of `generate` beyond those of all variants.
         pattern (`DepthPattern`, *optional*): forced depths.
-        reference (`PreTrainedModel`, *optional*): the model in torch, where an engine runs it: what counts
-            operations and memory sees torch alone.
+        export (`str`, *optional*): the name of the export whose graphs run it; None for torch.
     """
 
     name: str
@@ -125,7 +131,20 @@ class Variant:
     inputs: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     pattern: DepthPattern | None = None
-    reference: PreTrainedModel | None = None
+    export: str | None = None
+
+    @property
+    def row(self) -> str:
+        """What it is called in the record."""
+        return row_name(self.name, self.export)
+
+    @property
+    def place(self) -> dict[str, str]:
+        """What runs it: "engine" and "precision", and for an export the name of the "variant" and of the "export"."""
+        if self.export is None:
+            return {"engine": "torch", "precision": str(self.model.dtype).removeprefix("torch.")}
+        precision = self.model.engine.precision
+        return {"engine": "onnxruntime", "precision": precision, "variant": self.name, "export": self.export}
 
     @property
     def encoder(self) -> nn.Module:
@@ -155,17 +174,17 @@ def make_variants(
     *,
     beams: int,
     steps: int,
-    reference: PreTrainedModel | None = None,
+    export: str | None = None,
 ) -> list[Variant]:
     """The variants of one cell on one model.
 
     Args:
-        names (iterable of `str`): among [`variant_names`].
+        names (iterable of `str`): among [`variant_names`]; with `export` those of `TORCH_ONLY` are left out.
         model (`MuEForConditionalGeneration`): with folded batch norms; "stock" and "plain" run without.
         inputs (`dict`): of its `generate`.
         exits (`dict`): name -> exit options, for one more variant each.
         beams, steps (`int`): of `generate`; steps are new tokens.
-        reference (`MuEForConditionalGeneration`, *optional*): what "stock" and "plain" are made of (`model`).
+        export (`str`, *optional*): the name of the export that the model runs on.
     """
     config, sizes = model.config, (inputs["input_ids"].shape[0], beams, steps)
     off, spread = {"exit_criterion": "never"}, spread_pattern(config, *sizes)
@@ -173,9 +192,9 @@ def make_variants(
 
     def make(name: str) -> Variant:
         if name == "stock":
-            return Variant(name, StockModel(reference or model), inputs)
+            return Variant(name, StockModel(model), inputs)
         if name == "plain":
-            plain = unfolded_copy(reference or model)
+            plain = unfolded_copy(model)
             plain.set_attn_implementation("eager")
             return Variant(name, plain, inputs, off)
         if name == "lossless":
@@ -186,9 +205,19 @@ def make_variants(
         tokens = getattr(model.generation_config, "exit_candidates", None)
         return Variant(name, model, inputs, unused_exits(config, criterion, tokens))
 
-    chosen = [make(name) for name in variant_names() if name in names]
+    left_out = () if export is None else TORCH_ONLY
+    chosen = [make(name) for name in variant_names() if name in names and name not in left_out]
     chosen += [Variant(name, model, inputs, options) for name, options in exits.items()]
-    return [replace(one, reference=reference) if one.model is model else one for one in chosen]
+    return [replace(one, export=export) for one in chosen]
 
 
-__all__ = ["DEFAULT_VARIANTS", "Variant", "half_pattern", "make_variants", "spread_pattern", "variant_names"]
+__all__ = [
+    "DEFAULT_VARIANTS",
+    "TORCH_ONLY",
+    "Variant",
+    "half_pattern",
+    "make_variants",
+    "row_name",
+    "spread_pattern",
+    "variant_names",
+]

@@ -3,22 +3,28 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..benchmarking.models import TimedModel, checkpoint_model, random_model
 from ..benchmarking.peers import PEERS
-from ..benchmarking.run import Bench, TimedModel, checkpoint_model, random_model
+from ..benchmarking.run import Bench
 from ..benchmarking.tables import draw_plot, markdown
-from ..benchmarking.variants import DEFAULT_VARIANTS, variant_names
+from ..benchmarking.variants import DEFAULT_VARIANTS, TORCH_ONLY, variant_names
 from ..evaluation.plots import require_matplotlib
 from ..files import write_whole
 from ..model.configuration_mue import SIZES
+from ..model.engine_mue import ENGINES
 from .options import RenamedOption, add_device_arguments, at_least, setting
 
 EPILOG = """examples:
   mue-hf bench --size base --image-size 480 --threads 2 --batch-sizes 1 4 --beams 1 5 --output runs/speed.json
   mue-hf bench --model CHECKPOINT --preset balanced --images photos/*.jpg --variants stock lossless --threads 2
+  mue-hf bench --model CHECKPOINT --exports runs/float32 runs/int8 --variants stock lossless half --threads 1
   mue-hf bench --size tiny --image-size 128 --variants lossless half --exits 'low={"decoder_exit_threshold": 0.5}'
+
+With --exports every variant but {references} and peers runs on each of these folders too.
 
 All variants of a cell (a batch size and a number of beams) take turns in one process. A cell that the output file has
 is not measured again, so an interrupted run goes on where it was. Weights are random without --model; then shapes, not
@@ -39,8 +45,13 @@ def add_model_arguments(parser: Any) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what `mue-hf bench` takes."""
-    parser.epilog = EPILOG
-    add_model_arguments(parser.add_argument_group("model"))
+    parser.epilog = EPILOG.replace("{references}", ", ".join(TORCH_ONLY))
+    model = parser.add_argument_group("model")
+    add_model_arguments(model)
+    exports = "with --model: folders that `mue-hf export` made of it, which ONNX Runtime runs beside torch"
+    model.add_argument("--exports", nargs="+", default=[], metavar="DIR", help=exports)
+    engine = "onnxruntime: the folder of --model is an export itself, and among --exports"
+    model.add_argument("--engine", choices=["torch", *ENGINES], default="torch", help=engine)
     what = parser.add_argument_group("what is timed")
     what.add_argument("--tokens", type=at_least(1), default=16, metavar="N", help="new tokens of each caption (16)")
     sizes: dict[str, Any] = {"type": at_least(1), "metavar": "B"}
@@ -68,18 +79,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="the record on stdout instead of the tables")
 
 
-def load_timed_model(args: argparse.Namespace) -> TimedModel:
-    """The model that the arguments of [`add_model_arguments`] name; a ValueError if they contradict each other."""
+def load_timed_model(args: argparse.Namespace, exports: Sequence[str] = ()) -> TimedModel:
+    """The model that the arguments of [`add_model_arguments`] name, with exports; a ValueError if they contradict each
+    other."""
     where = {"device": args.device, "dtype": args.dtype, "threads": args.threads}
     if args.model is None:
-        if args.engine != "torch":
-            raise ValueError(f"`--engine {args.engine}` needs a folder that `mue-hf export` wrote; pass `--model`.")
         if args.images:
             raise ValueError("`--images` needs a checkpoint; pass `--model`.")
         return random_model(args.size, args.image_size or 480, **where)
     if args.image_size:
         raise ValueError("`--image-size` is for random weights; a checkpoint's processor has its own.")
-    return checkpoint_model(args.model, args.images or (), engine=args.engine, **where)
+    return checkpoint_model(args.model, args.images or (), exports, **where)
+
+
+def _exports(args: argparse.Namespace) -> list[str]:
+    """The exports that the arguments name.
+
+    Raises:
+        ValueError: for one that is no folder, and where they cannot be of the model.
+    """
+    if args.model is None and (args.exports or args.engine != "torch"):
+        raise ValueError(
+            "`--exports` and `--engine` need the checkpoint that `mue-hf export` ran on; pass `--model` "
+            "(`benchmarks/random_checkpoint.py` writes one of random weights)."
+        )
+    if missing := [folder for folder in args.exports if not Path(folder).is_dir()]:
+        raise ValueError(f"`--exports` must be folders that `mue-hf export` wrote, got {missing}; check the path.")
+    return [*args.exports, *([] if args.engine == "torch" else [args.model])]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
             )
         exits[name] = options
     what = {"variants": args.variants, "exits": exits, "peers": args.peers, "tokens": args.tokens}
-    bench = Bench(load_timed_model(args), args.output, **what)
+    bench = Bench(load_timed_model(args, _exports(args)), args.output, **what)
     record = bench.measure(args.batch_sizes, args.beams, repeats=args.repeats, max_seconds=args.max_seconds)
     table = markdown(record)
     if args.table is not None:

@@ -23,6 +23,7 @@ from .options import (
     RenamedOption,
     add_decoding_arguments,
     add_device_arguments,
+    add_engine_argument,
     add_generate_argument,
     at_least,
     decoding_options,
@@ -91,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings.add_argument("--kv", choices=KV_POLICIES, metavar="POLICY", help=kv)
     runs = parser.add_argument_group("runs")
     add_device_arguments(runs)
+    add_engine_argument(runs)
     runs.add_argument("--batch-size", **count, default=16, help="rows per call (16)")
     add_decoding_arguments(runs)
     kept = "folder where outputs are kept: the same command goes on where it was interrupted (runs/calibration)"

@@ -61,6 +61,7 @@ def add_model_arguments(parser: Any) -> None:
     """Which model runs, and how: what [`load_model`] reads."""
     parser.add_argument("--model", help=f"checkpoint folder or Hub id; default: {SMALL_CHECKPOINT}, where it exists")
     add_device_arguments(parser)
+    add_engine_argument(parser)
 
 
 def add_device_arguments(parser: Any) -> None:
@@ -68,6 +69,10 @@ def add_device_arguments(parser: Any) -> None:
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32")
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's own)")
+
+
+def add_engine_argument(parser: Any) -> None:
+    """What runs a model."""
     engine = "what runs the model (default: torch); onnxruntime needs a folder that `mue-hf export` wrote"
     parser.add_argument("--engine", choices=["torch", *ENGINES], default="torch", help=engine)
 
@@ -159,6 +164,7 @@ __all__ = [
     "add_bulk_arguments",
     "add_decoding_arguments",
     "add_device_arguments",
+    "add_engine_argument",
     "add_exit_arguments",
     "add_generate_argument",
     "add_model_arguments",

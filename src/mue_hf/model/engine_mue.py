@@ -137,6 +137,7 @@ class Engine:
         if self.graphs.get("trunk", {}).get("precision") == "int8":
             self.precision += " with its trunk"
         self.digest = sha256(json.dumps([manifest["weights"], self.graphs], sort_keys=True).encode()).hexdigest()
+        self.weights = weights
         self.fingerprint = weights if weights is None else _fingerprint(weights, manifest)
         self.threads, self.single = 0, ("decoder_",) if width < FEW_STATES else ()
         self.sessions: dict[str, tuple[Any, list[str], list[str]]] = {}
