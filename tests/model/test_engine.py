@@ -198,6 +198,22 @@ class TestSameAsTorch:
             torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_images_take_turns_where_their_attention_is_large(engine, inputs, monkeypatch, masked):
+    """With one bias for all images, and with one each."""
+    layer = engine.model.encoder.layers[1]
+    heads, draw = engine.config.encoder_attention_heads, torch.Generator().manual_seed(0)
+    states = torch.randn(5, 16, engine.config.d_model, generator=draw)
+    bias = torch.randn(5 if masked else 1, heads, 16, 16, generator=draw)
+    expected, rows, run = layer(states, bias), [], engine.engine.run
+    monkeypatch.setattr(engine.engine, "run", lambda name, *given: rows.append(len(given[0])) or run(name, *given))
+    monkeypatch.setattr(engine_mue, "MOST_SCORES", 2 * heads * 16**2)
+    torch.testing.assert_close(layer(states, bias), expected)
+    monkeypatch.setattr(engine_mue, "MOST_SCORES", 1)
+    torch.testing.assert_close(layer(states, bias), expected)
+    assert rows == [2, 2, 1, 1, 1, 1, 1, 1]
+
+
 def test_slots_fold_and_unfold_as_views_do():
     for rows in (None, torch.tensor([0, 1, 2]), torch.tensor([0, 2, 3, 4, 8]), torch.tensor([5])):
         view, count = ImageView(rows, 9, 3), 9 if rows is None else len(rows)

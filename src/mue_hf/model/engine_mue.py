@@ -8,6 +8,7 @@ import json
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ FOLDER, MANIFEST = "onnx", "manifest.json"
 FORMAT, OPSET = 3, 20
 # Decoder layers of fewer states than this take one thread: a second one costs more than it saves.
 FEW_STATES = 512
+# Values of attention scores (64 MiB) in one call of an encoder layer; more images than these are of take turns, as more
+# would need memory and save no time.
+MOST_SCORES = 2**24
 # Linear layers that have a graph each, by encoder or decoder: what they multiply is as long as the image.
 LINEAR = {"encoder": ("image_proj", "pos_q_linear", "pos_k_linear"), "decoder": ("cross_pos_k_linear",)}
 # What `config._attn_implementation` is under an engine: attention is inside the graphs.
@@ -223,7 +227,13 @@ class EngineEncoderLayer(nn.Module):
         self.engine, self.graph = engine, f"encoder_{index}"
 
     def forward(self, hidden_states: Tensor, position_bias: Tensor) -> Tensor:
-        return self.engine.run(self.graph, hidden_states, position_bias)[0]
+        heads, tokens = position_bias.shape[1:3]
+        at_once = max(1, MOST_SCORES // (heads * tokens**2))
+        # one bias of all rows, or one each
+        biases = repeat(position_bias) if len(position_bias) == 1 else position_bias.split(at_once)
+        parts = zip(hidden_states.split(at_once), biases, strict=False)
+        states = [self.engine.run(self.graph, part, bias)[0] for part, bias in parts]
+        return torch.cat(states) if len(states) > 1 else states[0]
 
 
 class EngineKeysValues(nn.Module):
