@@ -29,8 +29,8 @@ FOLDER, MANIFEST = "onnx", "manifest.json"
 FORMAT, OPSET = 3, 20
 # Decoder layers of fewer states than this take one thread: a second one costs more than it saves.
 FEW_STATES = 512
-# Values of attention scores (64 MiB) in one call of an encoder layer; images that have more of them take turns, as more
-# at once would need memory and save no time.
+# Values of attention scores (64 MiB) in one call of an encoder layer; images that have more of them take turns, since
+# more at once would need memory and save no time.
 MOST_SCORES = 2**24
 # Linear layers that have a graph each, by encoder or decoder: what they multiply is as long as the image.
 LINEAR = {"encoder": ("image_proj", "pos_q_linear", "pos_k_linear"), "decoder": ("cross_pos_k_linear",)}
