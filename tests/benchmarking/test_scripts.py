@@ -121,3 +121,29 @@ def test_layerwise_loss_script_compares_the_same_loss(tiny_sizes, tmp_path):
     assert losses["layerwise"] == pytest.approx(losses["naive"], rel=1e-5)
     assert losses["naive"] > 1.5 * losses["last_layer"]
     torch.testing.assert_close(gradients["layerwise"], gradients["naive"])
+
+
+def test_scripts_of_the_engine_start_processes(engine_folders, photos, tmp_path):
+    """What fresh processes say of themselves, for torch and an export."""
+    models = ["--model", str(engine_folders["torch"]), "--exports", str(engine_folders["int8"]), "--repeats", "1"]
+    output, table = tmp_path / "record.json", tmp_path / "table.md"
+    files = ["--batch-sizes", "2", "--output", str(output), "--table", str(table)]
+    script("cold_start").main([*models, *files, "--beams", "1", "--tokens", "3", "--images", *photos])
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["engine"] for row in rows] == ["torch", "int8"] and table.read_text().count("\n|") == 4
+    assert rows[1]["environment"]["engine"].endswith("int8") and "engine" not in rows[0]["environment"]
+    for row in rows:
+        stages = [row[stage] for stage in ("imports", "loading", "caption")]
+        assert all(0 < stage["cpu_seconds"] for stage in stages)
+        assert row["total"]["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages))
+        assert row["mib"]["peak"] >= max(row["mib"]["loaded"], row["mib"]["caption"]) > 50
+    options = ["--threads", "1", "--workers", "0", "1", "--beams", "1"]
+    script("bulk").main([*photos, *models, *files, *options])
+    record = json.loads(output.read_text())
+    assert record["decoding"]["prepare"] > record["decoding"]["decode"] > 0
+    assert [(row["engine"], row["workers"]) for row in record["rows"]] == [
+        (engine, workers) for workers in (0, 1) for engine in ("torch", "int8")
+    ]
+    for row in record["rows"]:
+        assert row["rows"] == 3 and row["bad"] == 0 and row["images_per_second"] > 0 and row["main_mib"] > 50
+        assert (row["worker_mib"] > 50) == (row["workers"] == 1)

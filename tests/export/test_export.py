@@ -11,12 +11,14 @@ from conftest import tiny_model
 from PIL import Image
 
 from mue_hf import MuEForConditionalGeneration, MuEProcessor, cli
+from mue_hf.calibration.presets import write_preset
 from mue_hf.export import checkpoint as export
 from mue_hf.export import scan
 from mue_hf.export.graphs import Part, graph_of, parts_of, trunk_graph, with_weights
 from mue_hf.export.images import CalibrationImages
 from mue_hf.export.int8 import static_int8
 from mue_hf.model.engine_mue import LINEAR, graph_names, sha256_of
+from mue_hf.model.presets_mue import weights_fingerprint
 
 
 @pytest.fixture
@@ -51,10 +53,11 @@ def test_the_folder(engine_folders):
     assert set(manifest["graphs"]) == {"trunk", *graph_names(tiny_model().config)}
     assert {path.name for path in (folder / "onnx").iterdir()} == {
         "manifest.json",
-        *(graph["file"] for graph in manifest["graphs"].values()),
+        *(graph[kind] for graph in manifest["graphs"].values() for kind in ("file", "data")),
     }
     for graph in manifest["graphs"].values():
         assert graph["sha256"] == sha256_of(folder / "onnx" / graph["file"])
+        assert graph["data_sha256"] == sha256_of(folder / "onnx" / graph["data"])
     assert manifest["weights"] == {"model.safetensors": sha256_of(source / "model.safetensors")}
     precisions = {name: graph["precision"] for name, graph in manifest["graphs"].items()}
     assert precisions.pop("trunk") == "float32" and set(precisions.values()) == {"int8"}
@@ -186,6 +189,19 @@ class TestCommands:
         (source / "onnx/head.onnx").write_bytes(b"damaged")
         assert cli.main(["publish", str(source), "--to", str(tmp_path / "again")]) == 2
         assert not (tmp_path / "again").exists()
+
+    def test_publish_knows_presets_of_the_graphs(self, engine_folders, tmp_path, capsys):
+        """The card says what they hold for; where the graphs are others, they are presets of other weights."""
+        model = MuEForConditionalGeneration.from_pretrained(engine_folders["int8"], engine="onnxruntime")
+        promise = {"task": "captioning", "risk": "disagreement", "budget": 0.05, "delta": 0.1, "n": 300}
+        promise |= {"method": "hoeffding-bentkus", "bound": 0.04, "decoder_exit_threshold": 0.5}
+        for kind, code in (("int8", 0), ("float32", 2)):
+            source = shutil.copytree(engine_folders[kind], tmp_path / kind)
+            write_preset(source, "mine", promise | {"weights_fingerprint": weights_fingerprint(model)})
+            assert cli.main(["publish", str(source), "--to", str(tmp_path / f"to-{kind}")]) == code
+        card = (tmp_path / "to-int8/README.md").read_text()
+        assert 'in int8 with `engine="onnxruntime"` alone' in card
+        assert "the preset 'mine' was calibrated on other weights" in capsys.readouterr().err
 
     def test_what_contradicts(self, engine_folders, photo, capsys):
         fixed = ["caption", photo, "--engine", "onnxruntime", "--model"]

@@ -95,6 +95,20 @@ def test_an_audit_that_goes_on_at_full_depth(tmp_path, capsys):
     assert [together[row]["full_depth"] for row in rest] == [full[row]["error"] is None for row in rest]
 
 
+def test_actors_run_an_engine(engine_folders, tmp_path):
+    made = make_images(tmp_path / "images", 12, 0.2, seed=11)
+    (tmp_path / "images" / "list.txt").write_text("".join(f"{name}\n" for name in made))
+    command = ["caption", tmp_path / "images" / "list.txt", "--model", engine_folders["int8"], "--batch-size", 1]
+    command += ["--engine", "onnxruntime", "--workers", 0, "--decoder-threshold", 0.8]
+    command += ["--generate", "no_repeat_ngram_size=1", "--out"]
+    rows = []
+    for name, more in (("alone", []), ("ray", ["--ray"])):
+        out = tmp_path / f"{name}.jsonl"
+        assert cli.main([str(word) for word in [*command, out, *more]]) < 2
+        rows.append(out.read_text())
+    assert rows[0] == rows[1] and rows[0].count("\n") == 12
+
+
 def test_bad_arguments_start_no_cluster(tmp_path, capsys):
     (tmp_path / "list.txt").write_text("a.png\n")
     checkpoint = make_checkpoint(tmp_path / "checkpoint")

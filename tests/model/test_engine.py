@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_inputs
 from doors import COMMIT
+from safetensors.torch import save_file
 from stack import generate
 from transformers import AutoModelForImageTextToText
 
@@ -234,6 +235,36 @@ def test_slots_fold_and_unfold_as_views_do():
 
 
 class TestWeights:
+    def test_those_in_graphs_are_not_read(self, engine_folders, monkeypatch):
+        """Neither torch's modules of the parts in graphs are made nor their weights."""
+        made = []
+        monkeypatch.setattr("mue_hf.model.encoder_mue.load_trunk", lambda config: made.append(config))
+        options = {"engine": "onnxruntime", "output_loading_info": True}
+        model, info = MuEForConditionalGeneration.from_pretrained(engine_folders["float32"], **options)
+        assert not made and not info["missing_keys"] and not info["unexpected_keys"]
+        assert all(weight.device.type == "cpu" for weight in model.parameters())
+
+    @pytest.mark.parametrize("size", [100, 5000, 200_000])
+    def test_samples_of_a_file_notice_what_training_changes(self, tmp_path, size):
+        path, values = tmp_path / "model.safetensors", {"a": torch.zeros(7), "b": torch.zeros(size)}
+        save_file(values, path)
+        marks = {engine_mue.sampled_sha256(path)}
+        for name, place in (("a", 6), ("b", 0), ("b", 99)):
+            values[name][place] += 1
+            save_file(values, path)
+            marks.add(engine_mue.sampled_sha256(path))
+        save_file(values | {"b": torch.zeros(size + 1)}, path)
+        assert len(marks | {engine_mue.sampled_sha256(path)}) == 5
+
+    def test_every_byte_counts_where_files_are_read_whole(self, engine_folders, tmp_path):
+        folder = shutil.copytree(engine_folders["float32"], tmp_path / "copy")
+        assert engine_mue.read_manifest(folder, whole=True) == engine_mue.read_manifest(folder)
+        for name in ("model.safetensors", "onnx/head.data"):
+            flip(folder / name, -1)
+            with pytest.raises(ValueError, match=f"{name} in .* must have the SHA-256"):
+                engine_mue.read_manifest(folder, whole=True)
+            flip(folder / name, -1)
+
     def test_are_held_once(self, reference, engine):
         kept = {name for name, _ in engine.named_parameters()}
         assert not any("layers." in name or "embed_images." in name for name in kept)
@@ -258,8 +289,8 @@ class TestWeights:
             graphs = {
                 name: graph | {"precision": "int8"} for name, graph in manifest["graphs"].items() if name in int8
             }
-            given = manifest | {"graphs": manifest["graphs"] | graphs, "calibration": calibration}
-            return engine_mue.Engine(engine_folders["float32"] / "onnx", given, "weights", 64).fingerprint
+            given = {"graphs": manifest["graphs"] | graphs, "calibration": calibration, "fingerprint": "weights"}
+            return engine_mue.Engine(engine_folders["float32"] / "onnx", manifest | given).fingerprint
 
         marks = [mark("head"), mark("head", "cross_0"), mark("head", "trunk")]
         marks += [mark("head", "trunk", calibration={"images": count}) for count in (1, 2)]
@@ -313,6 +344,13 @@ class TestHub:
             MuEForConditionalGeneration.from_pretrained("someone/none", **where)
         with pytest.raises(ValueError, match="a repository of the Hub with its files, got 'no/such/folder'"):
             MuEForConditionalGeneration.from_pretrained("no/such/folder", **where)
+
+
+def flip(path, place):
+    """Changes one byte of a file, None for the first one of the tensors."""
+    content = bytearray(path.read_bytes())
+    content[8 + int.from_bytes(content[:8], "little") if place is None else place] ^= 1
+    path.write_bytes(content)
 
 
 class TestRefused:
@@ -377,6 +415,11 @@ class TestRefused:
             (lambda m, d: (d / "onnx/head.onnx").unlink(), "must hold onnx/head.onnx"),
             (lambda m, d: (d / "onnx/head.onnx").write_bytes(b"x"), "onnx/head.onnx in .* must have the SHA-256"),
             (lambda m, d: (d / "model.safetensors").open("ab").write(b" "), "model.safetensors in .* must have"),
+            (lambda m, d: (d / "model.safetensors").write_bytes(b"\xff" * 99), "model.safetensors in .* must have"),
+            (lambda m, d: (d / "onnx/head.data").unlink(), "must hold onnx/head.data"),
+            (lambda m, d: flip(d / "onnx/head.data", 5), "onnx/head.data in .* must have the SHA-256"),
+            (lambda m, d: flip(d / "model.safetensors", None), "model.safetensors in .* must have the SHA-256"),
+            (lambda m, d: m.pop("samples"), "must be the manifest of an export, got KeyError"),
         ],
     )
     def test_a_manifest_that_does_not_match(self, engine_folders, tmp_path, damage, what):

@@ -23,12 +23,14 @@ from ..model.engine_mue import (
     graph_names,
     load_onnxruntime,
     read_manifest,
+    sampled_sha256,
     sha256_of,
 )
 from ..model.modeling_mue import MuEForConditionalGeneration
+from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
 from ..publishing.checkpoint import check_folder, load_complete_model, weight_files
-from .graphs import Part, graph_of, parts_of, trunk_graph, with_weights
+from .graphs import Part, apart, graph_of, parts_of, trunk_graph, with_weights
 from .images import CalibrationImages
 from .int8 import IMAGES_AT_ONCE, STATIC_OPTIONS, dynamic_int8, in_float, static_int8
 
@@ -89,7 +91,7 @@ def export_checkpoint(
     if folder.absolute() == destination:
         raise ValueError(f"the destination must be another folder than the checkpoint, got {destination} for both.")
     size = MuEProcessor.from_pretrained(folder).image_processor.size
-    settings = {
+    settings: dict[str, Any] = {
         "format": FORMAT,
         "opset": OPSET,
         "precision": precision,
@@ -109,12 +111,18 @@ def export_checkpoint(
     part = destination.with_name(f".{destination.name}.part")
     with FileLock(f"{part}.lock"):
         model = load_complete_model(folder)
+        fingerprint = weights_fingerprint(model)
         model.fold_batch_norms()
         graphs = _write_graphs(model, part, settings, images, report)
         for path in folder.iterdir():
             if path.is_file():
                 shutil.copy2(path, part / path.name)
-        manifest = settings | {"graphs": {name: graphs[name] for name in sorted(graphs)}}
+        files = [*settings["weights"], *(f"{FOLDER}/{graph['data']}" for graph in graphs.values())]
+        manifest = settings | {
+            "fingerprint": fingerprint,
+            "samples": {name: sampled_sha256(part / name) for name in files},
+            "graphs": {name: graphs[name] for name in sorted(graphs)},
+        }
         write_whole(part / FOLDER / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         (part / FOLDER / JOURNAL).unlink()
         old = destination.with_name(f".{destination.name}.old")
@@ -181,7 +189,7 @@ def _finished(destination: Path, settings: dict[str, Any], overwrite: bool) -> d
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return None
     try:
-        manifest = read_manifest(destination)
+        manifest = read_manifest(destination, whole=True)
     except ValueError:
         manifest = {}
     if manifest and manifest == manifest | settings:
@@ -221,17 +229,26 @@ def _write_graphs(
             precision = "int8" if name in settings["int8"] else "float32"
             if precision == "int8":
                 graph = _in_int8(graph, name, piece, images)
-            content = graph.SerializeToString()
-            file = folder / f"{name}.onnx"
-            write_whole(file, content)
-            done[name] = {"file": file.name, "sha256": sha256_of(file), "precision": precision}
-            done[name]["error"] = _error(name, piece, content, precision)
+            done[name] = {"precision": precision, "error": _error(name, piece, graph.SerializeToString(), precision)}
+            done[name] |= _write_graph(graph, name, folder)
+            if name == "trunk":
+                done[name]["channels"] = model.get_encoder().image_proj.in_features
             if fixed_size:
                 done[name]["image_size"] = fixed_size
             write_whole(folder / JOURNAL, json.dumps({"settings": settings, "graphs": done}))
         if report:
             report(name, done[name] | {"kept": kept})
     return done
+
+
+def _write_graph(graph: Any, name: str, folder: Path) -> dict[str, str]:
+    """Writes a graph, and its weights beside it; returns what the manifest says of the files."""
+    file, data = folder / f"{name}.onnx", folder / f"{name}.data"
+    # bases of other graphs keep their weights
+    without, weights = apart(graph, data.name)
+    write_whole(file, without)
+    write_whole(data, weights)
+    return {"file": file.name, "sha256": sha256_of(file), "data": data.name, "data_sha256": sha256_of(data)}
 
 
 def _in_int8(graph: Any, name: str, piece: Part, images: CalibrationImages | None) -> Any:
@@ -251,10 +268,12 @@ def _done(part: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if journal.get("settings") != settings:
         shutil.rmtree(part, ignore_errors=True)
         return {}
-    graphs = {name: (part / FOLDER / graph["file"], graph) for name, graph in journal["graphs"].items()}
-    return {
-        name: graph for name, (file, graph) in graphs.items() if file.is_file() and sha256_of(file) == graph["sha256"]
-    }
+
+    def there(graph: dict[str, Any]) -> bool:
+        files = {part / FOLDER / graph["file"]: graph["sha256"], part / FOLDER / graph["data"]: graph["data_sha256"]}
+        return all(file.is_file() and sha256_of(file) == expected for file, expected in files.items())
+
+    return {name: graph for name, graph in journal["graphs"].items() if there(graph)}
 
 
 @torch.no_grad()

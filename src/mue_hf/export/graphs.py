@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from ..model.engine_mue import LINEAR, OPSET
 from ..model.modeling_mue import MuEForConditionalGeneration
 
+# Weights of fewer bytes stay in the graph, whose shapes are among them; others begin at a page of memory.
+SMALLEST, PAGE = 1024, 4096
+
 
 class Matrix(nn.Module):
     """Linear layers side by side as one matrix [in, out], as int8 kernels want it: states [..., in] -> [..., out]."""
@@ -395,6 +398,24 @@ def trunk_graph(part: Part, config: Any) -> tuple[Any, list[int] | None]:
         ) from error
 
 
+def apart(graph: Any, file: str) -> tuple[bytes, bytes]:
+    """A graph whose larger weights are in a file of this name beside it, and the content of that file: the runtime
+    maps it to memory, and holds no copy besides its own."""
+    from onnx import TensorProto
+    from onnx.external_data_helper import set_external_data
+
+    copy, content = type(graph)(), bytearray()
+    copy.CopyFrom(graph)
+    for weight in copy.graph.initializer:
+        if len(weight.raw_data) >= SMALLEST:
+            content += bytes(-len(content) % PAGE)
+            set_external_data(weight, file, len(content), len(weight.raw_data))
+            content += weight.raw_data
+            weight.ClearField("raw_data")
+            weight.data_location = TensorProto.EXTERNAL
+    return copy.SerializeToString(), bytes(content)
+
+
 @torch.no_grad()
 def with_weights(graph: Any, module: nn.Module) -> Any | None:
     """A copy of a graph with the weights of another module of the same kind; None where their names do not say which
@@ -411,4 +432,4 @@ def with_weights(graph: Any, module: nn.Module) -> Any | None:
     return None if weights else copy
 
 
-__all__ = ["Part", "graph_of", "parts_of", "quiet", "trunk_graph", "with_weights"]
+__all__ = ["Part", "apart", "graph_of", "parts_of", "quiet", "trunk_graph", "with_weights"]

@@ -86,11 +86,12 @@ def _int8_graph(
 
     file, graph = plain / FOLDER / f"{name}.int8.onnx", manifest["graphs"][name]
     if graph["precision"] == "int8":
-        file.write_bytes((exported / FOLDER / graph["file"]).read_bytes())
+        # with its weights, which are in a file of another name
+        made = onnx.load(exported / FOLDER / graph["file"])
     else:
         float32 = onnx.load(plain / FOLDER / f"{name}.onnx")
         made = static_int8(float32, images.batches(IMAGES_AT_ONCE)) if name == "trunk" else dynamic_int8(float32)
-        file.write_bytes(made.SerializeToString())
+    file.write_bytes(made.SerializeToString())
     return graph | {"file": file.name, "precision": "int8"}
 
 

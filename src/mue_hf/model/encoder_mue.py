@@ -125,7 +125,7 @@ class MuEEncoder(EngineGuard, nn.Module):
 
     main_input_name = "input_ids"
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, trunk: nn.Module | None = None):
         super().__init__()
         self.config = config
         width, heads = config.d_model, config.encoder_attention_heads
@@ -133,7 +133,7 @@ class MuEEncoder(EngineGuard, nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
         self.layernorm_embedding = nn.LayerNorm(width)
         self.type_embedding = nn.Embedding(2, width)
-        self.embed_images = load_trunk(config)
+        self.embed_images: Any = load_trunk(config) if trunk is None else trunk
         self.image_proj = nn.Linear(self.embed_images.channels[-1], width)
         self.patch_layernorm_embedding = nn.LayerNorm(width)
         self.embed_positions = nn.Embedding(config.max_position_embeddings + 2, width)

@@ -5,10 +5,12 @@ onnxruntime is imported when a model is loaded with an engine.
 """
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ from transformers.modeling_outputs import BackboneOutput
 
 from .cache_mue import MuECache
 from .layers_mue import MuEOutputHead, mask_value
-from .presets_mue import weights_fingerprint
 from .views_mue import ImageView, TokenView
 
 ENGINES = ("onnxruntime",)
@@ -34,6 +35,8 @@ FEW_STATES = 512
 MOST_SCORES = 2**24
 # Linear layers that have a graph each, by encoder or decoder: what they multiply is as long as the image.
 LINEAR = {"encoder": ("image_proj", "pos_q_linear", "pos_k_linear"), "decoder": ("cross_pos_k_linear",)}
+# Of each such piece of a file of weights its first bytes are looked at when a model is loaded.
+PIECE, LOOKED_AT = 2**16, 2**12
 # What `config._attn_implementation` is under an engine: attention is inside the graphs.
 ATTENTION = "onnxruntime"
 
@@ -47,6 +50,27 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sampled_sha256(path: Path) -> str:
+    """SHA-256 of a file's size and of the first 4 KiB of every 64 KiB, those of each tensor where it is a file of
+    safetensors: training, and other weights, change them. It reads a sixteenth of a large file."""
+    size = path.stat().st_size
+    digest, starts = sha256(str(size).encode()), [0]
+    with open(path, "rb") as file:
+        if path.suffix == ".safetensors":
+            first = 8 + min(size, int.from_bytes(file.read(8), "little"))
+            header = file.read(first - 8)
+            digest.update(header)
+            # a damaged file has another size or header than the manifest's
+            with suppress(ValueError, LookupError, TypeError, AttributeError):
+                tensors = [tensor for tensor in json.loads(header).values() if "data_offsets" in tensor]
+                starts = sorted({first + tensor["data_offsets"][0] for tensor in tensors})
+        for start, end in pairwise([*starts, size]):
+            for place in range(start, end, PIECE):
+                file.seek(place)
+                digest.update(file.read(min(LOOKED_AT, end - place)))
+    return digest.hexdigest()
+
+
 def graph_names(config: Any) -> list[str]:
     """The graphs that a model of this config needs; "trunk" may be one more."""
     names = [*LINEAR["encoder"], *LINEAR["decoder"]]
@@ -56,8 +80,13 @@ def graph_names(config: Any) -> list[str]:
     return [*names, "head"]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, whole: bool = False) -> dict[str, Any]:
     """The manifest of an export, whose graphs and weights are the files that are there.
+
+    Args:
+        folder (`Path`): of the checkpoint.
+        whole (`bool`, *optional*, defaults to `False`): whether weights are read as a whole, or as
+            [`sampled_sha256`] does.
 
     Raises:
         ValueError: if there is no such manifest, or a file that it lists is missing or another one.
@@ -71,22 +100,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        graphs, weights = manifest["graphs"], manifest["weights"]
-        files = {f"{FOLDER}/{graph['file']}": graph["sha256"] for graph in graphs.values()} | weights
         opset, version = manifest["opset"], manifest["format"]
-        manifest["session_options"], manifest["precision"], [graph["precision"] for graph in graphs.values()]
+        files = _listed_files(manifest, whole) if (version, opset) == (FORMAT, OPSET) else {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be the manifest of an export, got {error!r}; {remedy}") from error
     if (version, opset) != (FORMAT, OPSET):
         raise ValueError(
             f"{path} must have format {FORMAT} and `opset` {OPSET}, got {version!r} and {opset!r}; {remedy}"
         )
-    for name, expected in files.items():
+    for name, (digest, expected) in files.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder} must hold {name}, which its manifest lists; {remedy}")
-        if sha256_of(folder / name) != expected:
+        if digest(folder / name) != expected:
             raise ValueError(f"{name} in {folder} must have the SHA-256 of the manifest, but it was changed; {remedy}")
     return manifest
+
+
+def _listed_files(manifest: dict[str, Any], whole: bool) -> dict[str, tuple[Callable[[Path], str], str]]:
+    """Name of each file -> how it is digested, and the digest. KeyError for a manifest that lacks something."""
+    graphs = manifest["graphs"].values()
+    weights = {f"{FOLDER}/{graph['data']}": graph["data_sha256"] for graph in graphs} | manifest["weights"]
+    samples = {name: manifest["samples"][name] for name in weights}
+    for name in ("session_options", "precision", "fingerprint"):
+        manifest[name]
+    [graph["precision"] for graph in graphs]
+    files = {f"{FOLDER}/{graph['file']}": (sha256_of, graph["sha256"]) for graph in graphs}
+    some = weights.items() if whole else samples.items()
+    return files | {name: (sha256_of if whole else sampled_sha256, digest) for name, digest in some}
 
 
 def load_onnxruntime() -> Any:
@@ -116,10 +156,11 @@ def _share_arena() -> None:
             raise
 
 
-def _fingerprint(weights: str, manifest: dict[str, Any]) -> str:
+def engine_fingerprint(manifest: dict[str, Any]) -> str:
     """What presets and records take for the weights: float32 gives the tokens and depths of torch; graphs in int8 make
     it another model, each one, and so does what its trunk was calibrated on."""
     int8 = sorted(name for name, graph in manifest["graphs"].items() if graph["precision"] != "float32")
+    weights = manifest["fingerprint"]
     if not int8:
         return weights
     return sha256(json.dumps([weights, int8, manifest.get("calibration")], sort_keys=True).encode()).hexdigest()
@@ -131,19 +172,17 @@ class Engine:
     Args:
         folder (`Path`): of the graphs.
         manifest (`dict`): see [`read_manifest`].
-        weights (`str`, *optional*): fingerprint of the weights that the graphs were made of.
-        width (`int`): states of the decoder, which decide how many threads its layers take.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], weights: str | None, width: int):
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.graphs, self.options = folder, manifest["graphs"], manifest["session_options"]
         self.precision = manifest["precision"]
         if self.graphs.get("trunk", {}).get("precision") == "int8":
             self.precision += " with its trunk"
         self.digest = sha256(json.dumps([manifest["weights"], self.graphs], sort_keys=True).encode()).hexdigest()
-        self.weights = weights
-        self.fingerprint = weights if weights is None else _fingerprint(weights, manifest)
-        self.threads, self.single = 0, ("decoder_",) if width < FEW_STATES else ()
+        self.weights, self.fingerprint = manifest["fingerprint"], engine_fingerprint(manifest)
+        # what the names of graphs begin with that take one thread
+        self.threads, self.single = 0, ()
         self.sessions: dict[str, tuple[Any, list[str], list[str]]] = {}
 
     def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
@@ -170,7 +209,7 @@ class Engine:
         return [torch.from_numpy(value) for value in session.run(outputs, feed)]
 
     def _session(self, name: str) -> tuple[Any, list[str], list[str]]:
-        runtime, options = load_onnxruntime(), None
+        runtime = load_onnxruntime()
         _share_arena()
         options = runtime.SessionOptions()
         options.intra_op_num_threads = 1 if name.startswith(self.single) else self.threads
@@ -313,7 +352,8 @@ class EngineTrunk(nn.Module):
 
     def __init__(self, engine: Engine):
         super().__init__()
-        self.engine, self.image_size = engine, engine.graphs["trunk"].get("image_size")
+        graph = engine.graphs["trunk"]
+        self.engine, self.image_size, self.channels = engine, graph.get("image_size"), [graph["channels"]]
 
     def forward(self, pixels: Tensor) -> BackboneOutput:
         if self.image_size is not None and list(pixels.shape[2:]) != self.image_size:
@@ -377,9 +417,10 @@ class EngineMixin(EngineGuard):
         load_onnxruntime()
         folder = _local_folder(pretrained_model_name_or_path, kwargs)
         manifest = read_manifest(folder)
-        kwargs["dtype"] = torch.float32
-        loaded = super().from_pretrained(folder, *args, **kwargs)
-        use_engine(loaded[0] if isinstance(loaded, tuple) else loaded, folder / FOLDER, manifest)
+        kwargs["dtype"], running = torch.float32, Engine(folder / FOLDER, manifest)
+        # the class takes it behind its config; weights that graphs hold are not read then
+        loaded = super().from_pretrained(folder, running, *args, **kwargs)
+        _finish(loaded[0] if isinstance(loaded, tuple) else loaded, running)
         return loaded
 
     def train(self, mode: bool = True) -> Any:
@@ -444,20 +485,19 @@ def _check_options(options: dict[str, Any]) -> None:
         options.pop(name, None)
 
 
-@torch.no_grad()
-def use_engine(model: Any, folder: Path, manifest: dict[str, Any]) -> None:
-    """Puts modules that run graphs in the place of the layers, the head and the trunk of a model, whose weights go.
+def exchange_modules(model: Any, engine: Engine) -> None:
+    """Puts modules that run graphs in the place of the layers, the head and the trunk of a model.
 
     Raises:
         ValueError: if the manifest lacks a graph that this model needs.
     """
-    config, graphs = model.config, manifest["graphs"]
+    config, graphs = model.config, engine.graphs
     if missing := [name for name in graph_names(config) if name not in graphs]:
         raise ValueError(
-            f"{folder / MANIFEST} must list the graph {missing[0]!r} of this model, got {sorted(graphs)}; run `mue-hf "
-            "export` again, with --overwrite."
+            f"{engine.folder / MANIFEST} must list the graph {missing[0]!r} of this model, got {sorted(graphs)}; run "
+            "`mue-hf export` again, with --overwrite."
         )
-    engine = Engine(folder, manifest, weights_fingerprint(model), config.d_model)
+    engine.single = ("decoder_",) if config.d_model < FEW_STATES else ()
     encoder, decoder = model.get_encoder(), model.get_decoder()
     for stack, names in ((encoder, LINEAR["encoder"]), (decoder, LINEAR["decoder"])):
         for name in names:
@@ -467,14 +507,32 @@ def use_engine(model: Any, folder: Path, manifest: dict[str, Any]) -> None:
     decoder.layers = nn.ModuleList(
         [EngineDecoderLayer(engine, number, heads) for number in range(config.decoder_layers)]
     )
+    held = [r"\.layers\.", *(rf"\.{name}\." for names in LINEAR.values() for name in names)]
     if "trunk" in graphs:
         encoder.embed_images = EngineTrunk(engine)
+        held.append(r"\.embed_images\.")
+    # transformers' name for weights that are in the files and not read
+    model._keys_to_ignore_on_load_unexpected = held
     model.lm_head = EngineHead(engine, model.lm_head, config.num_text_tokens)
     config._attn_implementation_internal = ATTENTION
+
+
+def use_engine(model: Any, folder: Path, manifest: dict[str, Any]) -> None:
+    """Lets a model that is loaded run on an engine from now on, its folder that of the graphs; its weights go.
+
+    Raises:
+        ValueError: see [`exchange_modules`].
+    """
+    engine = Engine(folder, manifest)
+    exchange_modules(model, engine)
+    _finish(model, engine)
+
+
+def _finish(model: Any, engine: Engine) -> None:
     model.eval().requires_grad_(False)
-    for module in (model, model.model, encoder, decoder):
+    for module in (model, model.model, model.get_encoder(), model.get_decoder()):
         module.engine = engine
-    # until now that of the weights alone
+    # until now that of the weights in torch
     model._fingerprint = None
 
 
@@ -495,9 +553,12 @@ __all__ = [
     "EngineLinear",
     "EngineMixin",
     "EngineTrunk",
+    "engine_fingerprint",
+    "exchange_modules",
     "graph_names",
     "load_onnxruntime",
     "read_manifest",
+    "sampled_sha256",
     "sha256_of",
     "use_engine",
 ]

@@ -21,7 +21,7 @@ from .criteria_mue import ExitPolicy
 from .decoder_mue import MuEDecoder, MuEDecoderOutput
 from .early_exit_mue import ExitRecord
 from .encoder_mue import MuEEncoder, MuEEncoderOutput
-from .engine_mue import EngineGuard, EngineMixin
+from .engine_mue import Engine, EngineGuard, EngineMixin, EngineTrunk, exchange_modules
 from .exit_options_mue import (
     CHECKPOINT_OPTIONS,
     CONFIG_NAMES,
@@ -120,10 +120,15 @@ class MuEModel(EngineGuard, MuEPreTrainedModel):
         "decoder.embed_tokens.weight": "shared.weight",
     }
 
-    def __init__(self, config: MuEConfig):
+    def __init__(self, config: MuEConfig, engine: Engine | None = None):
+        r"""
+        engine ([`Engine`], *optional*):
+            What runs trunk, layers and head in the place of torch; `from_pretrained` makes it.
+        """
         super().__init__(config)
         self.shared = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
-        self.encoder = MuEEncoder(config)
+        trunk = EngineTrunk(engine) if engine is not None and "trunk" in engine.graphs else None
+        self.encoder = MuEEncoder(config, trunk)
         self.decoder = MuEDecoder(config)
         self.post_init()
 
@@ -348,12 +353,18 @@ def _joined(encoder: MuEEncoderOutput, decoder: MuEDecoderOutput, output_exit_la
 class MuEForConditionalGeneration(EngineMixin, PresetCheckMixin, MuEPreTrainedModel, MuEGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
 
-    def __init__(self, config: MuEConfig):
+    def __init__(self, config: MuEConfig, engine: Engine | None = None):
+        r"""
+        engine ([`Engine`], *optional*):
+            What runs trunk, layers and head in the place of torch; `from_pretrained` makes it.
+        """
         super().__init__(config)
-        self.model = MuEModel(config)
+        self.model = MuEModel(config, engine)
         self.lm_head = MuEOutputHead(config.d_model, config.vocab_size, bias=False)
         # A generation config marked as made from a model config would lose exit options and presets on loading.
         self.generation_config._from_model_config = False
+        if engine is not None:
+            exchange_modules(self, engine)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

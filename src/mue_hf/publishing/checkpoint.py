@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..inference.loading import check_not_replaced
+from ..model.engine_mue import FOLDER, MANIFEST, engine_fingerprint, read_manifest
 from ..model.exit_options_mue import resolve_options
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..training.card import exit_presets
@@ -18,6 +19,8 @@ from ..training.card import exit_presets
 NEEDED = ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("float32", "bfloat16", "float16")
+# What the card says of presets that were calibrated on graphs in int8.
+INT8_ENGINE = 'int8 with `engine="onnxruntime"` alone'
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -112,13 +115,17 @@ def matching_records(
 
 
 def preset_dtypes(folder: Path, model: PreTrainedModel, fingerprint: Callable[[str], str | None]) -> dict[str, str]:
-    """The dtype in which each calibrated preset holds, by name; a ValueError if one is of other weights."""
-    dtypes = {}
+    """The dtype in which each calibrated preset holds, or the engine, by name; a ValueError if one is of other
+    weights."""
+    dtypes, engine = {}, None
+    if (folder / FOLDER / MANIFEST).is_file():
+        engine = engine_fingerprint(read_manifest(folder))
     for name, preset in exit_presets(model).items():
         expected = preset.get("weights_fingerprint")
         if expected is None:
             continue
         found = next((dtype for dtype in DTYPES if fingerprint(dtype) == expected), None)
+        found = INT8_ENGINE if found is None and expected == engine else found
         if found is None:
             raise ValueError(
                 f"the preset {name!r} was calibrated on other weights than those in {folder}: what it promises does "

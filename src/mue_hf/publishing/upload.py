@@ -97,8 +97,8 @@ def stage(
     check_folder(checkpoint)
     exported = [checkpoint / FOLDER / MANIFEST] if (checkpoint / FOLDER / MANIFEST).is_file() else []
     if exported:
-        graphs = read_manifest(checkpoint)["graphs"].values()
-        exported += [checkpoint / FOLDER / graph["file"] for graph in graphs]
+        graphs = read_manifest(checkpoint, whole=True)["graphs"].values()
+        exported += [checkpoint / FOLDER / graph[kind] for graph in graphs for kind in ("file", "data")]
     write_card(checkpoint, folder / "README.md", model_id, about, evaluation)
     MuEConfig.from_pretrained(checkpoint).save_pretrained(str(folder))
     MuEProcessor.from_pretrained(checkpoint).save_pretrained(folder)
