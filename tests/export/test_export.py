@@ -17,7 +17,7 @@ from mue_hf.export import scan
 from mue_hf.export.graphs import Part, graph_of, parts_of, trunk_graph, with_weights
 from mue_hf.export.images import CalibrationImages
 from mue_hf.export.int8 import static_int8
-from mue_hf.model.engine_mue import LINEAR, graph_names, sha256_of
+from mue_hf.model.graph_files_mue import LINEAR, graph_names, sha256_of
 from mue_hf.model.presets_mue import weights_fingerprint
 
 

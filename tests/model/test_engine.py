@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 from mue_hf import MuECache, MuEForConditionalGeneration
 from mue_hf.data.features import trunk_fingerprint
 from mue_hf.inference.flops import trunk_flops
-from mue_hf.model import engine_mue
+from mue_hf.model import engine_mue, graph_files_mue
 from mue_hf.model.criteria_mue import ExitPolicy
 from mue_hf.model.presets_mue import weights_fingerprint
 from mue_hf.model.views_mue import ImageView
@@ -248,21 +248,21 @@ class TestWeights:
     def test_samples_of_a_file_notice_what_training_changes(self, tmp_path, size):
         path, values = tmp_path / "model.safetensors", {"a": torch.zeros(7), "b": torch.zeros(size)}
         save_file(values, path)
-        marks = {engine_mue.sampled_sha256(path)}
+        marks = {graph_files_mue.sampled_sha256(path)}
         for name, place in (("a", 6), ("b", 0), ("b", 99)):
             values[name][place] += 1
             save_file(values, path)
-            marks.add(engine_mue.sampled_sha256(path))
+            marks.add(graph_files_mue.sampled_sha256(path))
         save_file(values | {"b": torch.zeros(size + 1)}, path)
-        assert len(marks | {engine_mue.sampled_sha256(path)}) == 5
+        assert len(marks | {graph_files_mue.sampled_sha256(path)}) == 5
 
     def test_every_byte_counts_where_files_are_read_whole(self, engine_folders, tmp_path):
         folder = shutil.copytree(engine_folders["float32"], tmp_path / "copy")
-        assert engine_mue.read_manifest(folder, whole=True) == engine_mue.read_manifest(folder)
+        assert graph_files_mue.read_manifest(folder, whole=True) == graph_files_mue.read_manifest(folder)
         for name in ("model.safetensors", "onnx/head.data"):
             flip(folder / name, -1)
             with pytest.raises(ValueError, match=f"{name} in .* must have the SHA-256"):
-                engine_mue.read_manifest(folder, whole=True)
+                graph_files_mue.read_manifest(folder, whole=True)
             flip(folder / name, -1)
 
     def test_are_held_once(self, reference, engine):

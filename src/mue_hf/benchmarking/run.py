@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..evaluation.measure import environment
-from ..model.engine_mue import MANIFEST, sha256_of
 from ..model.exit_options_mue import resolve_options
 from ..model.generation_mue import weights_fingerprint
+from ..model.graph_files_mue import MANIFEST, sha256_of
 from .cells import measure_cell
 from .models import TimedModel
 from .peers import Peer

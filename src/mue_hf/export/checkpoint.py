@@ -15,13 +15,13 @@ from huggingface_hub import snapshot_download
 from ..files import write_whole
 from ..inference.loading import check_not_replaced
 from ..model.configuration_mue import MuEConfig
-from ..model.engine_mue import (
+from ..model.engine_mue import load_onnxruntime
+from ..model.graph_files_mue import (
     FOLDER,
     FORMAT,
     MANIFEST,
     OPSET,
     graph_names,
-    load_onnxruntime,
     read_manifest,
     sampled_sha256,
     sha256_of,

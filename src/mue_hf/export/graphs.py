@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model.engine_mue import LINEAR, OPSET
+from ..model.graph_files_mue import LINEAR, OPSET
 from ..model.modeling_mue import MuEForConditionalGeneration
 
 # Weights of fewer bytes stay in the graph, whose shapes are among them; others begin at a page of memory.

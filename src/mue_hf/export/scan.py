@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..inference.predict import Prediction, encode_texts, predict
-from ..model.engine_mue import FOLDER, graph_names, read_manifest, use_engine
+from ..model.engine_mue import use_engine
+from ..model.graph_files_mue import FOLDER, graph_names, read_manifest
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..model.processing_mue import MuEProcessor
 from ..publishing.checkpoint import load_complete_model

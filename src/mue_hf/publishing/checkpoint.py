@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..inference.loading import check_not_replaced
-from ..model.engine_mue import FOLDER, MANIFEST, engine_fingerprint, read_manifest
 from ..model.exit_options_mue import resolve_options
+from ..model.graph_files_mue import FOLDER, MANIFEST, engine_fingerprint, read_manifest
 from ..model.modeling_mue import MuEForConditionalGeneration
 from ..training.card import exit_presets
 

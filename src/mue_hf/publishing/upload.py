@@ -16,7 +16,7 @@ from huggingface_hub.utils import httpx
 from ..evaluation.plots import draw_plots
 from ..files import whole_folder, write_whole
 from ..model.configuration_mue import MuEConfig
-from ..model.engine_mue import FOLDER, MANIFEST, read_manifest
+from ..model.graph_files_mue import FOLDER, MANIFEST, read_manifest
 from ..model.presets_mue import weights_fingerprint
 from ..model.processing_mue import MuEProcessor
 from .checkpoint import WEIGHTS_INDEX, check_folder, load_complete_model, matching_records, preset_dtypes, weight_files
