@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 PHOTOS ?= examples/photos/*.jpg
 check_dirs := src tests examples benchmarks docs .ci
 
-.PHONY: help demo reproduce photos presets answers criteria measure test lowest newest soak style cards quality docs \
+.PHONY: help demo reproduce photos presets answers criteria measure engines test lowest newest soak style cards quality docs \
 	dist clean
 
 help: ## Show this list
@@ -297,6 +297,56 @@ measure: $(SMALL_TABLES) $(CAPTION_RECORDS) $(STATEMENT_RECORDS) ## Score the ca
 	cat $(CAPTION_RECORDS) $(STATEMENT_RECORDS) > $(MEASURED)/records.jsonl
 	$(BIN)/mue-hf publish $(PHOTOS_SMALL) $(PHOTOS_SMALL) --about model_cards/mue-photos-small.toml \
 		--evaluation $(MEASURED)/records.jsonl --card model_cards/mue-photos-small.md
+
+# ONNX Runtime beside torch and stock transformers: OFA-base's shapes with random weights, and the captioner of photos.
+# Timings need an idle machine, one after the other; an export, a cell or a table that exists is kept.
+ENGINES ?= runs/engine
+EXPORT = $(BIN)/mue-hf export
+TIME = $(BIN)/mue-hf bench --images $(PHOTOS) --output $(ENGINES)/$(basename $(@F)).json --table $@
+TIME_BASE = $(TIME) --model $(ENGINES)/base --exports $(ENGINES)/base-float32 $(ENGINES)/base-int8 --max-seconds 90
+SMALL_EXPORTS = $(foreach kind,float32 int8 int8-trunk,$(ENGINES)/small-$(kind))
+TIME_SMALL = $(TIME) --model $(PHOTOS_SMALL) --exports $(SMALL_EXPORTS) --preset balanced --variants stock lossless \
+	--batch-sizes 1 8 16 --beams 1 5 --repeats 9 --max-seconds 40
+BESIDE_TORCH = $(BIN)/python benchmarks/$(1).py --output $(ENGINES)/$(basename $(@F)).json --table $@
+
+$(ENGINES)/base: | $(VENV)/dev.installed
+	$(BIN)/python benchmarks/random_checkpoint.py $@ --size base --image-size 480 --processor $(PHOTOS_SMALL)
+$(ENGINES)/base-float32: $(ENGINES)/base
+	$(EXPORT) $< $@
+$(ENGINES)/base-int8: $(ENGINES)/base
+	$(EXPORT) $< $@ --int8 --int8-trunk --calibrate-on examples/photos
+$(ENGINES)/small-float32: | $(VENV)/dev.installed
+	$(EXPORT) $(PHOTOS_SMALL) $@
+$(ENGINES)/small-int8: | $(VENV)/dev.installed
+	$(EXPORT) $(PHOTOS_SMALL) $@ --int8
+$(ENGINES)/small-int8-trunk: | $(VENV)/dev.installed
+	$(EXPORT) $(PHOTOS_SMALL) $@ --int8 --int8-trunk --calibrate-on $(COCO)/captions.jsonl --calibration-images 48
+$(ENGINES)/photos.txt:
+	ls $(COCO)/images/*.jpg | head -64 > $@
+
+docs/measurements/engine-base.md: | $(ENGINES)/base-float32 $(ENGINES)/base-int8
+	$(TIME_BASE) --threads 2 --variants stock lossless half --batch-sizes 1 --beams 1 5 --repeats 5
+	$(TIME_BASE) --threads 2 --variants stock lossless half --batch-sizes 8 16 --beams 1 5 --repeats 3
+docs/measurements/engine-base-one-thread.md: | $(ENGINES)/base-float32 $(ENGINES)/base-int8
+	$(TIME_BASE) --threads 1 --variants lossless half --batch-sizes 1 --beams 1 5 --repeats 5
+	$(TIME_BASE) --threads 1 --variants lossless half --batch-sizes 8 --beams 5 --repeats 3
+docs/measurements/engine-small.md: | $(SMALL_EXPORTS)
+	$(TIME_SMALL) --threads 2
+docs/measurements/engine-small-one-thread.md: | $(SMALL_EXPORTS)
+	$(TIME_SMALL) --threads 1
+docs/measurements/engine-cold-small.md: | $(SMALL_EXPORTS)
+	$(call BESIDE_TORCH,cold_start) --model $(PHOTOS_SMALL) --exports $(SMALL_EXPORTS) --repeats 3
+docs/measurements/engine-cold-base.md: | $(ENGINES)/base-float32 $(ENGINES)/base-int8
+	$(call BESIDE_TORCH,cold_start) --model $(ENGINES)/base --exports $| --beams 5 --repeats 1
+docs/measurements/engine-bulk.md: | $(ENGINES)/photos.txt $(SMALL_EXPORTS)
+	$(call BESIDE_TORCH,bulk) $(ENGINES)/photos.txt --model $(PHOTOS_SMALL) --exports $(SMALL_EXPORTS) \
+		--preset balanced --repeats 1
+docs/measurements/engine-quality.md: $(SETS)/dev.jsonl | $(SMALL_EXPORTS)
+	$(call BESIDE_TORCH,engine_quality) --model $(PHOTOS_SMALL) --exports $(SMALL_EXPORTS) --preset balanced \
+		--data $(SETS)/flickr8k-test.jsonl $(SETS)/coco-test.jsonl
+
+ENGINE_TABLES = base base-one-thread small small-one-thread cold-small cold-base bulk quality
+engines: $(ENGINE_TABLES:%=docs/measurements/engine-%.md) ## Time ONNX Runtime beside torch (two hours; needs FLICKR8K= and COCO=)
 
 test: $(VENV)/dev.installed ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

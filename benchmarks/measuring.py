@@ -17,10 +17,11 @@ from mue_hf.files import write_whole
 from mue_hf.inference.timing import in_turns, timed
 
 
-def make_parser(description: str, repeats: int) -> argparse.ArgumentParser:
-    """A parser with the options of every script; `repeats` is the default of --repeats."""
+def make_parser(description: str, repeats: int | None) -> argparse.ArgumentParser:
+    """A parser with the options of every script; `repeats` is the default of --repeats, None without it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=at_least(1), default=repeats, help=f"timed rounds ({repeats})")
+    if repeats is not None:
+        parser.add_argument("--repeats", type=at_least(1), default=repeats, help=f"timed rounds ({repeats})")
     parser.add_argument("--output", type=Path, help="file for the JSON record; default: standard output")
     parser.add_argument("--table", type=Path, help="file for a Markdown table")
     return parser

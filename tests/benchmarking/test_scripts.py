@@ -147,3 +147,26 @@ def test_scripts_of_the_engine_start_processes(engine_folders, photos, tmp_path)
     for row in record["rows"]:
         assert row["rows"] == 3 and row["bad"] == 0 and row["images_per_second"] > 0 and row["main_mib"] > 50
         assert (row["worker_mib"] > 50) == (row["workers"] == 1)
+
+
+def test_quality_of_exports(engine_folders, photos, tmp_path):
+    """An export in float32 is torch; of one in int8 the figures are what its captions give."""
+    data, output, table = (tmp_path / name for name in ("data.jsonl", "record.json", "table.md"))
+    lines = [{"image": photo, "split": "test", "references": ["a cat", "a dog on a mat"]} for photo in photos[:3]]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    exports = [str(engine_folders[name]) for name in ("float32", "int8")]
+    given = ["--model", str(engine_folders["torch"]), "--exports", *exports, "--data", str(data), "--flips", "2"]
+    script("engine_quality").main([*given, "--output", str(output), "--table", str(table)])
+    models = json.loads(output.read_text())["models"]
+    assert list(models) == ["torch", "float32", "int8"] and table.read_text().count("\n|") == 8
+    assert models["float32"] == models["torch"]
+    assert all(found["same"] == 1 and found["flip"] == 0 for found in models["torch"].values())
+    model, processor = load_checkpoint(exports[1], engine="onnxruntime")
+    reference, _ = load_checkpoint(str(engine_folders["torch"]))
+    options = {"num_beams": 5, "exit_criterion": "never"}
+    same = 0
+    for photo in photos[:3]:
+        inputs = processor(images=Image.open(photo))
+        one, other = (processor.post_process_captions(way.generate(**inputs, **options)) for way in (model, reference))
+        same += one == other
+    assert models["int8"]["five beams"]["same"] == pytest.approx(same / 3)
