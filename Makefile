@@ -323,7 +323,7 @@ $(ENGINES)/small-int8: | $(VENV)/dev.installed
 $(ENGINES)/small-int8-trunk: | $(VENV)/dev.installed
 	$(EXPORT) $(PHOTOS_SMALL) $@ --int8 --int8-trunk --calibrate-on $(COCO)/captions.jsonl --calibration-images 48
 $(ENGINES)/photos.txt:
-	ls $(COCO)/images/*.jpg | head -64 > $@
+	ls $(abspath $(COCO))/images/*.jpg | head -64 > $@
 
 docs/measurements/engine-base.md: | $(ENGINES)/base-float32 $(ENGINES)/base-int8
 	OMP_WAIT_POLICY=PASSIVE $(TIME_BASE) --threads 2 --variants stock lossless half --batch-sizes 1 --beams 1 5 --repeats 5

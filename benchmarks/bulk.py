@@ -121,8 +121,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ):
         given = {"model": model, "engine": engine, "threads": threads, "batch_size": size, "workers": workers}
         cells[name, threads, size, workers] = given
-    found = in_turns({key: partial(caption, given, common) for key, given in cells.items()}, args.repeats)
+    # first, since it fails at an image that cannot be used
     decoding, names, rows = decode_seconds(args.model, args.images, args.repeats), ("engine", "threads"), []
+    found = in_turns({key: partial(caption, given, common) for key, given in cells.items()}, args.repeats)
     for key, runs in found.items():
         row = dict(zip((*names, "batch_size", "workers"), key, strict=True))
         row |= {name: median(run[name] for run in runs) for name in runs[0]}
