@@ -323,6 +323,7 @@ $(ENGINES)/small-int8: | $(VENV)/dev.installed
 $(ENGINES)/small-int8-trunk: | $(VENV)/dev.installed
 	$(EXPORT) $(PHOTOS_SMALL) $@ --int8 --int8-trunk --calibrate-on $(COCO)/captions.jsonl --calibration-images 48
 $(ENGINES)/photos.txt:
+	@mkdir -p $(@D)
 	ls $(abspath $(COCO))/images/*.jpg | head -64 > $@
 
 docs/measurements/engine-base.md: | $(ENGINES)/base-float32 $(ENGINES)/base-int8
