@@ -315,7 +315,7 @@ $(ENGINES)/base: | $(VENV)/dev.installed
 $(ENGINES)/base-float32: $(ENGINES)/base
 	$(EXPORT) $< $@
 $(ENGINES)/base-int8: $(ENGINES)/base
-	$(EXPORT) $< $@ --int8 --int8-trunk --calibrate-on examples/photos
+	$(EXPORT) $< $@ --int8 --int8-trunk --bfloat16-attention --calibrate-on examples/photos
 $(ENGINES)/small-float32: | $(VENV)/dev.installed
 	$(EXPORT) $(PHOTOS_SMALL) $@
 $(ENGINES)/small-int8: | $(VENV)/dev.installed
@@ -328,7 +328,7 @@ $(ENGINES)/photos.txt:
 
 docs/measurements/engine-base.md: | $(ENGINES)/base-float32 $(ENGINES)/base-int8
 	OMP_WAIT_POLICY=PASSIVE $(TIME_BASE) --threads 2 --variants stock lossless half --batch-sizes 1 --beams 1 5 --repeats 5
-	OMP_WAIT_POLICY=PASSIVE $(TIME_BASE) --threads 2 --variants stock lossless half --batch-sizes 8 --beams 1 5 --repeats 2
+	OMP_WAIT_POLICY=PASSIVE $(TIME_BASE) --threads 2 --variants stock lossless half --batch-sizes 8 16 --beams 1 5 --repeats 2
 docs/measurements/engine-base-one-thread.md: | $(ENGINES)/base-float32 $(ENGINES)/base-int8
 	$(TIME_BASE) --threads 1 --variants lossless half --batch-sizes 1 --beams 1 5 --repeats 5
 	$(TIME_BASE) --threads 1 --variants lossless half --batch-sizes 8 --beams 5 --repeats 3

@@ -29,6 +29,7 @@ def traced(engine_folders, monkeypatch):
     asked = []
     files = {
         ("Trunk", ("features",)): "trunk",
+        ("EncoderProjection", ("query_keys_values",)): "encoder_0_project",
         ("EncoderLayer", ("output",)): "encoder_0",
         ("DecoderProjection", ("keys", "values")): "decoder_0_project",
         ("CrossProjection", ("keys", "values")): "cross_0",
@@ -79,11 +80,12 @@ def test_goes_on_after_an_interruption_and_keeps_what_is_whole(engine_folders, t
         export.export_checkpoint(engine_folders["torch"], target, report=stop)
     assert not target.exists()
     part = tmp_path / ".new.part/onnx"
-    (part / "encoder_0.onnx").write_bytes(b"damaged")
+    for name in ("encoder_0", "encoder_0_project"):
+        (part / f"{name}.onnx").write_bytes(b"damaged")
     seen.clear()
     export.export_checkpoint(engine_folders["torch"], target, report=stop)
     linear = [name for names in LINEAR.values() for name in names]
-    assert [name for name, kept in seen if kept] == ["trunk", *linear, "encoder_1"]
+    assert [name for name, kept in seen if kept] == ["trunk", *linear, "encoder_1_project", "encoder_1"]
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     expected = json.loads((engine_folders["float32"] / "onnx/manifest.json").read_text())
     assert expected["int8"] == [] and expected["calibration"] is None
@@ -98,9 +100,8 @@ def test_goes_on_after_an_interruption_and_keeps_what_is_whole(engine_folders, t
 def test_each_kind_of_layer_is_traced_once(engine_folders, traced, tmp_path):
     export.export_checkpoint(engine_folders["torch"], tmp_path / "new")
     linear = [name for names in LINEAR.values() for name in names]
-    assert sorted(traced) == sorted(
-        ["cross_0", "decoder_0", "decoder_0_project", "encoder_0", "head", "trunk", *linear]
-    )
+    layers = ["cross_0", "decoder_0", "decoder_0_project", "encoder_0", "encoder_0_project"]
+    assert sorted(traced) == sorted([*layers, "head", "trunk", *linear])
 
 
 def test_another_order_of_weights_is_seen(engine_folders):
@@ -134,7 +135,7 @@ class TestRefused:
 
     def test_a_graph_that_gives_something_else(self, engine_folders, traced, tmp_path, monkeypatch):
         monkeypatch.setattr(export, "with_weights", lambda graph, module: graph)
-        with pytest.raises(ValueError, match="graph 'encoder_1' must give what torch gives, but differs by"):
+        with pytest.raises(ValueError, match="graph 'encoder_1_project' must give what torch gives, but differs by"):
             export.export_checkpoint(engine_folders["torch"], tmp_path / "new")
         assert not (tmp_path / "new").exists()
 
@@ -226,18 +227,25 @@ def test_graphs_take_batches_of_one_and_biases_that_broadcast(engine_folders):
     import onnxruntime
 
     parts = dict(parts_of(tiny_model(vocab_size=100, dtype=torch.float32), None))
-    states, bias = torch.randn(1, 5, 32), torch.randn(1, 4, 5, 5)
-    for rows in (1, 3):
-        session = onnxruntime.InferenceSession(engine_folders["float32"] / "onnx/encoder_1.onnx")
-        got = session.run(None, {"states": states.expand(rows, -1, -1).numpy(), "bias": bias.numpy()})[0]
-        expected = parts["encoder_1"].module(states, bias).expand(rows, -1, -1)
-        torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-4)
+    part = parts["decoder_1"]
+    feed = dict(zip(part.inputs, part.example, strict=True))
+    broadcast = {name: feed[name][:1] for name in ("bias", "cross_bias")}
+    # one row of one image
+    alone = {name: value[:1] for name, value in feed.items()}
+    alone |= {"fold": feed["fold"][:1, :4], "cross_bias": feed["cross_bias"][:1, :, :4]}
+    session = onnxruntime.InferenceSession(engine_folders["float32"] / "onnx/decoder_1.onnx")
+    for given in (feed, feed | broadcast, alone):
+        got = session.run(None, {name: value.contiguous().numpy() for name, value in given.items()})
+        with torch.no_grad():
+            expected = part.module(**given)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), other, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_compute_no_shapes(engine_folders):
     import onnx
 
-    for name in ("encoder_0", "cross_0", "decoder_0", "decoder_0_project", "decoder_1"):
+    for name in ("encoder_0", "encoder_0_project", "cross_0", "decoder_0", "decoder_0_project", "decoder_1"):
         graph = onnx.load(engine_folders["float32"] / f"onnx/{name}.onnx").graph
         made = {output for node in graph.node for output in node.output}
         assert not [node.op_type for node in graph.node if node.op_type in ("Shape", "Squeeze")]
@@ -292,7 +300,8 @@ class TestInt8:
         manifest = export.export_checkpoint(source, target, **options)
         precisions = {name: graph["precision"] for name, graph in manifest["graphs"].items()}
         assert sorted(name for name, one in precisions.items() if one == "int8") == sorted(manifest["int8"])
-        assert set(precisions) - set(manifest["int8"]) == {"encoder_0", "encoder_1", "encoder_2", "head"}
+        encoder = {f"encoder_{number}{end}" for number in range(3) for end in ("", "_project")}
+        assert set(precisions) - set(manifest["int8"]) == {*encoder, "head"}
         assert manifest["calibration"]["images"] == 5 and manifest["calibration"]["method"] == "MinMax"
         assert 1e-4 < manifest["graphs"]["trunk"]["error"] < 0.1 and manifest["graphs"]["head"]["error"] < 1e-5
         # what follows a convolution clips its output before that is made 8 bits wide
@@ -351,6 +360,8 @@ class TestInt8:
             ({"int8_trunk": True, "trunk": False}, "`int8_trunk` needs the trunk among the graphs"),
             ({"int8_trunk": True, "precision": "float32"}, "`int8_trunk` goes with `precision"),
             ({"keep_float": ["head"], "precision": "float32"}, "`keep_float` goes with `precision"),
+            ({"attention": "bfloat16", "precision": "float32"}, '`attention="bfloat16"` goes with `precision="int8"`'),
+            ({"attention": "float16"}, "`attention` must be one of .*'bfloat16'.*, got 'float16'"),
             ({"keep_float": ["head", "encoder_9"]}, "`keep_float` must name graphs .* got 'encoder_9', .*'encoder_0'"),
             ({"keep_float": ["trunk"]}, "`keep_float` must name graphs that would be in int8, got 'trunk'"),
         ],
@@ -374,6 +385,11 @@ class TestInt8:
         assert head.name == "all" and (head.same, head.error) == (found["head"].same, found["head"].error)
         assert all(0 <= one.same <= 1 and 1e-5 < one.error < 0.5 for one in found.values())
         assert len({one.error for one in found.values()}) == 5
+        half = tmp_path / "bfloat16"
+        export.export_checkpoint(source, half, precision="int8", attention="bfloat16", keep_float=["head"])
+        rows = {one.name: one for one in scan.sensitivities(source, half, images, True)}
+        assert list(rows) == ["all", "attention", "trunk", "cross_*", "head", "encoder_1"]
+        assert rows["head"] == found["head"] and 1e-5 < rows["attention"].error < 0.02
         (exact,) = scan.sensitivities(source, engine_folders["float32"], images)
         assert exact.same == 1 and exact.error < 1e-4
 

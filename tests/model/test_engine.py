@@ -109,7 +109,8 @@ class TestSameAsTorch:
         slow, fast = steps(reference, inputs, kv), steps(engine, inputs, kv)
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
         # a layer is one graph, whatever it runs on
-        assert any(name.endswith("_project") for name in engine.engine.sessions) == (kv == "project")
+        projected = {name.startswith("decoder_") for name in engine.engine.sessions if name.endswith("_project")}
+        assert (True in projected) == (kv == "project")
 
     def test_rescored_beams(self, reference, engine, inputs):
         options = {"num_beams": 3, "exit_rescore": True, "output_scores": True}
@@ -199,20 +200,37 @@ class TestSameAsTorch:
             torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_images_take_turns_where_their_attention_is_large(engine, inputs, monkeypatch, masked):
-    """With one bias for all images, and with one each."""
-    layer = engine.model.encoder.layers[1]
-    heads, draw = engine.config.encoder_attention_heads, torch.Generator().manual_seed(0)
-    states = torch.randn(5, 16, engine.config.d_model, generator=draw)
-    bias = torch.randn(5 if masked else 1, heads, 16, 16, generator=draw)
-    expected, rows, run = layer(states, bias), [], engine.engine.run
-    monkeypatch.setattr(engine.engine, "run", lambda name, *given: rows.append(len(given[0])) or run(name, *given))
-    monkeypatch.setattr(engine_mue, "MOST_SCORES", 2 * heads * 16**2)
-    torch.testing.assert_close(layer(states, bias), expected)
-    monkeypatch.setattr(engine_mue, "MOST_SCORES", 1)
-    torch.testing.assert_close(layer(states, bias), expected)
-    assert rows == [2, 2, 1, 1, 1, 1, 1, 1]
+@pytest.fixture
+def in_bfloat16(engine_folders, tmp_path):
+    """The graphs in float32, attention between them in bfloat16."""
+    folder = shutil.copytree(engine_folders["float32"], tmp_path / "bfloat16")
+    manifest = json.loads((folder / "onnx/manifest.json").read_text())
+    (folder / "onnx/manifest.json").write_text(json.dumps(manifest | {"attention": "bfloat16"}))
+    return folder
+
+
+class TestAttentionInBfloat16:
+    def test_is_near(self, reference, in_bfloat16, inputs):
+        """With all patches, and with images that are missing."""
+        model = MuEForConditionalGeneration.from_pretrained(in_bfloat16, engine="onnxruntime")
+        assert model.engine.precision == "float32, attention in bfloat16"
+        missing = inputs | {"patch_mask": torch.tensor([True, False, True, True])}
+        with torch.no_grad():
+            for given in (inputs, missing):
+                expected, got = reference(**given).logits, model(**given).logits
+                assert got.dtype == torch.float32
+                assert 1e-5 < (got - expected).abs().max() < 0.02 * expected.abs().max()
+
+    def test_is_another_model_to_presets(self, reference, in_bfloat16):
+        model = MuEForConditionalGeneration.from_pretrained(in_bfloat16, engine="onnxruntime")
+        assert weights_fingerprint(model) != weights_fingerprint(reference)
+
+    @pytest.mark.parametrize("native", [True, False])
+    def test_warns_where_it_is_slow(self, in_bfloat16, monkeypatch, caplog, native):
+        monkeypatch.setattr(engine_mue, "cpu_has_bf16", lambda: native)
+        monkeypatch.setattr(engine_mue.logger, "propagate", True)
+        MuEForConditionalGeneration.from_pretrained(in_bfloat16, engine="onnxruntime")
+        assert ("this CPU has no instructions for bfloat16" in caplog.text) != native
 
 
 def test_slots_fold_and_unfold_as_views_do():
@@ -408,8 +426,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("damage", "what"),
         [
-            (lambda m, d: m.update(opset=21), "must have format 3 and `opset` 20, got 3 and 21; run `mue-hf export`"),
-            (lambda m, d: m.update(format=1), "must have format 3 .* got 1 and 20; run `mue-hf export` again"),
+            (lambda m, d: m.update(opset=21), "must have format 4 and `opset` 20, got 4 and 21; run `mue-hf export`"),
+            (lambda m, d: m.update(format=1), "must have format 4 .* got 1 and 20; run `mue-hf export` again"),
             (lambda m, d: m.pop("weights"), "must be the manifest of an export, got KeyError"),
             (lambda m, d: m["graphs"].pop("cross_2"), "must list the graph 'cross_2'"),
             (lambda m, d: (d / "onnx/head.onnx").unlink(), "must hold onnx/head.onnx"),

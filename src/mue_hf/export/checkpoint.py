@@ -39,6 +39,7 @@ TOLERANCES = {"float32": 1e-3, "int8": 0.25}
 # The same for a trunk in int8, whose many layers add up what they round.
 TRUNK_TOLERANCE = 0.5
 PRECISIONS = tuple(TOLERANCES)
+ATTENTIONS = ("float32", "bfloat16")
 PACKAGES = ("mue-hf", "torch", "transformers", "onnx", "onnxruntime", "onnxscript")
 # Worker threads sleep between calls, and the sessions of a process share one arena.
 SESSION_OPTIONS = {"session.intra_op.allow_spinning": "0", "session.use_env_allocators": "1"}
@@ -56,6 +57,7 @@ def export_checkpoint(
     trunk: bool = True,
     images: CalibrationImages | None = None,
     int8_trunk: bool = False,
+    attention: str = "float32",
     keep_float: Sequence[str] = (),
     overwrite: bool = False,
     report: Report | None = None,
@@ -72,6 +74,7 @@ def export_checkpoint(
         trunk (`bool`): False leaves the image trunk to torch.
         images ([`CalibrationImages`], *optional*): what `int8_trunk` takes the ranges of values from.
         int8_trunk (`bool`): with "int8" the trunk too, see [`static_int8`].
+        attention (`str`): "float32", or with "int8" also "bfloat16": what the encoder's attention computes in.
         keep_float (sequence of `str`): with "int8", graphs that stay in float32, "encoder_*" for all that begin so.
         overwrite (`bool`): True replaces a checkpoint folder at the destination.
         report (`Callable`, *optional*): is told of each graph: its name, and its entry in the manifest with "kept".
@@ -95,6 +98,7 @@ def export_checkpoint(
         "format": FORMAT,
         "opset": OPSET,
         "precision": precision,
+        "attention": _attention(attention, precision),
         "int8": _int8_graphs(folder, precision, trunk, int8_trunk, keep_float),
         "calibration": _calibration(images, int8_trunk),
         "image_size": list(image_size or (size["height"], size["width"])) if trunk else None,
@@ -162,6 +166,16 @@ def _int8_graphs(folder: Path, precision: str, trunk: bool, int8_trunk: bool, ke
     names = [*(["trunk"] if int8_trunk else []), *graph_names(MuEConfig.from_pretrained(folder))]
     left = set(in_float(names, keep_float))
     return [name for name in names if name not in left]
+
+
+def _attention(attention: str, precision: str) -> str:
+    if attention not in ATTENTIONS:
+        raise ValueError(f"`attention` must be one of {list(ATTENTIONS)}, got {attention!r}; check the spelling.")
+    if attention != "float32" and precision != "int8":
+        raise ValueError(
+            f'`attention="{attention}"` goes with `precision="int8"`, got {precision!r}; pass --int8 too, or drop it.'
+        )
+    return attention
 
 
 def _calibration(images: CalibrationImages | None, int8_trunk: bool) -> dict[str, Any] | None:
@@ -298,4 +312,4 @@ def _error(name: str, piece: Part, content: bytes, precision: str) -> float:
     return error
 
 
-__all__ = ["PRECISIONS", "checkpoint_folder", "export_checkpoint"]
+__all__ = ["ATTENTIONS", "PRECISIONS", "checkpoint_folder", "export_checkpoint"]

@@ -79,19 +79,30 @@ class FeedForward(nn.Module):
         return states + self.second(self.second_norm(hidden))
 
 
-class EncoderLayer(nn.Module):
-    """States [rows, tokens, d] and a bias [rows or 1, heads, tokens, tokens] -> states."""
+class EncoderProjection(nn.Module):
+    """States [rows, tokens, d] -> queries, which are scaled, keys and values of the self-attention, side by side
+    [rows, tokens, 3 d]."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.norm, self.attention = layer.self_attn_layer_norm, Attention(layer.self_attn, joined=True)
-        self.mid_norm, self.feed_forward = layer.self_attn_mid_layer_norm, FeedForward(layer)
+        del self.attention.output
 
-    def forward(self, states: Tensor, bias: Tensor) -> Tensor:
-        attention = self.attention
-        query, keys, values = attention.query_keys_values(self.norm(states)).chunk(3, dim=-1)
-        output = attention.attend(query, attention.split(keys), attention.split(values), bias)
-        return self.feed_forward(states + self.mid_norm(attention.output(output)))
+    def forward(self, states: Tensor) -> Tensor:
+        return self.attention.query_keys_values(self.norm(states))
+
+
+class EncoderLayer(nn.Module):
+    """The rest of an encoder layer: states, and what their attention gave [rows, tokens, d] -> states."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.attention = Attention(layer.self_attn, joined=True)
+        self.mid_norm, self.feed_forward = layer.self_attn_mid_layer_norm, FeedForward(layer)
+        del self.attention.query_keys_values
+
+    def forward(self, states: Tensor, attended: Tensor) -> Tensor:
+        return self.feed_forward(states + self.mid_norm(self.attention.output(attended)))
 
 
 class DecoderProjection(nn.Module):
@@ -211,8 +222,8 @@ LAYER_INPUTS = (
 
 @torch.no_grad()
 def parts_of(model: MuEForConditionalGeneration, image_size: Sequence[int] | None) -> Iterator[tuple[str, Part]]:
-    """Name -> part, one after the other: "trunk", the names in `LINEAR`, "encoder_N", "decoder_N_project", "cross_N",
-    "decoder_N", "head".
+    """Name -> part, one after the other: "trunk", the names in `LINEAR`, "encoder_N_project", "encoder_N",
+    "decoder_N_project", "cross_N", "decoder_N", "head".
 
     Args:
         model (`MuEForConditionalGeneration`): in evaluation mode, float32.
@@ -232,12 +243,13 @@ def parts_of(model: MuEForConditionalGeneration, image_size: Sequence[int] | Non
             layer = getattr(stack, name)
             example, fixed = (random(3, layer.in_features),), {"states": (1,)}
             yield name, Part(Matrix(layer), example, ("states",), (name,), fixed)
-    heads = config.encoder_attention_heads
+    fixed = {"states": (2,), "attended": (2,)}
     for number, layer in enumerate(encoder.layers):
-        example = random(3, 7, width), random(3, heads, 7, 7)
-        fixed = {"states": (2,), "bias": (1,)}
-        like = "encoder_0" if number else None
-        yield f"encoder_{number}", Part(EncoderLayer(layer), example, ("states", "bias"), ("output",), fixed, like)
+        states, both = (random(3, 7, width),), (random(3, 7, width), random(3, 7, width))
+        of = [f"encoder_0{end}" if number else None for end in ("_project", "")]
+        projection = Part(EncoderProjection(layer), states, ("states",), ("query_keys_values",), fixed, of[0])
+        yield f"encoder_{number}_project", projection
+        yield f"encoder_{number}", Part(EncoderLayer(layer), both, tuple(fixed), ("output",), fixed, of[1])
     heads = config.decoder_attention_heads
     # 5 rows of 2 images, 3 and 2, with 4 tokens; each attends to 6 earlier positions, 3 tokens, and 11 of the source
     own, unfold = torch.arange(15).view(5, 3), torch.arange(20).view(5, 4)

@@ -72,10 +72,13 @@ def sensitivities(
         graphs = export_checkpoint(source, plain, image_size=size, trunk=size is not None)["graphs"]
         int8 = {name: _int8_graph(name, plain, exported, manifest, images) for name in graphs}
         model = load_complete_model(plain)
+        if manifest["attention"] != "float32":
+            use_engine(model, plain / FOLDER, manifest | {"graphs": graphs})
+            yield reference.compared("attention", model, False)
         for pattern in (*KINDS, *names[:-1]):
             changed = {name: int8[name] for name in graphs if fnmatchcase(name, pattern)}
             if changed:
-                use_engine(model, plain / FOLDER, manifest | {"graphs": graphs | changed})
+                use_engine(model, plain / FOLDER, manifest | {"attention": "float32", "graphs": graphs | changed})
                 yield reference.compared(pattern, model, "trunk" in changed)
 
 

@@ -107,7 +107,8 @@ class _LayerBias:
             if part.grid is None:
                 torch.add(inputs, relative_bias(table, part.relative_index), out=output)
             else:
-                add_patch_bias(table_rows(table, inputs.device), part.grid, self.bucket_size, inputs, output)
+                rows = table_rows(table, inputs.device).to(inputs.dtype)
+                add_patch_bias(rows, part.grid, self.bucket_size, inputs, output)
         return self.buffer
 
     def _differentiable(self, layer: int) -> Tensor:
@@ -433,7 +434,8 @@ class MuEEncoder(EngineGuard, nn.Module):
     def _position_scores(self, source: _Source) -> Tensor:
         """Scores [heads, tokens, tokens] of absolute positions, the same in all layers."""
         heads, factor, positions = self.config.encoder_attention_heads, self.config.attn_scale_factor, source.positions
-        return position_scores(self.pos_q_linear, self.pos_k_linear, positions, positions, heads, factor)
+        dtype = positions.dtype if self.engine is None else self.engine.attention
+        return position_scores(self.pos_q_linear, self.pos_k_linear, positions, positions, heads, factor, dtype)
 
     def _add_exit_layers(
         self,

@@ -8,7 +8,6 @@ import json
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,19 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 from torch import Tensor, nn
 from transformers.modeling_outputs import BackboneOutput
+from transformers.utils import logging
 
 from .cache_mue import MuECache
 from .graph_files_mue import FOLDER, LINEAR, MANIFEST, engine_fingerprint, graph_names, read_manifest
 from .layers_mue import MuEOutputHead, mask_value
 from .views_mue import ImageView, TokenView
 
+logger = logging.get_logger(__name__)
+
 ENGINES = ("onnxruntime",)
 # Decoder layers of fewer states than this take one thread: a second one costs more than it saves.
 FEW_STATES = 512
-# Values of attention scores (64 MiB) in one call of an encoder layer; images that have more of them take turns, since
-# more at once would need memory and save no time.
-MOST_SCORES = 2**24
-# What `config._attn_implementation` is under an engine: attention is inside the graphs.
+# What `config._attn_implementation` is under an engine, which has no other attention to choose.
 ATTENTION = "onnxruntime"
 
 
@@ -46,6 +45,12 @@ def load_onnxruntime() -> Any:
         raise ValueError(
             f"`engine=\"onnxruntime\"` needs the extra `export` ({error}): pip install 'mue-hf[export]'"
         ) from error
+
+
+def cpu_has_bf16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this CPU. Where it emulates it, products can take ten times as long as in
+    float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @cache
@@ -74,6 +79,15 @@ class Engine:
         self.precision = manifest["precision"]
         if self.graphs.get("trunk", {}).get("precision") == "int8":
             self.precision += " with its trunk"
+        # of what the encoder's attention computes in torch
+        self.attention = getattr(torch, manifest["attention"])
+        if self.attention != torch.float32:
+            self.precision += f", attention in {manifest['attention']}"
+            if not cpu_has_bf16():
+                logger.warning(
+                    f"{folder} was exported with --bfloat16-attention, but this CPU has no instructions for bfloat16: "
+                    "it computes the same more slowly; export without it for CPUs like this one."
+                )
         self.digest = sha256(json.dumps([manifest["weights"], self.graphs], sort_keys=True).encode()).hexdigest()
         self.weights, self.fingerprint = manifest["fingerprint"], engine_fingerprint(manifest)
         # what the names of graphs begin with that take one thread
@@ -155,20 +169,24 @@ class EngineLinear(nn.Module):
 
 
 class EngineEncoderLayer(nn.Module):
-    """Takes the place of a `MuEEncoderLayer`."""
+    """Takes the place of a `MuEEncoderLayer`: a graph up to its attention and one behind it. Attention is torch's,
+    which goes through the scores block by block, where a graph would hold all of them at once."""
 
-    def __init__(self, engine: Engine, index: int):
+    def __init__(self, engine: Engine, index: int, heads: int):
         super().__init__()
-        self.engine, self.graph = engine, f"encoder_{index}"
+        self.engine, self.graph, self.heads = engine, f"encoder_{index}", heads
+        self.projection = f"{self.graph}_project"
 
     def forward(self, hidden_states: Tensor, position_bias: Tensor) -> Tensor:
-        heads, tokens = position_bias.shape[1:3]
-        at_once = max(1, MOST_SCORES // (heads * tokens**2))
-        # one bias of all rows, or one each
-        biases = repeat(position_bias) if len(position_bias) == 1 else position_bias.split(at_once)
-        parts = zip(hidden_states.split(at_once), biases, strict=False)
-        states = [self.engine.run(self.graph, part, bias)[0] for part, bias in parts]
-        return torch.cat(states) if len(states) > 1 else states[0]
+        joined, bias = (
+            states.to(self.engine.attention)
+            for states in (*self.engine.run(self.projection, hidden_states), position_bias)
+        )
+        query, keys, values = joined.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # queries are scaled in the graph
+        attended = nn.functional.scaled_dot_product_attention(query, keys, values, bias, scale=1.0)
+        attended = attended.transpose(1, 2).flatten(2).float()
+        return self.engine.run(self.graph, hidden_states, attended)[0]
 
 
 class EngineKeysValues(nn.Module):
@@ -398,7 +416,9 @@ def exchange_modules(model: Any, engine: Engine) -> None:
     for stack, names in ((encoder, LINEAR["encoder"]), (decoder, LINEAR["decoder"])):
         for name in names:
             setattr(stack, name, EngineLinear(engine, name, getattr(stack, name)))
-    encoder.layers = nn.ModuleList([EngineEncoderLayer(engine, number) for number in range(config.encoder_layers)])
+    encoder.layers = nn.ModuleList(
+        [EngineEncoderLayer(engine, number, config.encoder_attention_heads) for number in range(config.encoder_layers)]
+    )
     heads = config.decoder_attention_heads
     decoder.layers = nn.ModuleList(
         [EngineDecoderLayer(engine, number, heads) for number in range(config.decoder_layers)]
@@ -444,6 +464,7 @@ __all__ = [
     "EngineLinear",
     "EngineMixin",
     "EngineTrunk",
+    "cpu_has_bf16",
     "exchange_modules",
     "load_onnxruntime",
     "use_engine",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER, MANIFEST = "onnx", "manifest.json"
-FORMAT, OPSET = 3, 20
+FORMAT, OPSET = 4, 20
 # Linear layers that have a graph each, by encoder or decoder: what they multiply is as long as the image.
 LINEAR = {"encoder": ("image_proj", "pos_q_linear", "pos_k_linear"), "decoder": ("cross_pos_k_linear",)}
 # Of each such piece of a file of weights its first bytes are looked at when a model is loaded.
@@ -49,7 +49,8 @@ def sampled_sha256(path: Path) -> str:
 def graph_names(config: Any) -> list[str]:
     """The graphs that a model of this config needs; "trunk" may be one more."""
     names = [*LINEAR["encoder"], *LINEAR["decoder"]]
-    names += [f"encoder_{number}" for number in range(config.encoder_layers)]
+    for number in range(config.encoder_layers):
+        names += [f"encoder_{number}_project", f"encoder_{number}"]
     for number in range(config.decoder_layers):
         names += [f"decoder_{number}_project", f"cross_{number}", f"decoder_{number}"]
     return [*names, "head"]
@@ -96,7 +97,7 @@ def _listed_files(manifest: dict[str, Any], whole: bool) -> dict[str, tuple[Call
     graphs = manifest["graphs"].values()
     weights = {f"{FOLDER}/{graph['data']}": graph["data_sha256"] for graph in graphs} | manifest["weights"]
     samples = {name: manifest["samples"][name] for name in weights}
-    for name in ("session_options", "precision", "fingerprint"):
+    for name in ("session_options", "precision", "attention", "fingerprint"):
         manifest[name]
     [graph["precision"] for graph in graphs]
     files = {f"{FOLDER}/{graph['file']}": (sha256_of, graph["sha256"]) for graph in graphs}
@@ -106,12 +107,13 @@ def _listed_files(manifest: dict[str, Any], whole: bool) -> dict[str, tuple[Call
 
 def engine_fingerprint(manifest: dict[str, Any]) -> str:
     """What presets and records take for the weights: float32 gives the tokens and depths of torch; graphs in int8 make
-    it another model, each one, and so does what its trunk was calibrated on."""
+    it another model, each one, and so do what its trunk was calibrated on, and attention in bfloat16."""
     int8 = sorted(name for name, graph in manifest["graphs"].items() if graph["precision"] != "float32")
     weights = manifest["fingerprint"]
-    if not int8:
+    if not int8 and manifest["attention"] == "float32":
         return weights
-    return sha256(json.dumps([weights, int8, manifest.get("calibration")], sort_keys=True).encode()).hexdigest()
+    facts = [weights, int8, manifest.get("calibration"), manifest["attention"]]
+    return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 __all__ = [

@@ -305,13 +305,20 @@ class MuEDecoderLayer(_MuELayer):
 
 
 def position_scores(
-    query: nn.Linear, key: nn.Linear, q_states: Tensor, k_states: Tensor, heads: int, factor: float
+    query: nn.Linear,
+    key: nn.Linear,
+    q_states: Tensor,
+    k_states: Tensor,
+    heads: int,
+    factor: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """OFA's decoupled absolute positions: position embeddings [queries, d] and [keys, d] -> scores [heads, q, k]."""
+    """OFA's decoupled absolute positions: position embeddings [queries, d] and [keys, d] -> scores [heads, q, k], in
+    the dtype of the embeddings or another one."""
     head_dim = query.out_features // heads
     q = (query(q_states) * (head_dim * factor) ** -0.5).unflatten(-1, (heads, head_dim)).transpose(0, 1)
     k = key(k_states).unflatten(-1, (heads, head_dim)).transpose(0, 1)
-    return q @ k.transpose(-1, -2)
+    return q.to(dtype) @ k.to(dtype).transpose(-1, -2)
 
 
 def table_rows(table: nn.Embedding, device: torch.device, count: int | None = None) -> Tensor:

@@ -4,20 +4,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..model.engine_mue import cpu_has_bf16
+
 logger = logging.get_logger(__name__)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether oneDNN computes in bfloat16 on this CPU. Where it emulates it, a step of a convolutional trunk takes
-    more than ten times as long as in float32."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @dataclass
@@ -193,4 +188,4 @@ class MuETrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("`scst_beam_search` is about `scst_samples`, which is 0; set it to 2 or more.")
 
 
-__all__ = ["MuETrainingArguments", "cpu_has_bf16"]
+__all__ = ["MuETrainingArguments"]

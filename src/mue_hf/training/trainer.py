@@ -15,8 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import write_whole
 from ..model.criteria_mue import LAYER_OPTIONS
+from ..model.engine_mue import cpu_has_bf16
 from ..model.exit_options_mue import CONFIG_NAMES
-from .arguments import MuETrainingArguments, cpu_has_bf16
+from .arguments import MuETrainingArguments
 from .average import WeightAverage
 from .card import trainer_card
 from .checks import check_arguments, check_launch
