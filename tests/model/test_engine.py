@@ -200,6 +200,21 @@ class TestSameAsTorch:
             torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_take_turns_where_they_have_many_tokens(engine, monkeypatch, masked):
+    """With one bias for all rows, and with one each."""
+    layer = engine.model.encoder.layers[1]
+    heads, draw = engine.config.encoder_attention_heads, torch.Generator().manual_seed(0)
+    states = torch.randn(5, 16, engine.config.d_model, generator=draw)
+    bias = torch.randn(5 if masked else 1, heads, 16, 16, generator=draw)
+    expected, rows, run = layer(states, bias), [], engine.engine.run
+    monkeypatch.setattr(engine.engine, "run", lambda name, *given: rows.append(len(given[0])) or run(name, *given))
+    for most in (2 * 16, 1):
+        monkeypatch.setattr(engine_mue, "MOST_TOKENS", most)
+        torch.testing.assert_close(layer(states, bias), expected)
+    assert rows == [2, 2, 2, 2, 1, 1, *[1] * 10]
+
+
 @pytest.fixture
 def in_bfloat16(engine_folders, tmp_path):
     """The graphs in float32, attention between them in bfloat16."""

@@ -8,6 +8,7 @@ import json
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ logger = logging.get_logger(__name__)
 ENGINES = ("onnxruntime",)
 # Decoder layers of fewer states than this take one thread: a second one costs more than it saves.
 FEW_STATES = 512
+# Tokens of a stream in one call of an encoder layer; more of them take turns by row, since more at once would need
+# memory and save no time.
+MOST_TOKENS = 1024
 # What `config._attn_implementation` is under an engine, which has no other attention to choose.
 ATTENTION = "onnxruntime"
 
@@ -178,15 +182,19 @@ class EngineEncoderLayer(nn.Module):
         self.projection = f"{self.graph}_project"
 
     def forward(self, hidden_states: Tensor, position_bias: Tensor) -> Tensor:
-        joined, bias = (
-            states.to(self.engine.attention)
-            for states in (*self.engine.run(self.projection, hidden_states), position_bias)
-        )
+        at_once = max(1, MOST_TOKENS // hidden_states.shape[1])
+        # one bias of all rows, or one each
+        biases = repeat(position_bias) if len(position_bias) == 1 else position_bias.split(at_once)
+        states = [self._run(*part) for part in zip(hidden_states.split(at_once), biases, strict=False)]
+        return torch.cat(states) if len(states) > 1 else states[0]
+
+    def _run(self, states: Tensor, bias: Tensor) -> Tensor:
+        dtype = self.engine.attention
+        joined = self.engine.run(self.projection, states)[0].to(dtype)
         query, keys, values = joined.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         # queries are scaled in the graph
-        attended = nn.functional.scaled_dot_product_attention(query, keys, values, bias, scale=1.0)
-        attended = attended.transpose(1, 2).flatten(2).float()
-        return self.engine.run(self.graph, hidden_states, attended)[0]
+        attended = nn.functional.scaled_dot_product_attention(query, keys, values, bias.to(dtype), scale=1.0)
+        return self.engine.run(self.graph, states, attended.transpose(1, 2).flatten(2).float())[0]
 
 
 class EngineKeysValues(nn.Module):
