@@ -61,8 +61,9 @@ from mue_hf.data.scenes import (
     make_scene,
 )
 from mue_hf.evaluation.processes import finish_processes
+from mue_hf.model.engine_mue import cpu_has_bf16
 from mue_hf.model.processing_mue import CAPTION_PROMPT, ENTAILMENT_PROMPT
-from mue_hf.training.arguments import MuETrainingArguments, cpu_has_bf16
+from mue_hf.training.arguments import MuETrainingArguments
 from mue_hf.training.trainer import MuETrainer
 
 LAYER = re.compile(r"(.*coder\.(?:layers|\w+_table_list)\.)(\d+)(\..*)")

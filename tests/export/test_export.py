@@ -223,7 +223,7 @@ class TestCommands:
         assert [one["engine"] for one in variants.values()] == ["torch"] * 4 + ["onnxruntime"] * 2
 
 
-def test_graphs_take_batches_of_one_and_biases_that_broadcast(engine_folders):
+def test_graphs_of_the_decoder_take_one_row_and_biases_that_broadcast(engine_folders):
     import onnxruntime
 
     parts = dict(parts_of(tiny_model(vocab_size=100, dtype=torch.float32), None))
@@ -240,6 +240,21 @@ def test_graphs_take_batches_of_one_and_biases_that_broadcast(engine_folders):
             expected = part.module(**given)
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(one), other, rtol=1e-4, atol=1e-4)
+
+
+def test_graphs_of_the_encoder_take_batches_of_one(engine_folders):
+    import onnxruntime
+
+    parts = dict(parts_of(tiny_model(vocab_size=100, dtype=torch.float32), None))
+    for name in ("encoder_1_project", "encoder_1"):
+        part = parts[name]
+        session = onnxruntime.InferenceSession(engine_folders["float32"] / f"onnx/{name}.onnx")
+        for rows, tokens in ((3, 7), (1, 7), (1, 1)):
+            given = [value[:rows, :tokens] for value in part.example]
+            got = session.run(None, {key: x.contiguous().numpy() for key, x in zip(part.inputs, given, strict=True)})
+            with torch.no_grad():
+                expected = part.module(*given)
+            torch.testing.assert_close(torch.from_numpy(got[0]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_compute_no_shapes(engine_folders):

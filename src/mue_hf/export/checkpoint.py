@@ -169,6 +169,11 @@ def _int8_graphs(folder: Path, precision: str, trunk: bool, int8_trunk: bool, ke
 
 
 def _attention(attention: str, precision: str) -> str:
+    """What the encoder's attention computes in.
+
+    Raises:
+        ValueError: for another dtype, and for bfloat16 beside graphs in float32, which give what torch gives.
+    """
     if attention not in ATTENTIONS:
         raise ValueError(f"`attention` must be one of {list(ATTENTIONS)}, got {attention!r}; check the spelling.")
     if attention != "float32" and precision != "int8":

@@ -434,7 +434,7 @@ class MuEEncoder(EngineGuard, nn.Module):
     def _position_scores(self, source: _Source) -> Tensor:
         """Scores [heads, tokens, tokens] of absolute positions, the same in all layers."""
         heads, factor, positions = self.config.encoder_attention_heads, self.config.attn_scale_factor, source.positions
-        dtype = positions.dtype if self.engine is None else self.engine.attention
+        dtype = None if self.engine is None else self.engine.attention
         return position_scores(self.pos_q_linear, self.pos_k_linear, positions, positions, heads, factor, dtype)
 
     def _add_exit_layers(

@@ -52,8 +52,8 @@ def load_onnxruntime() -> Any:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether oneDNN computes in bfloat16 on this CPU. Where it emulates it, products can take ten times as long as in
-    float32."""
+    """Whether oneDNN computes in bfloat16 on this CPU. Where it emulates it, products can take more than ten times
+    as long as in float32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

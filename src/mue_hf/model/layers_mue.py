@@ -313,12 +313,14 @@ def position_scores(
     factor: float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """OFA's decoupled absolute positions: position embeddings [queries, d] and [keys, d] -> scores [heads, q, k], in
-    the dtype of the embeddings or another one."""
+    """OFA's decoupled absolute positions: position embeddings [queries, d] and [keys, d] -> scores [heads, q, k],
+    computed in `dtype` where it is given."""
     head_dim = query.out_features // heads
     q = (query(q_states) * (head_dim * factor) ** -0.5).unflatten(-1, (heads, head_dim)).transpose(0, 1)
     k = key(k_states).unflatten(-1, (heads, head_dim)).transpose(0, 1)
-    return q.to(dtype) @ k.to(dtype).transpose(-1, -2)
+    if dtype is not None:
+        q, k = q.to(dtype), k.to(dtype)
+    return q @ k.transpose(-1, -2)
 
 
 def table_rows(table: nn.Embedding, device: torch.device, count: int | None = None) -> Tensor:
