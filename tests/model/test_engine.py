@@ -236,6 +236,24 @@ class TestAttentionInBfloat16:
                 assert got.dtype == torch.float32
                 assert 1e-5 < (got - expected).abs().max() < 0.02 * expected.abs().max()
 
+    def test_takes_scores_of_positions_in_bfloat16_too(self, in_bfloat16, inputs, monkeypatch):
+        """Those of a layer's bias before it is asked, and all that attention is given."""
+        model, seen, attend = (
+            MuEForConditionalGeneration.from_pretrained(in_bfloat16, engine="onnxruntime"),
+            {"bias": set(), "attention": set()},
+            torch.nn.functional.scaled_dot_product_attention,
+        )
+
+        def watched(*given, **options):
+            seen["attention"].update(x.dtype for x in given)
+            return attend(*given, **options)
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+        for layer in model.get_encoder().layers:
+            layer.register_forward_pre_hook(lambda module, given: seen["bias"].add(given[1].dtype))
+        model.get_encoder()(**inputs)
+        assert seen == {"bias": {torch.bfloat16}, "attention": {torch.bfloat16}}
+
     def test_is_another_model_to_presets(self, reference, in_bfloat16):
         model = MuEForConditionalGeneration.from_pretrained(in_bfloat16, engine="onnxruntime")
         assert weights_fingerprint(model) != weights_fingerprint(reference)
@@ -318,16 +336,18 @@ class TestWeights:
     def test_what_is_in_int8_makes_another_model(self, engine_folders):
         manifest = json.loads((engine_folders["float32"] / "onnx/manifest.json").read_text())
 
-        def mark(*int8: str, calibration=None) -> str:
+        def mark(*int8: str, calibration=None, attention="float32") -> str:
             graphs = {
                 name: graph | {"precision": "int8"} for name, graph in manifest["graphs"].items() if name in int8
             }
             given = {"graphs": manifest["graphs"] | graphs, "calibration": calibration, "fingerprint": "weights"}
+            given["attention"] = attention
             return engine_mue.Engine(engine_folders["float32"] / "onnx", manifest | given).fingerprint
 
         marks = [mark("head"), mark("head", "cross_0"), mark("head", "trunk")]
         marks += [mark("head", "trunk", calibration={"images": count}) for count in (1, 2)]
-        assert mark() == "weights" and len({*marks, "weights"}) == 6 and mark("head") == marks[0]
+        marks.append(mark("head", attention="bfloat16"))
+        assert mark() == "weights" and len({*marks, "weights"}) == 7 and mark("head") == marks[0]
 
     def test_presets_hold_in_float32_alone(self, reference, engine, engine_folders):
         int8 = MuEForConditionalGeneration.from_pretrained(engine_folders["int8"], engine="onnxruntime")
