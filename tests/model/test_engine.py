@@ -251,7 +251,8 @@ class TestAttentionInBfloat16:
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
         for layer in model.get_encoder().layers:
             layer.register_forward_pre_hook(lambda module, given: seen["bias"].add(given[1].dtype))
-        model.get_encoder()(**inputs)
+        with torch.no_grad():
+            model.get_encoder()(**inputs)
         assert seen == {"bias": {torch.bfloat16}, "attention": {torch.bfloat16}}
 
     def test_is_another_model_to_presets(self, reference, in_bfloat16):
